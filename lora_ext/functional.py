@@ -1,0 +1,188 @@
+"""lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
+
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import BACKENDS, choose
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with a low-rank update: `y = x @ weight.T + bias + alpha * (x @ A @ B)`.
+
+    Differentiable once in `x`, `weight`, `bias`, `A` and `B`. Follows autocast as `F.linear` does.
+
+    Args:
+        x: input, (..., in_features); any strides, any number of rows, none included.
+        weight: (out_features, in_features), of x's dtype.
+        bias: (out_features,), of x's dtype, or None.
+        A: (in_features, rank), of x's dtype, or float32 over a bfloat16 or float16 base.
+        B: (rank, out_features), likewise.
+        alpha: factor of the low-rank part, applied as it is: not divided by the rank.
+        backend: name of the backend to run; None takes the first that can.
+
+    Returns:
+        y, (..., out_features), of the dtype that `F.linear(x, weight, bias)` gives.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or device that does not fit, or a backend that can't run here.
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+
+    """
+    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+        x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
+    check_arguments(x, weight, bias, A, B, alpha)
+    name = choose(backend, x, weight, A)
+    alpha = float(alpha)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+    y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
+    return _like_rows_of(x, y)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """The hand-written gradient. Keeps h = x @ A, and of the inputs what the backward will read."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, alpha, name):
+        rows = _rows(x)
+        y, h = BACKENDS[name].forward(rows, weight, bias, A, B, alpha)
+        need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            rows if need_dA or need_dweight else _stand_in(x),
+            weight if need_dx else _stand_in(weight),
+            A if need_dx else _stand_in(A),
+            B if need_dx or need_dA else _stand_in(B),
+            h if need_dB else _stand_in(h),
+        )
+        ctx.alpha, ctx.name, ctx.x_shape = alpha, name, x.shape
+        return _like_rows_of(x, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(
+            _rows(dy), *ctx.saved_tensors, ctx.alpha, ctx.needs_input_grad[:5]
+        )
+        if dx is not None:
+            dx = dx.view(ctx.x_shape)
+        return dx, dweight, dbias, dA, dB, None, None
+
+
+def lora_delta(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """Low-rank part alone, by PyTorch's own operators: `alpha * (x @ A @ B)`.
+
+    What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
+    cast to x's dtype where it differs; gradients are PyTorch's own.
+
+    Args:
+        x: input, (..., in_features); a nested tensor too.
+        A: (in_features, rank).
+        B: (rank, out_features).
+        alpha: factor of the product.
+
+    Returns:
+        (..., out_features), in x's dtype (autocast's inside an autocast region).
+
+    """
+    # F.linear and not `@`: the same product, and defined on nested tensors too.
+    h = F.linear(x, A.to(x.dtype).T)
+    return alpha * F.linear(h, B.to(x.dtype).T)
+
+
+def check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless all fit `lora_linear`."""
+    named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B}
+    if bias is None:
+        del named["bias"]
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    _check_shapes(x, weight, bias, A, B)
+    for name, tensor in named.items():
+        adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
+        if tensor.dtype != x.dtype and not adapter_over_half:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(_expected("weight", "(out_features, in_features)", weight))
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(_expected("x", f"(..., {K})", x))
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(_expected("bias", f"({N},)", bias))
+    if A.dim() != 2 or A.shape[0] != K:
+        raise ValueError(_expected("A", f"({K}, rank)", A))
+    if A.shape[1] < 1:
+        raise ValueError(_expected("A", f"({K}, rank) with rank at least 1", A))
+    if B.shape != (A.shape[1], N):
+        raise ValueError(_expected("B", f"({A.shape[1]}, {N})", B))
+
+
+def _expected(name: str, shape: str, got: Tensor) -> str:
+    return f"{name} must have shape {shape}, got {tuple(got.shape)}"
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Cast as autocast casts what F.linear gets; float32 adapters stay, the kernels cast them."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible and t.device.type == device else t
+
+    x, weight, bias = cast(x), cast(weight), cast(bias)
+    keep = x.dtype in HALF
+    A, B = (t if keep and t.dtype == torch.float32 else cast(t) for t in (A, B))
+    return x, weight, bias, A, B
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View x (..., K) as a matrix (M, K); a copy only where its strides forbid a view."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """View y (M, N) with x's leading dimensions."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Keep a dtype without the data: the backward reads no more of what it does not need."""
+    return tensor.new_empty(0)
