@@ -1,0 +1,129 @@
+// The four operations on blocks that every CPU kernel here is made of, one table of them per
+// instruction set. Nothing of torch is included: the files that implement these are compiled for
+// wider instruction sets than the rest, and an inline function shared with the rest could be
+// linked from them and crash an older CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_ext::cpu {
+
+// Storage only: 16 bits, converted to float on the way in and rounded to nearest even on the way
+// out.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// What products of T accumulate in.
+template <typename T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccumulateIn<T>::type;
+
+// A matrix in memory; strides in elements.
+template <typename T>
+struct View {
+  T* data;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+
+  View block(int64_t row, int64_t col, int64_t n_rows, int64_t n_cols) const {
+    return {data + row * row_stride + col * col_stride, n_rows, n_cols, row_stride, col_stride};
+  }
+  View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
+};
+
+// A right-hand factor (depth, cols) is packed into panels of kPanel columns, each panel `depth`
+// rows of one cache line: element (p, j) of panel j / kPanel at p * kPanel + j % kPanel. Columns
+// past the last are zero. The layout is the same for every instruction set.
+template <typename A>
+inline constexpr int64_t kPanel = 64 / sizeof(A);
+
+template <typename A>
+struct Panels {
+  A* data;
+  int64_t depth;  // rows in memory of every panel
+
+  // Where rows from `row` on of the panel that holds column `col` begin; col % kPanel == 0.
+  A* at(int64_t row, int64_t col) const { return data + col * depth + row * kPanel<A>; }
+};
+
+template <typename A>
+constexpr int64_t round_up_to_panel(int64_t cols) {
+  return (cols + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
+}
+
+// T is the storage dtype, A = Acc<T> the arithmetic.
+template <typename T, typename A = Acc<T>>
+struct StorageOps {
+  // dst (rows, cols; dense rows of `ld`) = src
+  void (*load)(View<const T> src, A* dst, int64_t ld);
+  // dst.at(0, 0) on = src, zero-padded to whole panels
+  void (*pack)(View<const T> src, Panels<A> dst);
+  // dst = scale * src (dense rows of `ld`) + bias (per column, may be null)
+  void (*store)(const A* src, int64_t ld, A scale, const T* bias, View<T> dst);
+};
+
+template <typename A>
+struct MultiplyOps {
+  // c (a.rows, cols; dense rows of `ldc`) = a @ b, or += with `add`; b's panels have b.depth rows
+  // each, of which a.cols from b.data on are read. Columns past `cols` are not written.
+  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add);
+};
+
+struct Blocks {
+  const char* name;
+  StorageOps<float> float32;
+  StorageOps<double> float64;
+  StorageOps<BFloat16> bfloat16;
+  StorageOps<Float16> float16;
+  MultiplyOps<float> in_float;
+  MultiplyOps<double> in_double;
+
+  template <typename T>
+  const StorageOps<T>& storage() const;
+  template <typename A>
+  const MultiplyOps<A>& products() const;
+};
+
+template <>
+inline const StorageOps<float>& Blocks::storage<float>() const {
+  return float32;
+}
+template <>
+inline const StorageOps<double>& Blocks::storage<double>() const {
+  return float64;
+}
+template <>
+inline const StorageOps<BFloat16>& Blocks::storage<BFloat16>() const {
+  return bfloat16;
+}
+template <>
+inline const StorageOps<Float16>& Blocks::storage<Float16>() const {
+  return float16;
+}
+template <>
+inline const MultiplyOps<float>& Blocks::products<float>() const {
+  return in_float;
+}
+template <>
+inline const MultiplyOps<double>& Blocks::products<double>() const {
+  return in_double;
+}
+
+extern const Blocks kBaselineBlocks;
+#if defined(__x86_64__)
+extern const Blocks kAvx2Blocks;
+extern const Blocks kAvx512Blocks;
+#endif
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,20 @@
+// Block operations for AVX-512 (F, BW, DQ, VL). A tile of 14 rows by one vector: 14 sums hide the
+// latency of two FMA units, and each broadcast folds into its FMA.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+#define LORA_EXT_VECTOR_BYTES 64
+#define LORA_EXT_TILE_ROWS 14
+#include "cpu/blocks_impl.h"
+
+namespace lora_ext::cpu {
+const Blocks kAvx512Blocks = make_blocks("avx512");
+}  // namespace lora_ext::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

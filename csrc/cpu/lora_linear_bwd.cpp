@@ -1,0 +1,161 @@
+// Backward on the CPU, with t = dy @ B.T:
+//   dx = dy @ weight + alpha * t @ A.T     dA = alpha * x.T @ t     dB = alpha * h.T @ dy
+//   dweight = dy.T @ x                     dbias = sum of dy over its rows
+// Only what `needs` asks for is computed. The products with the weight go the ways of the forward.
+#include "cpu/tensors.h"
+#include "lora_linear.h"
+
+namespace lora_ext {
+namespace cpu {
+namespace {
+
+// Columns that one thread has of a product summed over all rows (dA, dB): whole cache lines
+// of both dtypes, and narrow enough that the threads share them evenly.
+constexpr int64_t kColumnBlock = 128;
+
+// out (R, cols) = scale * left.T @ right, left (M, R; dense rows of `ld`), split over columns.
+template <typename T, typename TOut>
+void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
+                        double scale, View<TOut> out) {
+  using Sum = Acc<T>;
+  const int64_t blocks_of_cols = (right.cols + kColumnBlock - 1) / kColumnBlock;
+  torch::stable::parallel_for(0, blocks_of_cols, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<Sum> sum(R * kColumnBlock);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t col = block * kColumnBlock, cols = std::min(kColumnBlock, right.cols - col);
+      skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
+                                   kColumnBlock);
+      cpu::blocks().storage<TOut>().store(sum.get(), kColumnBlock, Sum(scale), nullptr,
+                                          out.block(0, col, R, cols));
+    }
+  });
+}
+
+// The same into the gradient of an adapter, which may be float over a half base.
+template <typename T>
+void adapter_gradient(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right, double alpha,
+                      const Tensor& out, bool transposed) {
+  const auto write = [&](auto storage) {
+    using TOut = decltype(storage);
+    const View<TOut> view = matrix<TOut>(out);
+    transposed_product<T, TOut>(left, ld, R, right, alpha, transposed ? view.transposed() : view);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (out.scalar_type() == ScalarType::Float) return write(float{});
+  }
+  write(T{});
+}
+
+template <typename T>
+class Backward {
+  using Sum = Acc<T>;
+
+ public:
+  Backward(const Shape& shape, const Tensor& dy, double alpha)
+      : shape_(shape),
+        dy_(dy),
+        dy_view_(matrix<const T>(dy)),
+        alpha_(alpha),
+        ld_(round_up_to_panel<Sum>(shape.R)) {}
+
+  void dB(const Tensor& h, const Tensor& out) const {
+    const Scratch<Sum> left(shape_.M * ld_);
+    blocks().storage<T>().load(matrix<const T>(h), left.get(), ld_);
+    adapter_gradient<T>(left.get(), ld_, shape_.R, dy_view_, alpha_, out, false);
+  }
+
+  void dbias(Tensor out) const {
+    const int64_t rows[] = {0};
+    torch::stable::sum_out(out, dy_, rows);
+  }
+
+  void dweight(const Tensor& x, const Tensor& out) const {
+    if (library_gemm_is_fast<T>()) {
+      Tensor dy = dy_;
+      mm_out(torch::stable::transpose(dy, 0, 1), x, out);
+      return;
+    }
+    const View<const T> dy_t = dy_view_.transposed(), x_view = matrix<const T>(x);
+    const View<T> out_view = matrix<T>(out);
+    for_each_tile<Sum>(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col,
+                                               int64_t cols) {
+      product_tile<T>(dy_t.block(row, 0, rows, shape_.M), x_view.block(0, col, shape_.M, cols),
+                      nullptr, out_view.block(row, col, rows, cols), nullptr);
+    });
+  }
+
+  // t = dy @ B.T, for dA and dx.
+  Scratch<Sum> t(const Tensor& B) const {
+    Scratch<Sum> out(shape_.M * ld_);
+    const Packed<Sum> right = pack_adapter<T>(B, true);
+    for_each_row_block(shape_.M, [&](int64_t row, int64_t rows) {
+      skinny_product<T>(dy_view_.block(row, 0, rows, shape_.N), right, shape_.R,
+                        out.get() + row * ld_, ld_);
+    });
+    return out;
+  }
+
+  void dA(const Scratch<Sum>& t, const Tensor& x, const Tensor& out) const {
+    adapter_gradient<T>(t.get(), ld_, shape_.R, matrix<const T>(x), alpha_, out, true);
+  }
+
+  // Scales t by alpha on the way: call it after dA.
+  void dx(const Scratch<Sum>& t, const Tensor& weight, const Tensor& A, const Tensor& out) const {
+    const auto [M, K, N, R] = shape_;
+    blocks().storage<Sum>().store(t.get(), ld_, Sum(alpha_), nullptr, {t.get(), M, R, ld_, 1});
+    const Packed<Sum> right = pack_adapter<T>(A, true);
+    const View<T> out_view = matrix<T>(out);
+    if (library_gemm_is_fast<T>()) {
+      mm_out(dy_, weight, out);
+      for_each_row_block(M, [&](int64_t row, int64_t rows) {
+        add_low_rank<T>({t.get() + row * ld_, ld_, R, right.from_row(0)},
+                        out_view.block(row, 0, rows, K));
+      });
+      return;
+    }
+    const View<const T> weight_view = matrix<const T>(weight);
+    for_each_tile<Sum>(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
+      const LowRank<Sum> low = {t.get() + row * ld_, ld_, R, right.from_col(col)};
+      product_tile<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
+                      out_view.block(row, col, rows, cols), &low);
+    });
+  }
+
+ private:
+  const Shape shape_;
+  const Tensor dy_;
+  const View<const T> dy_view_;
+  const double alpha_;
+  const int64_t ld_;  // of h and t in scratch: R rounded up to a panel
+};
+
+}  // namespace
+}  // namespace cpu
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& asked) {
+  const Needs needs = {asked.at(0), asked.at(1), asked.at(2), asked.at(3), asked.at(4)};
+  const Shape shape = check_backward(dy, x, weight, A, B, h, needs);
+  const cpu::NoGradGuard no_grad;
+  const auto [M, K, N, R] = shape;
+  const auto result = [](bool need, const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return need ? cpu::empty_like_dtype(like, sizes) : cpu::empty_like_dtype(like, {0});
+  };
+  const Tensor dx = result(needs.dx, dy, {M, K}), dweight = result(needs.dweight, dy, {N, K}),
+               dbias = result(needs.dbias, dy, {N}), dA = result(needs.dA, A, {K, R}),
+               dB = result(needs.dB, B, {R, N});
+  cpu::with_storage_type(dy.scalar_type(), [&](auto storage) {
+    const cpu::Backward<decltype(storage)> backward(shape, dy, alpha);
+    if (needs.dB) backward.dB(h, dB);
+    if (needs.dbias) backward.dbias(dbias);
+    if (needs.dweight) backward.dweight(x, dweight);
+    if (!needs.dx && !needs.dA) return;
+    const auto t = backward.t(B);
+    if (needs.dA) backward.dA(t, x, dA);
+    if (needs.dx) backward.dx(t, weight, A, dx);
+  });
+  return {dx, dweight, dbias, dA, dB};
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,158 @@
+// The matrix products of the two operators, for the rows or columns that one thread has; built of
+// the block operations of blocks.h. Each result element is summed by one thread in an order that
+// depends on the sizes alone, so the same inputs give the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "cpu/isa.h"
+
+namespace lora_ext::cpu {
+
+// How much of the summed dimension is worked on at a time: one panel of it (16 KB) stays in a 32 KB
+// first-level cache while the rows of the left factor pass.
+inline constexpr int64_t kDepth = 256;
+// A tile of a large product: its panels (256 x 512 floats) and its rows share a 512 KB second-level
+// cache, and it is large enough that packing them costs 5 % of the multiplying.
+inline constexpr int64_t kTileRowsMax = 384;
+inline constexpr int64_t kTileColsMax = 512;
+
+// Uninitialised memory of one thread, aligned to a cache line.
+template <typename A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(::operator new(std::max<int64_t>(count, 1) * sizeof(A), kLine))) {}
+  A* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(A* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<A, Delete> data_;
+};
+
+// A right-hand factor laid out in panels.
+template <typename A>
+class Packed {
+ public:
+  template <typename T>
+  explicit Packed(View<const T> matrix)
+      : memory_(matrix.rows * round_up_to_panel<A>(matrix.cols)),
+        panels_{memory_.get(), matrix.rows} {
+    blocks().storage<T>().pack(matrix, panels_);
+  }
+  Panels<const A> from_row(int64_t row) const { return {panels_.at(row, 0), panels_.depth}; }
+  Panels<const A> from_col(int64_t col) const { return {panels_.at(0, col), panels_.depth}; }
+
+ private:
+  Scratch<A> memory_;
+  Panels<A> panels_;
+};
+
+// A left-hand factor as values of A: the matrix itself where it already is that, else a copy made
+// in `scratch`, which must hold its elements.
+template <typename T>
+View<const Acc<T>> as_left_factor(View<const T> matrix, Acc<T>* scratch) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return matrix;
+  } else if (matrix.row_stride == 1 && matrix.col_stride != 1) {
+    return as_left_factor<T>(matrix.transposed(), scratch).transposed();
+  } else {
+    blocks().storage<T>().load(matrix, scratch, matrix.cols);
+    return {scratch, matrix.rows, matrix.cols, matrix.cols, 1};
+  }
+}
+
+// out (left.rows, R; dense rows of `ld`) = left @ right, for a right factor of few columns that is
+// packed whole: h = x @ A, t = dy @ B.T.
+template <typename T>
+void skinny_product(View<const T> left, const Packed<Acc<T>>& right, int64_t R, Acc<T>* out,
+                    int64_t ld) {
+  using A = Acc<T>;
+  const Scratch<A> scratch(left.rows * std::min(left.cols, kDepth));
+  if (left.cols == 0) std::fill_n(out, left.rows * ld, A(0));
+  for (int64_t k = 0; k < left.cols; k += kDepth) {
+    const int64_t depth = std::min(kDepth, left.cols - k);
+    const auto block = as_left_factor<T>(left.block(0, k, left.rows, depth), scratch.get());
+    blocks().products<A>().multiply(block, right.from_row(k), R, out, ld, k > 0);
+  }
+}
+
+// out (left.rows, right.cols) = left @ right + low.left @ low.right + bias, one tile of it: the
+// low-rank part is so many more steps of the summed dimension.
+template <typename A>
+struct LowRank {
+  const A* left;  // (rows of the tile, rank), dense rows of `ld`, scaled by alpha
+  int64_t ld, rank;
+  Panels<const A> right;
+};
+
+template <typename T>
+void product_tile(View<const T> left, View<const T> right, const T* bias, View<T> out,
+                  const LowRank<Acc<T>>* low) {
+  using A = Acc<T>;
+  const int64_t rows = out.rows, cols = out.cols, wide = round_up_to_panel<A>(cols);
+  const MultiplyOps<A>& products = blocks().products<A>();
+  const Scratch<A> sum(rows * wide), panels(std::min(kDepth, left.cols) * wide),
+      copy(rows * std::min(kDepth, left.cols));
+  bool add = false;
+  for (int64_t k = 0; k < left.cols; k += kDepth) {
+    const int64_t depth = std::min(kDepth, left.cols - k);
+    const Panels<A> packed = {panels.get(), depth};
+    blocks().storage<T>().pack(right.block(k, 0, depth, cols), packed);
+    const auto block = as_left_factor<T>(left.block(0, k, rows, depth), copy.get());
+    products.multiply(block, {packed.data, depth}, cols, sum.get(), wide, add);
+    add = true;
+  }
+  if (low != nullptr) {
+    products.multiply({low->left, rows, low->rank, low->ld, 1}, low->right, cols, sum.get(), wide,
+                      add);
+    add = true;
+  }
+  if (!add) std::fill_n(sum.get(), rows * wide, A(0));
+  blocks().storage<T>().store(sum.get(), wide, A(1), bias, out);
+}
+
+// out (R, cols) = left.T @ right for a left factor of few columns (M, R; dense rows of `ld`), and
+// the columns of `right` that one thread has: dB = h.T @ dy, dA.T = t.T @ x. Sums over all M.
+template <typename T>
+void skinny_transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
+                               Acc<T>* out, int64_t out_ld) {
+  using A = Acc<T>;
+  const Scratch<A> panels(std::min(kDepth, right.rows) * round_up_to_panel<A>(right.cols));
+  if (right.rows == 0) {
+    for (int64_t r = 0; r < R; ++r) std::fill_n(out + r * out_ld, right.cols, A(0));
+  }
+  for (int64_t m = 0; m < right.rows; m += kDepth) {
+    const int64_t depth = std::min(kDepth, right.rows - m);
+    const Panels<A> packed = {panels.get(), depth};
+    blocks().storage<T>().pack(right.block(m, 0, depth, right.cols), packed);
+    blocks().products<A>().multiply({left + m * ld, R, depth, 1, ld}, {packed.data, depth},
+                                    right.cols, out, out_ld, m > 0);
+  }
+}
+
+// y (dense rows of `ld`) += low.left @ low.right, for the rows that one thread has.
+template <typename T>
+void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
+  using A = Acc<T>;
+  const MultiplyOps<A>& products = blocks().products<A>();
+  const View<const A> left = {low.left, y.rows, low.rank, low.ld, 1};
+  if constexpr (std::is_same_v<T, A>) {
+    products.multiply(left, low.right, y.cols, y.data, y.row_stride, true);
+  } else {
+    const int64_t wide = round_up_to_panel<A>(y.cols);
+    const Scratch<A> sum(y.rows * wide);
+    blocks().storage<T>().load({y.data, y.rows, y.cols, y.row_stride, y.col_stride}, sum.get(),
+                               wide);
+    products.multiply(left, low.right, y.cols, sum.get(), wide, true);
+    blocks().storage<T>().store(sum.get(), wide, A(1), nullptr, y);
+  }
+}
+
+}  // namespace lora_ext::cpu

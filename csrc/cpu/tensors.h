@@ -1,0 +1,127 @@
+// Between torch's tensors and the views that the kernels work on.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+#include "cpu/products.h"
+
+namespace lora_ext::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+View<T> matrix(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0),
+          tensor.stride(1)};
+}
+
+inline Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+}
+
+// PyTorch's own operators, called into memory of ours: the out= forms skip autocast, and with the
+// guard below autograd.
+inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& out) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(weight),
+      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
+                                    torch::stable::detail::from(right),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+class NoGradGuard {
+ public:
+  NoGradGuard() : enabled_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(enabled_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  bool enabled_;
+};
+
+// A or B in panels, or its transpose. Over a half base it may be float.
+template <typename T>
+Packed<Acc<T>> pack_adapter(const Tensor& adapter, bool transposed = false) {
+  const auto pack = [&](auto storage) {
+    const auto view = matrix<const decltype(storage)>(adapter);
+    return Packed<Acc<T>>(transposed ? view.transposed() : view);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (adapter.scalar_type() == ScalarType::Float) return pack(float{});
+  }
+  return pack(T{});
+}
+
+// Call f with a value of the storage type.
+template <typename F>
+void with_storage_type(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "x must have dtype float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+// Split (rows, cols) into tiles for the threads: as large as the cache takes, and a whole number of
+// them for each thread where the sizes allow it. body(row, n_rows, col, n_cols).
+template <typename A, typename F>
+void for_each_tile(int64_t rows, int64_t cols, const F& body) {
+  if (rows == 0 || cols == 0) return;
+  const auto parts = [](int64_t size, int64_t most) { return (size + most - 1) / most; };
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t down = parts(rows, kTileRowsMax);
+  int64_t across = parts(cols, kTileColsMax);
+  while (down * across % threads != 0 && cols / across >= 8 * kPanel<A>) ++across;
+  const int64_t tile_rows = parts(rows, down);
+  const int64_t tile_cols = round_up_to_panel<A>(parts(cols, across));
+  across = parts(cols, tile_cols);
+  torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile / across * tile_rows, col = tile % across * tile_cols;
+      body(row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col));
+    }
+  });
+}
+
+// The same for blocks of rows alone.
+template <typename F>
+void for_each_row_block(int64_t rows, const F& body) {
+  constexpr int64_t kRows = 96;
+  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      body(block * kRows, std::min(kRows, rows - block * kRows));
+    }
+  });
+}
+
+}  // namespace lora_ext::cpu

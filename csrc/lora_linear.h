@@ -1,0 +1,41 @@
+// The two operators (schemas in lora_ext/ops.py) and the one check of their arguments.
+//   y = x @ weight.T + bias + alpha * (x @ A @ B)
+// M rows of x, K in, N out, R rank; h = x @ A (M, R), t = dy @ B.T (M, R).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace lora_ext {
+
+using torch::stable::Tensor;
+
+struct Shape {
+  int64_t M, K, N, R;
+};
+
+// What lora_linear_bwd computes, in the order of its results.
+struct Needs {
+  bool dx, dweight, dbias, dA, dB;
+};
+
+// Throw, naming the argument, what was expected and what came, unless all fit; return the sizes.
+Shape check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Tensor& A, const Tensor& B);
+// The same for the backward. What `needs` does not read may be a stand-in with no elements, and a
+// size that only stand-ins would tell is 0.
+Shape check_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A,
+                     const Tensor& B, const Tensor& h, const Needs& needs);
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
+                                               const std::optional<Tensor>& bias, const Tensor& A,
+                                               const Tensor& B, double alpha);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& needs);
+
+}  // namespace lora_ext
