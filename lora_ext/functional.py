@@ -1,6 +1,7 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,11 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
     """
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+    if torch.is_autocast_enabled(_device_type(x)):
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
-    check_arguments(x, weight, bias, A, B, alpha)
+    if not _fit(x, weight, bias, A, B, alpha):
+        check_arguments(x, weight, bias, A, B, alpha)
     name = choose(backend, x, weight, A)
-    alpha = float(alpha)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad
@@ -113,6 +114,35 @@ def lora_delta(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
     return alpha * F.linear(h, B.to(x.dtype).T)
 
 
+def _fit(x: Any, weight: Any, bias: Any, A: Any, B: Any, alpha: Any) -> bool:
+    """Answer at a glance (2 us) what `check_arguments` answers in words (9 us).
+
+    True only where that would not raise; False sends the unusual to it.
+    """
+    try:
+        out_features, in_features = weight.shape
+        rank = A.shape[1]
+        dtype, device, adapter = x.dtype, x.device, A.dtype
+        return (
+            x.shape[-1] == in_features
+            and A.shape == (in_features, rank)
+            and B.shape == (rank, out_features)
+            and rank > 0
+            and weight.dtype is dtype
+            and (adapter is dtype or (adapter is torch.float32 and dtype in HALF))
+            and B.dtype is adapter
+            and weight.device == device == A.device == B.device
+            and (
+                bias is None
+                or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device)
+            )
+            and dtype.is_floating_point
+            and type(alpha) in (float, int)
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
 def check_arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
 ) -> None:
@@ -171,6 +201,11 @@ def _autocast(
     keep = x.dtype in HALF
     A, B = (t if keep and t.dtype == torch.float32 else cast(t) for t in (A, B))
     return x, weight, bias, A, B
+
+
+def _device_type(x: Any) -> str:
+    # Device.type makes its string anew at each call, 4 us cold: not for the commonest answer.
+    return "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class LoRALayer(nn.Module):
     @property
     def scale(self) -> float:
         """What x @ A @ B is multiplied by: alpha under this layer's scaling rule."""
+        if self.scaling == "alpha":
+            return self.alpha
         return SCALINGS[self.scaling](self.alpha, self.A.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,13 +143,15 @@ class LinearWithLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `linear(x) + scale * (x @ A @ B)`, (..., out_features)."""
-        linear, lora = self.linear, self.lora
+        modules = self._modules  # attribute access on a module would cost 1 us for each name
+        linear, lora = modules["linear"], modules["lora"]
         if self._unmerged_weight:
             return linear(x)
         why = why_composed(linear, lora, x)
         if why is None:
+            base, low = linear._parameters, lora._parameters
             return lora_linear(
-                x, linear.weight, linear.bias, lora.A, lora.B, lora.scale, backend=self.backend
+                x, base["weight"], base["bias"], low["A"], low["B"], lora.scale, backend=self.backend
             )
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -218,33 +222,33 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         return f"linear is a {type(linear).__name__}, not an nn.Linear"
     if type(lora) is not LoRALayer:
         return f"lora is a {type(lora).__name__}, not a LoRALayer"
-    if "forward" in linear.__dict__ or "forward" in lora.__dict__:
+    own, lora_own = linear.__dict__, lora.__dict__
+    if "forward" in own or "forward" in lora_own:
         return "the forward of linear or lora was replaced"
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    factors = lora._parameters
-    if type(weight) is not Parameter or (bias is not None and type(bias) is not Parameter):
-        return "the weight or bias of linear is not a plain Parameter"
-    if type(factors.get("A")) is not Parameter or type(factors.get("B")) is not Parameter:
-        return "A or B of lora is not a plain Parameter"
-    if _hooked(linear) or _hooked(lora, own=1):
-        return "hooks are attached to linear or lora"
-    if x.is_nested:
-        return "x is a nested tensor"
-    return None
-
-
-def _hooked(module: nn.Module, own: int = 0) -> bool:
-    """Whether a call of the module runs hooks, beside `own` forward pre-hooks of ours."""
-    return bool(
-        len(module._forward_pre_hooks) > own
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    parameters, factors = own["_parameters"], lora_own["_parameters"]
+    if not (
+        type(parameters.get("weight")) is type(factors.get("A")) is type(factors.get("B")) is Parameter
+        and type(parameters.get("bias")) in (Parameter, type(None))
+    ):
+        return "weight, bias, A or B is not a plain Parameter"
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or lora_own["_forward_hooks"]
+        or len(lora_own["_forward_pre_hooks"]) > 1  # one is ours, see _part_of_the_output
+        or lora_own["_backward_hooks"]
+        or lora_own["_backward_pre_hooks"]
         or every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
         or every_module._global_backward_hooks
         or every_module._global_backward_pre_hooks
-    )
+    ):
+        return "hooks are attached to linear or lora"
+    if x.is_nested:
+        return "x is a nested tensor"
+    return None
 
 
 def check_linear(linear: Any) -> None:

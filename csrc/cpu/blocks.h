@@ -42,19 +42,22 @@ struct View {
   View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
-// A right-hand factor (depth, cols) is packed into panels of kPanel columns, each panel `depth`
-// rows of one cache line: element (p, j) of panel j / kPanel at p * kPanel + j % kPanel. Columns
-// past the last are zero. The layout is the same for every instruction set.
+// A right-hand factor (depth, cols) is read in panels of kPanel columns, a row of which is one cache
+// line. Packed, a panel's rows lie one behind the other and columns past the last are zero; a dense
+// matrix of whole panels is read where it lies. The layout is the same for every instruction set.
 template <typename A>
 inline constexpr int64_t kPanel = 64 / sizeof(A);
 
 template <typename A>
 struct Panels {
   A* data;
-  int64_t depth;  // rows in memory of every panel
+  int64_t row_stride, panel_stride;  // in elements
 
-  // Where rows from `row` on of the panel that holds column `col` begin; col % kPanel == 0.
-  A* at(int64_t row, int64_t col) const { return data + col * depth + row * kPanel<A>; }
+  static Panels packed(A* data, int64_t depth) { return {data, kPanel<A>, depth * kPanel<A>}; }
+  // The panels from `row` and from the one that begins with column `col` on; col % kPanel == 0.
+  Panels from(int64_t row, int64_t col) const {
+    return {data + col / kPanel<A> * panel_stride + row * row_stride, row_stride, panel_stride};
+  }
 };
 
 template <typename A>
@@ -67,16 +70,19 @@ template <typename T, typename A = Acc<T>>
 struct StorageOps {
   // dst (rows, cols; dense rows of `ld`) = src
   void (*load)(View<const T> src, A* dst, int64_t ld);
-  // dst.at(0, 0) on = src, zero-padded to whole panels
-  void (*pack)(View<const T> src, Panels<A> dst);
+  // dst, packed panels of src.rows rows each, = src
+  void (*pack)(View<const T> src, A* dst);
   // dst = scale * src (dense rows of `ld`) + bias (per column, may be null)
   void (*store)(const A* src, int64_t ld, A scale, const T* bias, View<T> dst);
+  // out (left.rows, right.rows; dense rows of `ld`) = left @ right.T, or += with `add`; both have
+  // dense rows. Reads each element of `right` once and packs nothing: for a left factor of few rows
+  void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
 };
 
 template <typename A>
 struct MultiplyOps {
-  // c (a.rows, cols; dense rows of `ldc`) = a @ b, or += with `add`; b's panels have b.depth rows
-  // each, of which a.cols from b.data on are read. Columns past `cols` are not written.
+  // c (a.rows, cols; dense rows of `ldc`) = a @ b, or += with `add`; a.cols rows of b's panels are
+  // read. Columns past `cols` are not written.
   void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add);
 };
 

@@ -13,6 +13,9 @@ namespace {
 // of both dtypes, and narrow enough that the threads share them evenly.
 constexpr int64_t kColumnBlock = 128;
 
+// Below this many rows, widening the weight costs more than the library's slow product.
+constexpr int64_t kMinRowsOfOwnProduct = 4;
+
 // out (R, cols) = scale * left.T @ right, left (M, R; dense rows of `ld`), split over columns.
 template <typename T, typename TOut>
 void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
@@ -86,11 +89,20 @@ class Backward {
 
   // t = dy @ B.T, for dA and dx.
   Scratch<Sum> t(const Tensor& B) const {
-    Scratch<Sum> out(shape_.M * ld_);
-    const Packed<Sum> right = pack_adapter<T>(B, true);
-    for_each_row_block(shape_.M, [&](int64_t row, int64_t rows) {
-      skinny_product<T>(dy_view_.block(row, 0, rows, shape_.N), right, shape_.R,
-                        out.get() + row * ld_, ld_);
+    const auto [M, K, N, R] = shape_;
+    Scratch<Sum> out(M * ld_);
+    with_adapter<T>(B, [&](auto view) {
+      if (suits_dot(M, view)) {
+        using TB = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
+        const Scratch<Sum> left(M * N);
+        blocks().storage<T>().load(dy_view_, left.get(), N);
+        blocks().storage<TB>().dot({left.get(), M, N, N, 1}, view, out.get(), ld_, false);
+        return;
+      }
+      const RightFactor<Sum> right(view.transposed(), M);
+      for_each_row_block(M, [&](int64_t row, int64_t rows) {
+        skinny_product<T>(dy_view_.block(row, 0, rows, N), right, R, out.get() + row * ld_, ld_);
+      });
     });
     return out;
   }
@@ -102,26 +114,42 @@ class Backward {
   // Scales t by alpha on the way: call it after dA.
   void dx(const Scratch<Sum>& t, const Tensor& weight, const Tensor& A, const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
-    blocks().storage<Sum>().store(t.get(), ld_, Sum(alpha_), nullptr, {t.get(), M, R, ld_, 1});
-    const Packed<Sum> right = pack_adapter<T>(A, true);
     const View<T> out_view = matrix<T>(out);
-    if (library_gemm_is_fast<T>()) {
-      mm_out(dy_, weight, out);
+    blocks().storage<Sum>().store(t.get(), ld_, Sum(alpha_), nullptr, {t.get(), M, R, ld_, 1});
+    const bool ours = !library_gemm_is_fast<T>() && M >= kMinRowsOfOwnProduct;
+    if (!ours) mm_out(dy_, weight, out);
+    with_adapter<T>(A, [&](auto view) {
+      if (!ours && suits_dot(M, view)) {
+        using TA = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
+        update<T>(out_view, [&](Sum* values, int64_t ld) {
+          blocks().storage<TA>().dot({t.get(), M, R, ld_, 1}, view, values, ld, true);
+        });
+        return;
+      }
+      const RightFactor<Sum> right(view.transposed(), M);
+      if (ours) {
+        product_with_weight(t, weight, right, out_view);
+        return;
+      }
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
-        add_low_rank<T>({t.get() + row * ld_, ld_, R, right.from_row(0)},
+        add_low_rank<T>({t.get() + row * ld_, ld_, R, right.from(0, 0)},
                         out_view.block(row, 0, rows, K));
       });
-      return;
-    }
-    const View<const T> weight_view = matrix<const T>(weight);
-    for_each_tile<Sum>(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
-      const LowRank<Sum> low = {t.get() + row * ld_, ld_, R, right.from_col(col)};
-      product_tile<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
-                      out_view.block(row, col, rows, cols), &low);
     });
   }
 
  private:
+  void product_with_weight(const Scratch<Sum>& alpha_t, const Tensor& weight,
+                           const RightFactor<Sum>& A_t, View<T> out) const {
+    const auto [M, K, N, R] = shape_;
+    const View<const T> weight_view = matrix<const T>(weight);
+    for_each_tile<Sum>(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
+      const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
+      product_tile<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
+                      out.block(row, col, rows, cols), &low);
+    });
+  }
+
   const Shape shape_;
   const Tensor dy_;
   const View<const T> dy_view_;

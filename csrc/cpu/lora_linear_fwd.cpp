@@ -22,13 +22,14 @@ void forward(const Shape& shape, const Tensor& x, const Tensor& weight,
   const auto [M, K, N, R] = shape;
   const View<const T> x_view = matrix<const T>(x);
   const View<T> y_view = matrix<T>(y), h_view = matrix<T>(h);
-  const Packed<Sum> A_packed = pack_adapter<T>(A), B_packed = pack_adapter<T>(B);
+  const auto factor = [&](auto view) { return RightFactor<Sum>(view, M); };
+  const auto A_factor = with_adapter<T>(A, factor), B_factor = with_adapter<T>(B, factor);
   const int64_t ld = round_up_to_panel<Sum>(R);
   const Scratch<Sum> alpha_h(M * ld);
 
   const auto shrink = [&](int64_t row, int64_t rows) {
     Sum* block = alpha_h.get() + row * ld;
-    skinny_product<T>(x_view.block(row, 0, rows, K), A_packed, R, block, ld);
+    skinny_product<T>(x_view.block(row, 0, rows, K), A_factor, R, block, ld);
     blocks().storage<T>().store(block, ld, Sum(1), nullptr, h_view.block(row, 0, rows, R));
     blocks().storage<Sum>().store(block, ld, Sum(alpha), nullptr, {block, rows, R, ld, 1});
   };
@@ -37,7 +38,7 @@ void forward(const Shape& shape, const Tensor& x, const Tensor& weight,
     linear_out(x, weight, bias, y);
     for_each_row_block(M, [&](int64_t row, int64_t rows) {
       shrink(row, rows);
-      add_low_rank<T>({alpha_h.get() + row * ld, ld, R, B_packed.from_row(0)},
+      add_low_rank<T>({alpha_h.get() + row * ld, ld, R, B_factor.from(0, 0)},
                       y_view.block(row, 0, rows, N));
     });
     return;
@@ -48,7 +49,7 @@ void forward(const Shape& shape, const Tensor& x, const Tensor& weight,
   const Tensor dense_bias = bias.has_value() ? torch::stable::contiguous(*bias) : y;
   if (bias.has_value()) bias_data = static_cast<const T*>(dense_bias.data_ptr());
   for_each_tile<Sum>(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
-    const LowRank<Sum> low = {alpha_h.get() + row * ld, ld, R, B_packed.from_col(col)};
+    const LowRank<Sum> low = {alpha_h.get() + row * ld, ld, R, B_factor.from(0, col)};
     product_tile<T>(x_view.block(row, 0, rows, K), weight_t.block(0, col, K, cols),
                     bias_data == nullptr ? nullptr : bias_data + col,
                     y_view.block(row, col, rows, cols), &low);

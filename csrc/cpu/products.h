@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu/isa.h"
 
@@ -36,22 +37,31 @@ class Scratch {
   std::unique_ptr<A, Delete> data_;
 };
 
-// A right-hand factor laid out in panels.
+// Up to so many rows a factor is used too few times to pay for packing it, and what can be read
+// where it lies is.
+inline constexpr int64_t kFewRows = 16;
+
+// A right-hand factor in panels, for a left factor of `uses` rows.
 template <typename A>
-class Packed {
+class RightFactor {
  public:
   template <typename T>
-  explicit Packed(View<const T> matrix)
-      : memory_(matrix.rows * round_up_to_panel<A>(matrix.cols)),
-        panels_{memory_.get(), matrix.rows} {
-    blocks().storage<T>().pack(matrix, panels_);
+  RightFactor(View<const T> matrix, int64_t uses) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (uses <= kFewRows && matrix.col_stride == 1 && matrix.cols % kPanel<A> == 0) {
+        panels_ = {matrix.data, matrix.row_stride, kPanel<A>};
+        return;
+      }
+    }
+    memory_ = Scratch<A>(matrix.rows * round_up_to_panel<A>(matrix.cols));
+    blocks().storage<T>().pack(matrix, memory_.get());
+    panels_ = Panels<const A>::packed(memory_.get(), matrix.rows);
   }
-  Panels<const A> from_row(int64_t row) const { return {panels_.at(row, 0), panels_.depth}; }
-  Panels<const A> from_col(int64_t col) const { return {panels_.at(0, col), panels_.depth}; }
+  Panels<const A> from(int64_t row, int64_t col) const { return panels_.from(row, col); }
 
  private:
-  Scratch<A> memory_;
-  Panels<A> panels_;
+  Scratch<A> memory_{0};
+  Panels<const A> panels_;
 };
 
 // A left-hand factor as values of A: the matrix itself where it already is that, else a copy made
@@ -71,7 +81,7 @@ View<const Acc<T>> as_left_factor(View<const T> matrix, Acc<T>* scratch) {
 // out (left.rows, R; dense rows of `ld`) = left @ right, for a right factor of few columns that is
 // packed whole: h = x @ A, t = dy @ B.T.
 template <typename T>
-void skinny_product(View<const T> left, const Packed<Acc<T>>& right, int64_t R, Acc<T>* out,
+void skinny_product(View<const T> left, const RightFactor<Acc<T>>& right, int64_t R, Acc<T>* out,
                     int64_t ld) {
   using A = Acc<T>;
   const Scratch<A> scratch(left.rows * std::min(left.cols, kDepth));
@@ -79,7 +89,7 @@ void skinny_product(View<const T> left, const Packed<Acc<T>>& right, int64_t R, 
   for (int64_t k = 0; k < left.cols; k += kDepth) {
     const int64_t depth = std::min(kDepth, left.cols - k);
     const auto block = as_left_factor<T>(left.block(0, k, left.rows, depth), scratch.get());
-    blocks().products<A>().multiply(block, right.from_row(k), R, out, ld, k > 0);
+    blocks().products<A>().multiply(block, right.from(k, 0), R, out, ld, k > 0);
   }
 }
 
@@ -103,10 +113,10 @@ void product_tile(View<const T> left, View<const T> right, const T* bias, View<T
   bool add = false;
   for (int64_t k = 0; k < left.cols; k += kDepth) {
     const int64_t depth = std::min(kDepth, left.cols - k);
-    const Panels<A> packed = {panels.get(), depth};
-    blocks().storage<T>().pack(right.block(k, 0, depth, cols), packed);
+    blocks().storage<T>().pack(right.block(k, 0, depth, cols), panels.get());
     const auto block = as_left_factor<T>(left.block(0, k, rows, depth), copy.get());
-    products.multiply(block, {packed.data, depth}, cols, sum.get(), wide, add);
+    products.multiply(block, Panels<const A>::packed(panels.get(), depth), cols, sum.get(), wide,
+                      add);
     add = true;
   }
   if (low != nullptr) {
@@ -130,29 +140,43 @@ void skinny_transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<c
   }
   for (int64_t m = 0; m < right.rows; m += kDepth) {
     const int64_t depth = std::min(kDepth, right.rows - m);
-    const Panels<A> packed = {panels.get(), depth};
-    blocks().storage<T>().pack(right.block(m, 0, depth, right.cols), packed);
-    blocks().products<A>().multiply({left + m * ld, R, depth, 1, ld}, {packed.data, depth},
-                                    right.cols, out, out_ld, m > 0);
+    blocks().storage<T>().pack(right.block(m, 0, depth, right.cols), panels.get());
+    blocks().products<A>().multiply({left + m * ld, R, depth, 1, ld},
+                                    Panels<const A>::packed(panels.get(), depth), right.cols, out,
+                                    out_ld, m > 0);
   }
 }
 
-// y (dense rows of `ld`) += low.left @ low.right, for the rows that one thread has.
-template <typename T>
-void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
+// Call change(values, ld) on y's elements as values of A: in place where they are that, else on a
+// copy that is then rounded back. y has dense rows.
+template <typename T, typename F>
+void update(View<T> y, const F& change) {
   using A = Acc<T>;
-  const MultiplyOps<A>& products = blocks().products<A>();
-  const View<const A> left = {low.left, y.rows, low.rank, low.ld, 1};
   if constexpr (std::is_same_v<T, A>) {
-    products.multiply(left, low.right, y.cols, y.data, y.row_stride, true);
+    change(y.data, y.row_stride);
   } else {
     const int64_t wide = round_up_to_panel<A>(y.cols);
-    const Scratch<A> sum(y.rows * wide);
-    blocks().storage<T>().load({y.data, y.rows, y.cols, y.row_stride, y.col_stride}, sum.get(),
+    const Scratch<A> values(y.rows * wide);
+    blocks().storage<T>().load({y.data, y.rows, y.cols, y.row_stride, y.col_stride}, values.get(),
                                wide);
-    products.multiply(left, low.right, y.cols, sum.get(), wide, true);
-    blocks().storage<T>().store(sum.get(), wide, A(1), nullptr, y);
+    change(values.get(), wide);
+    blocks().storage<T>().store(values.get(), wide, A(1), nullptr, y);
   }
+}
+
+// y += low.left @ low.right, for the rows that one thread has.
+template <typename T>
+void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
+  update<T>(y, [&](Acc<T>* values, int64_t ld) {
+    const View<const Acc<T>> left = {low.left, y.rows, low.rank, low.ld, 1};
+    blocks().products<Acc<T>>().multiply(left, low.right, y.cols, values, ld, true);
+  });
+}
+
+// Whether the product of a matrix of `rows` rows with `transposed`.T goes by `dot`.
+template <typename T>
+bool suits_dot(int64_t rows, View<T> transposed) {
+  return rows <= 4 && (transposed.col_stride == 1 || transposed.cols == 1);
 }
 
 }  // namespace lora_ext::cpu

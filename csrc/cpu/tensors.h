@@ -61,17 +61,13 @@ class NoGradGuard {
   bool enabled_;
 };
 
-// A or B in panels, or its transpose. Over a half base it may be float.
-template <typename T>
-Packed<Acc<T>> pack_adapter(const Tensor& adapter, bool transposed = false) {
-  const auto pack = [&](auto storage) {
-    const auto view = matrix<const decltype(storage)>(adapter);
-    return Packed<Acc<T>>(transposed ? view.transposed() : view);
-  };
+// Call f with A or B as a view. Over a half base it may be float.
+template <typename T, typename F>
+auto with_adapter(const Tensor& adapter, const F& f) {
   if constexpr (sizeof(T) == 2) {
-    if (adapter.scalar_type() == ScalarType::Float) return pack(float{});
+    if (adapter.scalar_type() == ScalarType::Float) return f(matrix<const float>(adapter));
   }
-  return pack(T{});
+  return f(matrix<const T>(adapter));
 }
 
 // Call f with a value of the storage type.

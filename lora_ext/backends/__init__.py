@@ -19,6 +19,7 @@ from torch import Tensor
 
 NAMES = ("cpp", "reference")
 BACKENDS: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in NAMES}
+_IN_ORDER = tuple(BACKENDS.items())
 
 
 def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
@@ -29,7 +30,7 @@ def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
 
     """
     if name is None:
-        for candidate, backend in BACKENDS.items():
+        for candidate, backend in _IN_ORDER:
             if backend.unsupported(x, weight, A) is None:
                 return candidate
     elif name not in BACKENDS:

@@ -12,6 +12,9 @@ from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
+# The overload and not the packet, which would choose it anew at each call (1 us).
+_FWD = torch.ops.lora_ext.lora_linear_fwd.default
+_BWD = torch.ops.lora_ext.lora_linear_bwd.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -26,23 +29,35 @@ except ImportError as error:
 
 def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
     """Say why the C++ kernels can't run on these tensors; None when they can."""
+    if (
+        _not_loaded is None
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(A) in _PLAIN
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and x.layout is weight.layout is A.layout is torch.strided
+    ):
+        return None
     if _not_loaded is not None:
         return _not_loaded
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"runs on cpu tensors, x is on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
     for name, tensor in (("x", x), ("weight", weight), ("A", A)):
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
-            return f"takes plain strided tensors, {name} is {type(tensor).__name__}, {tensor.layout}"
-    return None
+        if type(tensor) not in _PLAIN:
+            return f"takes plain tensors, {name} is a {type(tensor).__name__}"
+        if tensor.layout is not torch.strided:
+            return f"takes strided tensors, {name} is {tensor.layout}"
+    raise AssertionError("every condition above has its reason")
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32."""
-    return torch.ops.lora_ext.lora_linear_fwd(x, weight, bias, A, B, alpha)
+    return _FWD(x, weight, bias, A, B, alpha)
 
 
 def backward(
@@ -56,5 +71,5 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
-    gradients = torch.ops.lora_ext.lora_linear_bwd(dy, x, weight, A, B, h, alpha, needs)
+    gradients = _BWD(dy, x, weight, A, B, h, alpha, needs)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
