@@ -20,6 +20,7 @@ from .timing import Times
 
 Row = dict[str, Any]
 OURS, FLOOR, PLAIN = "lora_ext", "linear", "reference"
+_TABLE_PROVIDERS = 4  # side by side in one table of about 120 columns
 
 
 def make_header(device: str, command: str) -> dict[str, Any]:
@@ -64,15 +65,18 @@ def print_report(
     console: Console, rows: Sequence[Row], providers: Sequence[str], title: str
 ) -> None:
     """Print the table of a run, a line a shape, and the summary under it."""
-    console.print(ratio_table(rows, providers, title))
+    timed = [name for name in providers if any(row["provider"] == name for row in rows)]
+    for first in range(0, len(timed), _TABLE_PROVIDERS):
+        shown = timed[first : first + _TABLE_PROVIDERS]
+        console.print(ratio_table(rows, shown, title if first == 0 else f"{title}, continued"))
+    console.print("ms: median ± half of p20 to p80; MiB: peak of one call, results included")
     for line in summary(rows):
         console.print(line, highlight=False)
 
 
 def ratio_table(rows: Sequence[Row], providers: Sequence[str], title: str) -> Table:
     """Lay out a line a shape: the two ratios, then time, spread and memory by provider."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "ms: median ± half of p20 to p80; MiB: peak of one call, results included"
+    table = Table(title=title, title_justify="left")
     table.add_column("M,K,N,R", no_wrap=True)
     table.add_column(f"{OURS}\n/ {FLOOR}", justify="right", style="bold")
     table.add_column(f"{PLAIN}\n/ {OURS}", justify="right", style="bold")
