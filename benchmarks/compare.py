@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from .report import Row, geometric_mean
+from .report import FLOOR, Row, geometric_mean
 
 SLOWER = 1.10  # a smaller change is not called a regression
 _KEY = ("provider", "device", "dtype", "mode", "M", "K", "N", "R")
@@ -58,6 +58,20 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     return [Change(o, n, n["ms_median"] / o["ms_median"]) for o, n in pairs if o is not None]
 
 
+def drift_free(changes: Sequence[Change]) -> list[float | None]:
+    """Return each change's ratio over that of `linear` at the same shape, None where it has none.
+
+    `linear` is timed in the same rounds, so a machine that is slower as a whole cancels out. Shown
+    beside the plain ratio and not part of the verdict.
+    """
+    sizes = _KEY[1:]
+    floors = {
+        tuple(c.new[key] for key in sizes): c.ratio for c in changes if c.new["provider"] == FLOOR
+    }
+    under = (floors.get(tuple(change.new[key] for key in sizes)) for change in changes)
+    return [c.ratio / floor if floor else None for c, floor in zip(changes, under, strict=True)]
+
+
 def print_comparison(console: Console, changes: Sequence[Change], old: dict, new: dict) -> None:
     """Print a line a row that both runs have, then geometric means and the verdict.
 
@@ -70,9 +84,10 @@ def print_comparison(console: Console, changes: Sequence[Change], old: dict, new
     """
     title = f"against commit {old.get('commit')} of {old.get('date')}"
     table = Table(title=title, title_justify="left")
-    for heading in ("provider", "M,K,N,R", "old ms", "new ms", "new / old", ""):
+    headings = ("provider", "M,K,N,R", "old ms", "new ms", "new / old", f"over {FLOOR}'s", "")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("provider", "") else "right")
-    for change in changes:
+    for change, relative in zip(changes, drift_free(changes), strict=True):
         row = change.new
         table.add_row(
             row["provider"],
@@ -80,6 +95,7 @@ def print_comparison(console: Console, changes: Sequence[Change], old: dict, new
             f"{change.old['ms_median']:.3g}",
             f"{row['ms_median']:.3g}",
             f"{change.ratio:.2f}",
+            "-" if relative is None else f"{relative:.2f}",
             "regression" if change.regressed else "",
             style="bold red" if change.regressed else None,
         )

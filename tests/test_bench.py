@@ -134,6 +134,20 @@ def test_compare_takes_noise_for_noise():
     assert not change.regressed
 
 
+def test_compare_shows_the_ratio_without_the_machines_drift():
+    old = [
+        made_row("linear", 1.0),
+        made_row("lora_ext", 2.0),
+        made_row("addmm", 1.0, Shape(1, 1, 1, 1)),
+    ]
+    new = [
+        made_row("linear", 2.0),
+        made_row("lora_ext", 5.0),
+        made_row("addmm", 1.0, Shape(1, 1, 1, 1)),
+    ]
+    assert compare.drift_free(compare.compare(old, new)) == [1.0, pytest.approx(1.25), None]
+
+
 def test_ratios_means_and_worst_shape_come_from_the_rows():
     small, large = Shape(1, 2, 3, 4), Shape(5, 6, 7, 8)
     times = {small: {"linear": 1, "reference": 2, "lora_ext": 4}, large: {"linear": 1}}
