@@ -96,13 +96,12 @@ def summary(rows: Sequence[Row]) -> list[str]:
     shapes = by_shape(rows)
     lines = []
     others = [p for p in dict.fromkeys(r["provider"] for r in rows) if p not in (OURS, FLOOR)]
-    over_floor = [(p, _mean(shapes.values(), p, FLOOR)) for p in others]
-    if shown := ", ".join(f"{p} {_times(mean)}" for p, mean in over_floor if mean):
+    cells = list(shapes.values())
+    if others and any(FLOOR in cell for cell in cells):
+        shown = ", ".join(f"{p} {_mean(cells, p, FLOOR)}" for p in others)
         lines.append(f"geometric means over {FLOOR}: {shown}")
-    ours, gain = (_mean(shapes.values(), *pair) for pair in ((OURS, FLOOR), (PLAIN, OURS)))
-    lines.append(
-        f"geometric means: {OURS} / {FLOOR} {_times(ours)}, {PLAIN} / {OURS} {_times(gain)}"
-    )
+    ours, gain = _mean(cells, OURS, FLOOR), _mean(cells, PLAIN, OURS)
+    lines.append(f"geometric means: {OURS} / {FLOOR} {ours}, {PLAIN} / {OURS} {gain}")
     gains = {s: g for s, cells in shapes.items() if (g := ratio(cells, PLAIN, OURS))}
     if gains:
         worst = min(gains, key=gains.__getitem__)
@@ -135,8 +134,11 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
 
 
-def _mean(shapes: Iterable[dict[str, Row]], over: str, under: str) -> float | None:
-    return geometric_mean([r for cells in shapes if (r := ratio(cells, over, under))])
+def _mean(shapes: Sequence[dict[str, Row]], over: str, under: str) -> str:
+    """Show a geometric mean, and over how many shapes where that is not all of them."""
+    ratios = [r for cells in shapes if (r := ratio(cells, over, under))]
+    part = f" ({len(ratios)} of {len(shapes)} shapes)" if 0 < len(ratios) < len(shapes) else ""
+    return _times(geometric_mean(ratios)) + part
 
 
 def _times(value: float | None) -> str:

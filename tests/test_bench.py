@@ -1,6 +1,7 @@
 """The benchmark's own promises: what is wrong is not timed, and what got slower is found."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -82,6 +83,15 @@ def test_the_base_layer_alone_does_not_pass_as_an_adapted_one():
         limits.check(base)
 
 
+@pytest.mark.parametrize("shape", [SHAPE, Shape(1, 2048, 2048, 16)])
+def test_an_fp32_result_with_factors_rounded_to_bf16_is_wrong(shape):
+    case = make_case(shape, "cpu", torch.float32, "fwd")
+    limits = gate.Gate(case, providers.PROVIDERS["reference"](case).results())
+    rounded = dataclasses.replace(case, A=case.A.bfloat16().float())
+    with pytest.raises(gate.Wrong, match="y is off"):
+        limits.check(providers.PROVIDERS["reference"](rounded).results())
+
+
 def test_the_reference_provider_is_the_reference():
     case = make_case(SHAPE, "cpu", torch.float32, "fwd")
     layer = LinearWithLoRA(providers._frozen_linear(case), SHAPE.R, case.alpha)
@@ -151,14 +161,14 @@ def test_compare_shows_the_ratio_without_the_machines_drift():
 def test_ratios_means_and_worst_shape_come_from_the_rows():
     small, large = Shape(1, 2, 3, 4), Shape(5, 6, 7, 8)
     times = {small: {"linear": 1, "reference": 2, "lora_ext": 4}, large: {"linear": 1}}
-    times[large] |= {"reference": 8, "lora_ext": 1}
+    times[large] |= {"reference": 8, "lora_ext": 1, "addmm": 3}
     rows = [made_row(name, ms, shape) for shape, by in times.items() for name, ms in by.items()]
     table = report.ratio_table(rows, ["linear", "reference", "lora_ext"], "title")
     columns = [list(column.cells) for column in table.columns]
     assert columns[:3] == [["1,2,3,4", "5,6,7,8"], ["4.00", "1.00"], ["0.50", "8.00"]]
     assert columns[3] == ["1 ±2%", "1 ±2%"]
     assert report.summary(rows) == [
-        "geometric means over linear: reference 4.00",
+        "geometric means over linear: reference 4.00, addmm 3.00 (1 of 2 shapes)",
         "geometric means: lora_ext / linear 2.00, reference / lora_ext 2.00",
         "worst shape: 1,2,3,4: reference / lora_ext 0.50, lora_ext / linear 4.00",
     ]
