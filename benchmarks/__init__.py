@@ -1,0 +1,1 @@
+"""Benchmarks of lora_ext beside what else a user could run; see `bench_linear`."""

@@ -1,0 +1,199 @@
+"""Time one adapted linear layer, forward or forward and backward, beside its alternatives.
+
+Each provider's results are first checked against an fp64 oracle; what is wrong is not timed.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from .cases import DTYPES, MODES, Case, make_case
+from .compare import compare, print_comparison, read_run
+from .gate import Gate, Wrong
+from .grids import GRIDS, Shape, parse_shape
+from .providers import DEFAULT, PROVIDERS, Step, Unavailable
+from .report import FLOOR, Row, make_header, make_row, print_report, write_json
+from .timing import measure, peak_mib
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 0, or 1 if a provider is wrong or, with --compare, slower."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    header = make_header(args.device, f"python -m benchmarks.bench_linear {shlex.join(argv)}")
+    console = _console()
+    console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
+    rows, not_timed = _run_all(args)
+    title = f"{args.dtype} {args.mode} on {args.device}, threads {header['threads']}"
+    print_report(console, rows, args.providers, title)
+    for entry in not_timed:
+        where = ",".join(str(entry[size]) for size in Shape._fields)
+        text = f"not timed: {entry['provider']} at {where}: {entry['reason']}"
+        console.print(text, style="red" if entry["failed"] else None, highlight=False)
+    if args.json:
+        write_json(args.json, header, rows, not_timed)
+    regressed = False
+    if args.compare:
+        changes = compare(args.compare["rows"], rows)
+        print_comparison(console, changes, args.compare["header"], header)
+        regressed = any(change.regressed for change in changes) or not changes
+    return int(regressed or any(entry["failed"] for entry in not_timed))
+
+
+def run_shape(
+    shape: Shape, device: str, dtype: str, mode: str, providers: Sequence[str], budget_s: float
+) -> tuple[list[Row], list[Row]]:
+    """Check, then time the providers at one shape.
+
+    Returns:
+        A row for each that was timed, and an entry with the reason for each that was not; its
+        "failed" tells a wrong or broken provider from one that is not to be had here.
+
+    """
+    case = make_case(shape, device, DTYPES[dtype], mode)
+    not_timed: list[Row] = []
+
+    def refuse(provider: str, reason: str, failed: bool = True) -> None:
+        entry = {"provider": provider, **shape._asdict(), "reason": reason, "failed": failed}
+        not_timed.append(entry)
+
+    with torch.set_grad_enabled(case.training):
+        gate = Gate(case, PROVIDERS["reference"](case).results())
+        runs, peaks = {}, {}
+        for name in providers:
+            try:
+                runs[name] = _checked(name, case, gate).run
+                peaks[name] = peak_mib(runs[name], device)
+            except Unavailable as reason:
+                refuse(name, str(reason), failed=False)
+            except Wrong as reason:
+                refuse(name, f"wrong: {reason}")
+            except Exception as error:  # of whatever kind: one provider does not end the run
+                runs.pop(name, None)
+                refuse(name, f"{type(error).__name__}: {error}")
+        del gate
+        times, failed = measure(runs, device, budget_s)
+    for name, reason in failed.items():
+        refuse(name, reason)
+    return [
+        make_row(name, device, dtype, mode, shape, times[name], peaks[name]) for name in times
+    ], not_timed
+
+
+def _checked(name: str, case: Case, gate: Gate) -> Step:
+    """Build a provider's step and run it through the gate, twice: compilation ends in the first."""
+    step = PROVIDERS[name](case)
+    for _ in range(2):
+        gate.check(step.results(), lora=name != FLOOR)
+    return step
+
+
+def _run_all(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    rows: list[Row] = []
+    not_timed: list[Row] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(args.shapes))
+        for shape in args.shapes:
+            progress.update(task, description=str(shape))
+            timed, refused = run_shape(
+                shape, args.device, args.dtype, args.mode, args.providers, args.seconds
+            )
+            rows += timed
+            not_timed += refused
+            progress.advance(task)
+    return rows, not_timed
+
+
+def _console() -> Console:
+    """Return a console that cuts no table short where the output is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_linear", description=__doc__.partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--device", choices=tuple(GRIDS), default="cpu")
+    add("--dtype", choices=tuple(DTYPES), default="fp32")
+    add("--mode", choices=MODES, default="fwd", help="fwd runs without autograd (default)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--grid", choices=("standard", "quick"), default="standard")
+    which.add_argument("--shape", type=_shape, metavar="M,K,N,R", help="this shape alone")
+    add(
+        "--providers",
+        type=_providers,
+        default=list(DEFAULT),
+        metavar="NAME,...",
+        help=f"of {', '.join(PROVIDERS)}; or all (default {','.join(DEFAULT)})",
+    )
+    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's choice)")
+    add(
+        "--seconds",
+        type=_positive(float),
+        default=2.0,
+        metavar="BUDGET",
+        help="timing budget of a shape, over all providers (default 2)",
+    )
+    add("--compare", type=_earlier_run, metavar="OLD.json", help="exit 1 if a row got slower")
+    add("--json", type=_writable, metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
+    args.shapes = [args.shape] if args.shape else GRIDS[args.device][args.grid]
+    return args
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _providers(text: str) -> list[str]:
+    names = list(PROVIDERS) if text == "all" else list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in PROVIDERS]:
+        known = ", ".join(PROVIDERS)
+        raise argparse.ArgumentTypeError(f"no provider {unknown[0]!r}, there are: {known}")
+    return names
+
+
+def _positive(kind: type):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _earlier_run(text: str) -> dict:
+    try:
+        return read_run(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"no file can be written at {text}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
