@@ -2,7 +2,8 @@
 // file per instruction set, which first sets
 //   LORA_EXT_VECTOR_BYTES   width of a vector register
 //   LORA_EXT_TILE_ROWS      rows of c that a tile keeps in registers beside one panel's width
-// and the compiler's target. All is in an unnamed namespace, so that nothing compiled for one
+// and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so the
+// width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that nothing compiled for one
 // instruction set can be linked into another.
 #pragma once
 
@@ -61,8 +62,14 @@ inline void narrow(FloatVector v, float* to) { write(to, v); }
 inline void narrow(DoubleVector v, double* to) { write(to, v); }
 
 inline FloatVector widen(const BFloat16* from) {
-  const UintVector wide = __builtin_convertvector(read<ShortVector>(from), UintVector) << 16;
-  return (FloatVector)wide;
+#if LORA_EXT_VECTOR_BYTES == 64
+  const UintVector wide = (UintVector)_mm512_cvtepu16_epi32(read<__m256i>(from));
+#elif LORA_EXT_VECTOR_BYTES == 32  // GCC 12 takes four instructions for what is one
+  const UintVector wide = (UintVector)_mm256_cvtepu16_epi32(read<__m128i>(from));
+#else
+  const UintVector wide = __builtin_convertvector(read<ShortVector>(from), UintVector);
+#endif
+  return (FloatVector)(wide << 16);
 }
 
 inline void narrow(FloatVector v, BFloat16* to) {
@@ -73,12 +80,12 @@ inline void narrow(FloatVector v, BFloat16* to) {
   write(to, __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), ShortVector));
 }
 
-#if defined(__AVX512F__)
+#if LORA_EXT_VECTOR_BYTES == 64
 inline FloatVector widen(const Float16* from) { return _mm512_cvtph_ps(read<__m256i>(from)); }
 inline void narrow(FloatVector v, Float16* to) {
   write(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__)
+#elif LORA_EXT_VECTOR_BYTES == 32
 inline FloatVector widen(const Float16* from) { return _mm256_cvtph_ps(read<__m128i>(from)); }
 inline void narrow(FloatVector v, Float16* to) {
   write(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -33,6 +33,14 @@ const Blocks& blocks() {
   return chosen;
 }
 
+int64_t dot_rows() {
+#if defined(__x86_64__)
+  if (&blocks() == &kAvx2Blocks) return 8;
+  if (&blocks() == &kAvx512Blocks) return 2;
+#endif
+  return 0;
+}
+
 template <>
 bool library_gemm_is_fast<float>() {
   return true;

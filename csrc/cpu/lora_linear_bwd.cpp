@@ -13,6 +13,10 @@ namespace {
 // of both dtypes, and narrow enough that the threads share them evenly.
 constexpr int64_t kColumnBlock = 128;
 
+// Up to this many rows, t and the low-rank part of dx are dot products with the rows of B and A as
+// they lie: packing those (30 us at 2048 x 16) costs more than using them.
+constexpr int64_t kMaxRowsOfDot = 4;
+
 // Below this many rows, widening the weight costs more than the library's slow product.
 constexpr int64_t kMinRowsOfOwnProduct = 4;
 
@@ -80,9 +84,9 @@ class Backward {
     }
     const View<const T> dy_t = dy_view_.transposed(), x_view = matrix<const T>(x);
     const View<T> out_view = matrix<T>(out);
-    for_each_tile<Sum>(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col,
+    for_each_strip(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col,
                                                int64_t cols) {
-      product_tile<T>(dy_t.block(row, 0, rows, shape_.M), x_view.block(0, col, shape_.M, cols),
+      product_strip<T>(dy_t.block(row, 0, rows, shape_.M), x_view.block(0, col, shape_.M, cols),
                       nullptr, out_view.block(row, col, rows, cols), nullptr);
     });
   }
@@ -92,7 +96,7 @@ class Backward {
     const auto [M, K, N, R] = shape_;
     Scratch<Sum> out(M * ld_);
     with_adapter<T>(B, [&](auto view) {
-      if (suits_dot(M, view)) {
+      if (M <= kMaxRowsOfDot && has_dense_rows(view)) {
         using TB = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
         const Scratch<Sum> left(M * N);
         blocks().storage<T>().load(dy_view_, left.get(), N);
@@ -119,7 +123,7 @@ class Backward {
     const bool ours = !library_gemm_is_fast<T>() && M >= kMinRowsOfOwnProduct;
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
-      if (!ours && suits_dot(M, view)) {
+      if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
         using TA = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
         update<T>(out_view, [&](Sum* values, int64_t ld) {
           blocks().storage<TA>().dot({t.get(), M, R, ld_, 1}, view, values, ld, true);
@@ -143,9 +147,9 @@ class Backward {
                            const RightFactor<Sum>& A_t, View<T> out) const {
     const auto [M, K, N, R] = shape_;
     const View<const T> weight_view = matrix<const T>(weight);
-    for_each_tile<Sum>(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    for_each_strip(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
-      product_tile<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
+      product_strip<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
                       out.block(row, col, rows, cols), &low);
     });
   }

@@ -1,9 +1,12 @@
 // Forward on the CPU: y = x @ weight.T + bias + alpha * h @ B, h = x @ A.
 //
-// Two ways to the base product. Where PyTorch's GEMM runs at the CPU's rate, it makes it, and one
-// pass over row blocks adds the low-rank part while y is in cache. Where it does not (16-bit dtypes
-// without hardware for them) the product is ours, with the low-rank part as R more steps of its
-// summed dimension.
+// Three ways to the base product, all ending in one pass over y:
+// - few rows: dot products with the weight's rows as they lie, the low-rank part added to each block
+//   of columns;
+// - where PyTorch's GEMM runs at the CPU's rate, it makes it, and row blocks of y take the low-rank
+//   part while they are in cache;
+// - where it does not (16-bit dtypes without hardware for them), strips of our own, with the low-rank
+//   part as R more steps of the summed dimension.
 #include "cpu/tensors.h"
 #include "lora_linear.h"
 
@@ -11,50 +14,91 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-// Below this many rows, packing the weight costs more than the library's slow product.
-constexpr int64_t kMinRowsOfOwnProduct = 4;
-
 template <typename T>
-void forward(const Shape& shape, const Tensor& x, const Tensor& weight,
-             const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B, double alpha,
-             const Tensor& y, const Tensor& h) {
+class Forward {
   using Sum = Acc<T>;
-  const auto [M, K, N, R] = shape;
-  const View<const T> x_view = matrix<const T>(x);
-  const View<T> y_view = matrix<T>(y), h_view = matrix<T>(h);
-  const auto factor = [&](auto view) { return RightFactor<Sum>(view, M); };
-  const auto A_factor = with_adapter<T>(A, factor), B_factor = with_adapter<T>(B, factor);
-  const int64_t ld = round_up_to_panel<Sum>(R);
-  const Scratch<Sum> alpha_h(M * ld);
 
-  const auto shrink = [&](int64_t row, int64_t rows) {
-    Sum* block = alpha_h.get() + row * ld;
-    skinny_product<T>(x_view.block(row, 0, rows, K), A_factor, R, block, ld);
-    blocks().storage<T>().store(block, ld, Sum(1), nullptr, h_view.block(row, 0, rows, R));
-    blocks().storage<Sum>().store(block, ld, Sum(alpha), nullptr, {block, rows, R, ld, 1});
-  };
-
-  if (library_gemm_is_fast<T>() || M < kMinRowsOfOwnProduct) {
-    linear_out(x, weight, bias, y);
-    for_each_row_block(M, [&](int64_t row, int64_t rows) {
-      shrink(row, rows);
-      add_low_rank<T>({alpha_h.get() + row * ld, ld, R, B_factor.from(0, 0)},
-                      y_view.block(row, 0, rows, N));
-    });
-    return;
+ public:
+  Forward(const Shape& shape, const Tensor& x, const Tensor& weight,
+          const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B, double alpha)
+      : shape_(shape),
+        x_(matrix<const T>(x)),
+        weight_(matrix<const T>(weight)),
+        A_(with_adapter<T>(A, [&](auto view) { return RightFactor<Sum>(view, shape.M); })),
+        B_(with_adapter<T>(B, [&](auto view) { return RightFactor<Sum>(view, shape.M); })),
+        alpha_(alpha),
+        ld_(round_up_to_panel<Sum>(shape.R)),
+        alpha_h_(shape.M * ld_) {
+    if (bias.has_value()) dense_bias_.emplace(torch::stable::contiguous(*bias));
   }
-  for_each_row_block(M, shrink);
-  const View<const T> weight_t = matrix<const T>(weight).transposed();
-  const T* bias_data = nullptr;
-  const Tensor dense_bias = bias.has_value() ? torch::stable::contiguous(*bias) : y;
-  if (bias.has_value()) bias_data = static_cast<const T*>(dense_bias.data_ptr());
-  for_each_tile<Sum>(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
-    const LowRank<Sum> low = {alpha_h.get() + row * ld, ld, R, B_factor.from(0, col)};
-    product_tile<T>(x_view.block(row, 0, rows, K), weight_t.block(0, col, K, cols),
-                    bias_data == nullptr ? nullptr : bias_data + col,
-                    y_view.block(row, col, rows, cols), &low);
-  });
-}
+
+  bool suits_dots() const { return shape_.M <= dot_rows() && has_dense_rows(weight_); }
+
+  void by_dots(View<T> y, View<T> h) const {
+    constexpr int64_t kCols = 256;
+    const auto [M, K, N, R] = shape_;
+    shrink(0, M, h);
+    const Scratch<Sum> copy(M * K);
+    View<const Sum> x = {copy.get(), M, K, K, 1};
+    blocks().storage<T>().load(x_, copy.get(), K);
+    torch::stable::parallel_for(0, (N + kCols - 1) / kCols, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<Sum> sum(M * kCols);
+      for (int64_t col = begin * kCols; col < std::min(end * kCols, N); col += kCols) {
+        const int64_t cols = std::min(kCols, N - col);
+        const LowRank<Sum> low = low_rank(0, col);
+        blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
+        blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
+                                          kCols, true);
+        blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col),
+                                    y.block(0, col, M, cols));
+      }
+    });
+  }
+
+  // y holds the base product and the bias already.
+  void onto_base(View<T> y, View<T> h) const {
+    for_each_row_block(shape_.M, [&](int64_t row, int64_t rows) {
+      shrink(row, rows, h);
+      add_low_rank<T>(low_rank(row, 0), y.block(row, 0, rows, shape_.N));
+    });
+  }
+
+  void by_strips(View<T> y, View<T> h) const {
+    const auto [M, K, N, R] = shape_;
+    for_each_row_block(M, [&](int64_t row, int64_t rows) { shrink(row, rows, h); });
+    for_each_strip(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
+      const LowRank<Sum> low = low_rank(row, col);
+      product_strip<T>(x_.block(row, 0, rows, K), weight_.transposed().block(0, col, K, cols),
+                      bias(col), y.block(row, col, rows, cols), &low);
+    });
+  }
+
+ private:
+  // h = x @ A for some rows, and alpha * h for the low-rank part: alpha meets unrounded sums.
+  void shrink(int64_t row, int64_t rows, View<T> h) const {
+    const int64_t R = shape_.R;
+    Sum* block = alpha_h_.get() + row * ld_;
+    skinny_product<T>(x_.block(row, 0, rows, shape_.K), A_, R, block, ld_);
+    blocks().storage<T>().store(block, ld_, Sum(1), nullptr, h.block(row, 0, rows, R));
+    blocks().storage<Sum>().store(block, ld_, Sum(alpha_), nullptr, {block, rows, R, ld_, 1});
+  }
+
+  LowRank<Sum> low_rank(int64_t row, int64_t col) const {
+    return {alpha_h_.get() + row * ld_, ld_, shape_.R, B_.from(0, col)};
+  }
+
+  const T* bias(int64_t col) const {
+    return dense_bias_ ? static_cast<const T*>(dense_bias_->data_ptr()) + col : nullptr;
+  }
+
+  const Shape shape_;
+  const View<const T> x_, weight_;
+  const RightFactor<Sum> A_, B_;
+  const double alpha_;
+  const int64_t ld_;  // of alpha_h_: R rounded up to a panel
+  const Scratch<Sum> alpha_h_;
+  std::optional<Tensor> dense_bias_;
+};
 
 }  // namespace
 }  // namespace cpu
@@ -67,7 +111,17 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   const Tensor y = cpu::empty_like_dtype(x, {shape.M, shape.N});
   const Tensor h = cpu::empty_like_dtype(x, {shape.M, shape.R});
   cpu::with_storage_type(x.scalar_type(), [&](auto storage) {
-    cpu::forward<decltype(storage)>(shape, x, weight, bias, A, B, alpha, y, h);
+    using T = decltype(storage);
+    const cpu::Forward<T> forward(shape, x, weight, bias, A, B, alpha);
+    const cpu::View<T> y_view = cpu::matrix<T>(y), h_view = cpu::matrix<T>(h);
+    if (forward.suits_dots()) {
+      forward.by_dots(y_view, h_view);
+    } else if (cpu::library_gemm_is_fast<T>()) {
+      cpu::linear_out(x, weight, bias, y);
+      forward.onto_base(y_view, h_view);
+    } else {
+      forward.by_strips(y_view, h_view);
+    }
   });
   return {y, h};
 }

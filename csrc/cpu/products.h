@@ -16,10 +16,10 @@ namespace lora_ext::cpu {
 // How much of the summed dimension is worked on at a time: one panel of it (16 KB) stays in a 32 KB
 // first-level cache while the rows of the left factor pass.
 inline constexpr int64_t kDepth = 256;
-// A tile of a large product: its panels (256 x 512 floats) and its rows share a 512 KB second-level
-// cache, and it is large enough that packing them costs 5 % of the multiplying.
-inline constexpr int64_t kTileRowsMax = 384;
-inline constexpr int64_t kTileColsMax = 512;
+// A large product goes by strips of columns, packed whole, and in each by tiles of rows. A tile's sum
+// (192 x 256 floats, 192 KB) and the panels of one kDepth (256 KB) share a 512 KB second-level cache.
+inline constexpr int64_t kStripCols = 256;
+inline constexpr int64_t kTileRows = 192;
 
 // Uninitialised memory of one thread, aligned to a cache line.
 template <typename A>
@@ -93,39 +93,42 @@ void skinny_product(View<const T> left, const RightFactor<Acc<T>>& right, int64_
   }
 }
 
-// out (left.rows, right.cols) = left @ right + low.left @ low.right + bias, one tile of it: the
-// low-rank part is so many more steps of the summed dimension.
+// A product of rank `rank` that is added to a larger one: so many more steps of the summed dimension.
 template <typename A>
 struct LowRank {
-  const A* left;  // (rows of the tile, rank), dense rows of `ld`, scaled by alpha
+  const A* left;  // (rows, rank), dense rows of `ld`, scaled by alpha
   int64_t ld, rank;
   Panels<const A> right;
 };
 
+// out = left @ right + low.left @ low.right + bias, for a strip of columns that one thread has; `low`
+// and `bias` may be null.
 template <typename T>
-void product_tile(View<const T> left, View<const T> right, const T* bias, View<T> out,
-                  const LowRank<Acc<T>>* low) {
+void product_strip(View<const T> left, View<const T> right, const T* bias, View<T> out,
+                   const LowRank<Acc<T>>* low) {
   using A = Acc<T>;
-  const int64_t rows = out.rows, cols = out.cols, wide = round_up_to_panel<A>(cols);
+  const int64_t cols = out.cols, wide = round_up_to_panel<A>(cols);
   const MultiplyOps<A>& products = blocks().products<A>();
-  const Scratch<A> sum(rows * wide), panels(std::min(kDepth, left.cols) * wide),
-      copy(rows * std::min(kDepth, left.cols));
-  bool add = false;
-  for (int64_t k = 0; k < left.cols; k += kDepth) {
-    const int64_t depth = std::min(kDepth, left.cols - k);
-    blocks().storage<T>().pack(right.block(k, 0, depth, cols), panels.get());
-    const auto block = as_left_factor<T>(left.block(0, k, rows, depth), copy.get());
-    products.multiply(block, Panels<const A>::packed(panels.get(), depth), cols, sum.get(), wide,
-                      add);
-    add = true;
+  const RightFactor<A> panels(right, left.rows);
+  const int64_t tile_rows = std::min(kTileRows, left.rows);
+  const Scratch<A> sum(tile_rows * wide), copy(tile_rows * std::min(kDepth, left.cols));
+  for (int64_t row = 0; row < left.rows; row += kTileRows) {
+    const int64_t rows = std::min(kTileRows, left.rows - row);
+    bool add = false;
+    for (int64_t k = 0; k < left.cols; k += kDepth) {
+      const int64_t depth = std::min(kDepth, left.cols - k);
+      const auto block = as_left_factor<T>(left.block(row, k, rows, depth), copy.get());
+      products.multiply(block, panels.from(k, 0), cols, sum.get(), wide, add);
+      add = true;
+    }
+    if (low != nullptr) {
+      const View<const A> block = {low->left + row * low->ld, rows, low->rank, low->ld, 1};
+      products.multiply(block, low->right, cols, sum.get(), wide, add);
+      add = true;
+    }
+    if (!add) std::fill_n(sum.get(), rows * wide, A(0));
+    blocks().storage<T>().store(sum.get(), wide, A(1), bias, out.block(row, 0, rows, cols));
   }
-  if (low != nullptr) {
-    products.multiply({low->left, rows, low->rank, low->ld, 1}, low->right, cols, sum.get(), wide,
-                      add);
-    add = true;
-  }
-  if (!add) std::fill_n(sum.get(), rows * wide, A(0));
-  blocks().storage<T>().store(sum.get(), wide, A(1), bias, out);
 }
 
 // out (R, cols) = left.T @ right for a left factor of few columns (M, R; dense rows of `ld`), and
@@ -173,10 +176,10 @@ void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
   });
 }
 
-// Whether the product of a matrix of `rows` rows with `transposed`.T goes by `dot`.
+// Whether `dot` takes a matrix as its right factor.
 template <typename T>
-bool suits_dot(int64_t rows, View<T> transposed) {
-  return rows <= 4 && (transposed.col_stride == 1 || transposed.cols == 1);
+bool has_dense_rows(View<T> matrix) {
+  return matrix.col_stride == 1 || matrix.cols == 1;
 }
 
 }  // namespace lora_ext::cpu

@@ -88,23 +88,22 @@ void with_storage_type(ScalarType dtype, const F& f) {
   }
 }
 
-// Split (rows, cols) into tiles for the threads: as large as the cache takes, and a whole number of
-// them for each thread where the sizes allow it. body(row, n_rows, col, n_cols).
-template <typename A, typename F>
-void for_each_tile(int64_t rows, int64_t cols, const F& body) {
+// Split (rows, cols) into strips of columns, and those into parts of rows where the strips alone do
+// not come out even among the threads. body(row, n_rows, col, n_cols).
+template <typename F>
+void for_each_strip(int64_t rows, int64_t cols, const F& body) {
   if (rows == 0 || cols == 0) return;
   const auto parts = [](int64_t size, int64_t most) { return (size + most - 1) / most; };
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t down = parts(rows, kTileRowsMax);
-  int64_t across = parts(cols, kTileColsMax);
-  while (down * across % threads != 0 && cols / across >= 8 * kPanel<A>) ++across;
-  const int64_t tile_rows = parts(rows, down);
-  const int64_t tile_cols = round_up_to_panel<A>(parts(cols, across));
-  across = parts(cols, tile_cols);
+  const int64_t across = parts(cols, kStripCols);
+  int64_t down = 1;
+  while (down * across % threads != 0 && rows / (down + 1) >= kTileRows) ++down;
+  const int64_t part_rows = parts(rows, down);
+  down = parts(rows, part_rows);
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t row = tile / across * tile_rows, col = tile % across * tile_cols;
-      body(row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col));
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t row = part / across * part_rows, col = part % across * kStripCols;
+      body(row, std::min(part_rows, rows - row), col, std::min(kStripCols, cols - col));
     }
   });
 }

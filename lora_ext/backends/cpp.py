@@ -71,5 +71,11 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
-    gradients = _BWD(dy, x, weight, A, B, h, alpha, needs)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    dx, dweight, dbias, dA, dB = _BWD(dy, x, weight, A, B, h, alpha, needs)
+    return (
+        dx if needs[0] else None,
+        dweight if needs[1] else None,
+        dbias if needs[2] else None,
+        dA if needs[3] else None,
+        dB if needs[4] else None,
+    )
