@@ -17,9 +17,6 @@ constexpr int64_t kColumnBlock = 128;
 // they lie: packing those (30 us at 2048 x 16) costs more than using them.
 constexpr int64_t kMaxRowsOfDot = 4;
 
-// Below this many rows, widening the weight costs more than the library's slow product.
-constexpr int64_t kMinRowsOfOwnProduct = 4;
-
 // out (R, cols) = scale * left.T @ right, left (M, R; dense rows of `ld`), split over columns.
 template <typename T, typename TOut>
 void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
@@ -120,7 +117,7 @@ class Backward {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
     blocks().storage<Sum>().store(t.get(), ld_, Sum(alpha_), nullptr, {t.get(), M, R, ld_, 1});
-    const bool ours = !library_gemm_is_fast<T>() && M >= kMinRowsOfOwnProduct;
+    const bool ours = !library_gemm_is_fast<T>();
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
