@@ -1,5 +1,6 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -61,7 +62,7 @@ def lora_linear(
     ):
         return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
     y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
-    return _like_rows_of(x, y)
+    return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -69,27 +70,27 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, alpha, name):
-        rows = _rows(x)
-        y, h = BACKENDS[name].forward(rows, weight, bias, A, B, alpha)
+        y, h = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
-            rows if need_dA or need_dweight else _stand_in(x),
+            x if need_dA or need_dweight else _stand_in(x),
             weight if need_dx else _stand_in(weight),
             A if need_dx else _stand_in(A),
             B if need_dx or need_dA else _stand_in(B),
             h if need_dB else _stand_in(h),
         )
         ctx.alpha, ctx.name, ctx.x_shape = alpha, name, x.shape
-        return _like_rows_of(x, y)
+        return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        x, *others = ctx.saved_tensors
         dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(
-            _rows(dy), *ctx.saved_tensors, ctx.alpha, ctx.needs_input_grad[:5]
+            _rows(dy), _rows(x), *others, ctx.alpha, ctx.needs_input_grad[:5]
         )
         if dx is not None:
-            dx = dx.view(ctx.x_shape)
+            dx = _with_shape(dx, ctx.x_shape)
         return dx, dweight, dbias, dA, dB, None, None
 
 
@@ -210,14 +211,18 @@ def _device_type(x: Any) -> str:
 
 def _rows(x: Tensor) -> Tensor:
     """View x (..., K) as a matrix (M, K); a copy only where its strides forbid a view."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """View y (M, N) with x's leading dimensions."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+def _with_shape(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give a fresh matrix its leading dimensions.
+
+    By `_unsafe_view`, as F.linear itself does: what leaves a Function as a view can't be written
+    into, and `nn.ReLU(inplace=True)` behind a linear does just that.
+    """
+    return rows if len(shape) == 2 else torch.ops.aten._unsafe_view.default(rows, shape)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """Keep a dtype without the data: the backward reads no more of what it does not need."""
-    return tensor.new_empty(0)
+    return tensor.new_empty(0, 0)

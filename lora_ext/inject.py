@@ -169,9 +169,7 @@ def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     return layers
 
 
-def _linears(
-    module: nn.Module, prefix: str
-) -> Iterable[tuple[nn.Module, str, str, nn.Module]]:
+def _linears(module: nn.Module, prefix: str) -> Iterable[tuple[nn.Module, str, str, nn.Module]]:
     """Yield (parent, attribute, dotted name, linear) in the reference's order, shared ones too."""
     for attribute, child in module._modules.items():
         name = f"{prefix}{attribute}"

@@ -270,7 +270,9 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
     if scaling not in SCALINGS:
-        raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}")
+        raise ValueError(
+            f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}"
+        )
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
