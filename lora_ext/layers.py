@@ -203,7 +203,8 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         raise TypeError(f"layer must be a LinearWithLoRA, got {type(layer).__name__}")
     weight = layer.weight
     if x is None:
-        x = weight.new_empty(1, layer.in_features)
+        like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
+        x = like.new_empty(1, layer.in_features)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
     if (why := why_composed(layer.linear, layer.lora, x)) is not None:
