@@ -48,7 +48,8 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
     """
-    if torch.is_autocast_enabled(_device_type(x)):
+    # Not for meta: PyTorch raises when asked about a device that has no autocast.
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
     if not _fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
@@ -156,6 +157,8 @@ def check_arguments(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
     _check_shapes(x, weight, bias, A, B)
     for name, tensor in named.items():
         adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
@@ -163,8 +166,6 @@ def check_arguments(
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
@@ -200,13 +201,8 @@ def _autocast(
 
     x, weight, bias = cast(x), cast(weight), cast(bias)
     keep = x.dtype in HALF
-    A, B = (t if keep and t.dtype == torch.float32 else cast(t) for t in (A, B))
+    A, B = (t if keep and getattr(t, "dtype", None) == torch.float32 else cast(t) for t in (A, B))
     return x, weight, bias, A, B
-
-
-def _device_type(x: Any) -> str:
-    # Device.type makes its string anew at each call, 4 us cold: not for the commonest answer.
-    return "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
 
 
 def _rows(x: Tensor) -> Tensor:

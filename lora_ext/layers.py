@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.nn import Parameter, UninitializedParameter
 from torch.nn.modules import module as every_module
 
 from .backends import BACKENDS, unsupported_reasons
@@ -122,7 +122,7 @@ class LinearWithLoRA(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(linear)
-        if backend is not None and backend not in BACKENDS:
+        if backend is not None and backend not in tuple(BACKENDS):
             known = ", ".join(BACKENDS)
             raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
@@ -249,6 +249,8 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         return "hooks are attached to linear or lora"
     if x.is_nested:
         return "x is a nested tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
     return None
 
 
@@ -260,6 +262,9 @@ def check_linear(linear: Any) -> None:
         raise TypeError(f"linear must be an nn.Linear or a module with its attributes, got {got}")
     if isinstance(linear, LinearWithLoRA):
         raise TypeError("linear must be the layer to adapt, got a LinearWithLoRA")
+    if isinstance(linear.weight, UninitializedParameter):
+        got = type(linear).__name__
+        raise ValueError(f"linear must have its weight: call the {got} on an input first")
 
 
 def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
@@ -270,6 +275,8 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     if scaling not in SCALINGS:
         raise ValueError(
             f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}"
