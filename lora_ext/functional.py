@@ -161,11 +161,11 @@ def check_arguments(
         raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
     _check_shapes(x, weight, bias, A, B)
     for name, tensor in named.items():
+        if tensor.device != x.device:  # first: autocast casts only what is on x's kind of device
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
         if tensor.dtype != x.dtype and not adapter_over_half:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
