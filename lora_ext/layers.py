@@ -151,7 +151,13 @@ class LinearWithLoRA(nn.Module):
         if why is None:
             base, low = linear._parameters, lora._parameters
             return lora_linear(
-                x, base["weight"], base["bias"], low["A"], low["B"], lora.scale, backend=self.backend
+                x,
+                base["weight"],
+                base["bias"],
+                low["A"],
+                low["B"],
+                lora.scale,
+                backend=self.backend,
             )
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -228,7 +234,10 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         return "the forward of linear or lora was replaced"
     parameters, factors = own["_parameters"], lora_own["_parameters"]
     if not (
-        type(parameters.get("weight")) is type(factors.get("A")) is type(factors.get("B")) is Parameter
+        type(parameters.get("weight"))
+        is type(factors.get("A"))
+        is type(factors.get("B"))
+        is Parameter
         and type(parameters.get("bias")) in (Parameter, type(None))
     ):
         return "weight, bias, A or B is not a plain Parameter"
