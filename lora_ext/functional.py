@@ -53,6 +53,7 @@ def lora_linear(
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
     if not _fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
+        alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
     name = choose(backend, x, weight, A)
     if torch.is_grad_enabled() and (
         x.requires_grad

@@ -1,5 +1,8 @@
 """Infinities, NaN, zeros and factors at the edge of a dtype."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +49,14 @@ def test_alpha_zero_gives_the_linear_alone(backend: Backend):
     want = expected(case)
     got = gradients(backend.linear, want.inputs, 0.0)
     assert not got["dA"].any() and not got["dB"].any()
+
+
+@pytest.mark.parametrize("alpha", [2, np.float32(2), np.int64(2), Fraction(2), True], ids=repr)
+def test_any_real_number_is_an_alpha(backend: Backend, alpha):
+    inputs = make_inputs(CASE)
+    got = gradients(backend.linear, inputs, alpha)
+    want = gradients(backend.linear, inputs, float(alpha))
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_zero_b_gives_zero_gradient_for_a(backend: Backend):
