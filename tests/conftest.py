@@ -1,7 +1,6 @@
 """Fixtures: every backend that can run here, one after the other, and poisoned memory."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +13,6 @@ from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 
 from .numerics import Linear
-
-# "Import never fails, one warning": it is tested where it is provoked, and noise elsewhere.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,8 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 # The one list of what the tests run over: all backends, and here the further variants of one, e.g.
-# "cpp": [Backend("cpp", "avx2", partial(environment, LORA_EXT_CPU_ISA="avx2"))].
+# "triton": [Backend("triton", "small_m", partial(environment, LORA_EXT_REGIME="small_m"))]. The
+# instruction sets of "cpp" are chosen once a process: test_isa.py.
 VARIANTS: dict[str, list[Backend]] = {}
 
 
