@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .inject import require_lora_layers
+from .functional import HALF
+from .inject import linears, require_lora_layers
 from .layers import LinearWithLoRA, check_hyperparameters, lora_layers
 
 _FORMAT = "lora_ext.adapter"
@@ -109,7 +110,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     tensors, metadata = _read(Path(path))
-    extra = _names(_field(metadata, "modules_to_save", []))
+    extra = _field(metadata, "modules_to_save", [])
+    if not isinstance(extra, list) or not all(isinstance(name, str) for name in extra):
+        raise ValueError(f"the adapter file's modules_to_save must be names, got {extra!r}")
     expected = {key: value for name in extra for key, value in _module_state(model, name).items()}
     layers = _adapted_layers(model, tensors, metadata)
     for name, layer in layers.items():
@@ -117,10 +120,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         expected[_join(name, "lora.B")] = layer.lora.B
     _check_tensors(tensors, expected)
 
-    for name, layer in layers.items():
-        if _module(model, name) is not layer:
-            parent, _, attribute = name.rpartition(".")
-            setattr(_module(model, parent), attribute, layer)
+    adapted = {layer.linear: layer for layer in layers.values()}
+    for parent, attribute, _, linear in list(linears(model)):  # a shared one in all its places
+        if linear in adapted:
+            setattr(parent, attribute, adapted[linear])
     with torch.no_grad():
         for key, target in expected.items():
             target.copy_(tensors[key])
@@ -160,7 +163,7 @@ def _adapted_layers(
         want = tuple(v.get(name) if isinstance(v, dict) else v for v in (rank, alpha, scaling))
         try:
             check_hyperparameters(*want)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the adapter file's entry for {name!r} is damaged: {error}") from None
         module = _module(model, name)
         if isinstance(module, LinearWithLoRA):
@@ -175,13 +178,23 @@ def _adapted_layers(
             layers[name] = module
         elif isinstance(module, nn.Linear) and name:
             if module not in fresh:
-                dtype = tensors[_join(name, "lora.A")].dtype
-                fresh[module] = _without_rng(module, want, dtype)
+                A = tensors[_join(name, "lora.A")]
+                _check_factor(_join(name, "lora.A"), A, module, want[0])
+                fresh[module] = _without_rng(module, want, A.dtype)
             layers[name] = fresh[module]
         else:
             got = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(f"{name or 'model'} must be a linear layer, the model has {got}")
     return layers
+
+
+def _check_factor(key: str, A: Tensor, linear: nn.Linear, rank: int) -> None:
+    """Check A before a layer is made to hold it: its rank and dtype come from a file."""
+    if (want := (linear.in_features, rank)) != A.shape:
+        raise ValueError(f"{key} must have shape {want}, the file has {tuple(A.shape)}")
+    base = linear.weight.dtype
+    if A.dtype != base and not (base in HALF and A.dtype == torch.float32):
+        raise ValueError(f"{key} must have the model's dtype {base}, the file has {A.dtype}")
 
 
 def _without_rng(linear: nn.Module, want: tuple, dtype: torch.dtype) -> LinearWithLoRA:
@@ -222,7 +235,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 def _field(metadata: dict[str, str], key: str, default: object = None):
     try:
         return json.loads(metadata[key]) if key in metadata else default
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, nested too deep
         raise ValueError(f"the adapter file's {key} is damaged: {error}") from None
 
 

@@ -1,5 +1,6 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -47,10 +48,12 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
     """
-    if torch.is_autocast_enabled(_device_type(x)):
+    # Not for meta: PyTorch raises when asked about a device that has no autocast.
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
     if not _fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
+        alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
     name = choose(backend, x, weight, A)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -61,7 +64,7 @@ def lora_linear(
     ):
         return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
     y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
-    return _like_rows_of(x, y)
+    return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -69,18 +72,17 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, alpha, name):
-        rows = _rows(x)
-        y, h = BACKENDS[name].forward(rows, weight, bias, A, B, alpha)
+        y, h = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
-            rows if need_dA or need_dweight else _stand_in(x),
+            x if need_dA or need_dweight else _stand_in(x),
             weight if need_dx else _stand_in(weight),
             A if need_dx else _stand_in(A),
             B if need_dx or need_dA else _stand_in(B),
             h if need_dB else _stand_in(h),
         )
         ctx.alpha, ctx.name, ctx.x_shape = alpha, name, x.shape
-        return _like_rows_of(x, y)
+        return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
@@ -91,12 +93,11 @@ class _LoRALinear(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of each argument of _LoRALinear."""
     x, weight, A, B, h = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
     dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(
-        _rows(dy), x, weight, A, B, h, ctx.alpha, needs
+        _rows(dy), _rows(x), weight, A, B, h, ctx.alpha, ctx.needs_input_grad[:5]
     )
-    if dx is not None and len(ctx.x_shape) != 2:
-        dx = dx.view(ctx.x_shape)
+    if dx is not None:
+        dx = _with_shape(dx, ctx.x_shape)
     return dx, dweight, dbias, dA, dB, None, None
 
 
@@ -165,15 +166,15 @@ def check_arguments(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
     _check_shapes(x, weight, bias, A, B)
     for name, tensor in named.items():
+        if tensor.device != x.device:  # first: autocast casts only what is on x's kind of device
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
         if tensor.dtype != x.dtype and not adapter_over_half:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
@@ -209,25 +210,29 @@ def _autocast(
 
     x, weight, bias = cast(x), cast(weight), cast(bias)
     keep = x.dtype in HALF
-    A, B = (t if keep and t.dtype == torch.float32 else cast(t) for t in (A, B))
+    A, B = (t if keep and getattr(t, "dtype", None) == torch.float32 else cast(t) for t in (A, B))
     return x, weight, bias, A, B
 
 
-def _device_type(x: Any) -> str:
+def _device_type(x: Tensor) -> str:
     # Device.type makes its string anew at each call, 4 us cold: not for the commonest answer.
-    return "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def _rows(x: Tensor) -> Tensor:
     """View x (..., K) as a matrix (M, K); a copy only where its strides forbid a view."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """View y (M, N) with x's leading dimensions."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+def _with_shape(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give a fresh matrix its leading dimensions.
+
+    By `_unsafe_view`, as F.linear itself does: what leaves a Function as a view can't be written
+    into, and `nn.ReLU(inplace=True)` behind a linear does just that.
+    """
+    return rows if len(shape) == 2 else torch.ops.aten._unsafe_view.default(rows, shape)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """Keep a dtype without the data: the backward reads no more of what it does not need."""
-    return tensor.new_empty(0)
+    return tensor.new_empty(0, 0)

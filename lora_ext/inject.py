@@ -60,8 +60,9 @@ def replace_linear_with_lora(
         named = targets is not None and isinstance(module, nn.Linear) and targets(name)
         return (by_default or named) and not (excluded is not None and excluded(name))
 
-    places = [place for place in _linears(model, "") if wanted(place[2], place[3])]
-    if not places and not any(lora_layers(model)):
+    places = [place for place in linears(model) if wanted(place[2], place[3])]
+    already = any((targets is None or targets(name)) for name, _ in lora_layers(model))
+    if not places and not already:
         raise ValueError(_nothing_to_replace(model, target_modules, exclude_modules))
     for parent, _, name, _ in places:
         if isinstance(parent, nn.MultiheadAttention):
@@ -169,16 +170,14 @@ def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     return layers
 
 
-def _linears(
-    module: nn.Module, prefix: str
-) -> Iterable[tuple[nn.Module, str, str, nn.Module]]:
+def linears(module: nn.Module, prefix: str = "") -> Iterable[tuple[nn.Module, str, str, nn.Module]]:
     """Yield (parent, attribute, dotted name, linear) in the reference's order, shared ones too."""
     for attribute, child in module._modules.items():
         name = f"{prefix}{attribute}"
         if isinstance(child, nn.Linear):
             yield module, attribute, name, child
         elif child is not None and not isinstance(child, LinearWithLoRA):
-            yield from _linears(child, f"{name}.")
+            yield from linears(child, f"{name}.")
 
 
 def _matcher(argument: str, pattern: str | Iterable[str] | None):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.nn import Parameter, UninitializedParameter
 from torch.nn.modules import module as every_module
 
 from .backends import BACKENDS, unsupported_reasons
@@ -122,7 +122,7 @@ class LinearWithLoRA(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(linear)
-        if backend is not None and backend not in BACKENDS:
+        if backend is not None and backend not in tuple(BACKENDS):
             known = ", ".join(BACKENDS)
             raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
@@ -151,7 +151,13 @@ class LinearWithLoRA(nn.Module):
         if why is None:
             base, low = linear._parameters, lora._parameters
             return lora_linear(
-                x, base["weight"], base["bias"], low["A"], low["B"], lora.scale, backend=self.backend
+                x,
+                base["weight"],
+                base["bias"],
+                low["A"],
+                low["B"],
+                lora.scale,
+                backend=self.backend,
             )
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -203,7 +209,8 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         raise TypeError(f"layer must be a LinearWithLoRA, got {type(layer).__name__}")
     weight = layer.weight
     if x is None:
-        x = weight.new_empty(1, layer.in_features)
+        like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
+        x = like.new_empty(1, layer.in_features)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
     if (why := why_composed(layer.linear, layer.lora, x)) is not None:
@@ -227,7 +234,10 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         return "the forward of linear or lora was replaced"
     parameters, factors = own["_parameters"], lora_own["_parameters"]
     if not (
-        type(parameters.get("weight")) is type(factors.get("A")) is type(factors.get("B")) is Parameter
+        type(parameters.get("weight"))
+        is type(factors.get("A"))
+        is type(factors.get("B"))
+        is Parameter
         and type(parameters.get("bias")) in (Parameter, type(None))
     ):
         return "weight, bias, A or B is not a plain Parameter"
@@ -248,6 +258,8 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         return "hooks are attached to linear or lora"
     if x.is_nested:
         return "x is a nested tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
     return None
 
 
@@ -259,6 +271,9 @@ def check_linear(linear: Any) -> None:
         raise TypeError(f"linear must be an nn.Linear or a module with its attributes, got {got}")
     if isinstance(linear, LinearWithLoRA):
         raise TypeError("linear must be the layer to adapt, got a LinearWithLoRA")
+    if isinstance(linear.weight, UninitializedParameter):
+        got = type(linear).__name__
+        raise ValueError(f"linear must have its weight: call the {got} on an input first")
 
 
 def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
@@ -269,8 +284,12 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     if scaling not in SCALINGS:
-        raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}")
+        raise ValueError(
+            f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}"
+        )
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from reference import LinearWithLoRA
 
 from benchmarks import bench_linear, compare, gate, providers, report, timing
 from benchmarks.cases import DTYPES, flops, make_case
 from benchmarks.grids import GRIDS, Shape, parse_shape
+
+from .reference import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)
 ROW_FIELDS = ("provider device dtype mode M K N R ms_median ms_p20 ms_p80 peak_mib tflops").split()

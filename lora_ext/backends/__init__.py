@@ -33,7 +33,7 @@ def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
         for candidate, backend in _IN_ORDER:
             if backend.unsupported(x, weight, A) is None:
                 return candidate
-    elif name not in BACKENDS:
+    elif name not in tuple(BACKENDS):  # a list, which has no hash, is no name either
         raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {name!r}")
     reasons = unsupported_reasons(x, weight, A)
     if name is None:

@@ -1,6 +1,6 @@
 """Plain PyTorch: the specification, what every other backend is tested against, the last fallback.
 
-    y = x @ weight.T + bias + alpha * (x @ A @ B)
+y = x @ weight.T + bias + alpha * (x @ A @ B)
 """
 
 import torch.nn.functional as F

@@ -1,0 +1,80 @@
+"""Fixtures: every backend that can run here, one after the other, and poisoned memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from lora_ext import lora_linear
+from lora_ext.backends import BACKENDS
+
+from .numerics import Linear
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend to test: its name, and for a variant what to set around each test."""
+
+    name: str
+    variant: str = ""
+    around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    slow: bool = False  # leave out the problem that crosses every block size
+
+    def __str__(self) -> str:
+        """As in a test id."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    @property
+    def linear(self) -> Linear:
+        """`lora_linear` with this backend asked for by name."""
+        return partial(lora_linear, backend=self.name)
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the time of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+# The one list of what the tests run over: all backends, and here the further variants of one, e.g.
+# "triton": [Backend("triton", "small_m", partial(environment, LORA_EXT_REGIME="small_m"))]. The
+# instruction sets of "cpp" are chosen once a process: test_isa.py.
+VARIANTS: dict[str, list[Backend]] = {}
+
+
+def backends_that_run_here() -> list[Backend]:
+    """Return the backends that take CPU tensors on this machine, with their variants."""
+    one = torch.ones(1, 1)
+    names = [name for name, b in BACKENDS.items() if b.unsupported(one, one, one) is None]
+    return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
+
+
+@pytest.fixture(params=backends_that_run_here(), ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend that runs here, set up."""
+    with request.param.around():
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fill what at::empty hands out with NaN: an element that nobody writes shows."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
