@@ -36,13 +36,14 @@ def check_losses(plain: Result, ours: Result, bound: float) -> str:
     if not largest <= bound:
         gaps = [abs(a - b) for a, b in zip(plain.losses, ours.losses, strict=True)]
         first = next(i for i, gap in enumerate(gaps, 1) if not gap <= bound)
+        pair = f"{plain.losses[first - 1]:.6f} and {ours.losses[first - 1]:.6f}"
         raise CheckFailed(
-            f"the losses of {plain.name} and {ours.name} diverge: {plain.losses[first - 1]:.6f} and "
-            f"{ours.losses[first - 1]:.6f} at step {first}, the bound is {bound:g} nats"
+            f"the losses of {plain.name} and {ours.name} diverge: {pair} at step {first}, "
+            f"the bound is {bound:g} nats"
         )
-    steps = len(plain.losses)
     return (
-        f"losses agree over {steps} steps: largest difference {largest:.1e}, bound {bound:g} nats"
+        f"losses agree over {len(plain.losses)} steps: largest difference {largest:.1e} nats, "
+        f"bound {bound:g}"
     )
 
 

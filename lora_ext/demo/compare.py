@@ -55,7 +55,7 @@ def compare(settings: Settings, out: Path) -> None:
         table(results, plain.result, ours.result, task.metric, task.show, _machine(settings))
     )
     picture = out / f"{settings.task}.png"
-    save_plot(plain.result, ours.result, picture, task.title)
+    save_plot(plain.result, ours.result, picture, task.title, _machine(settings))
     console.print(f"plot {picture}", soft_wrap=True)
     _check(plain, ours, task, settings, out, console)
 
@@ -117,7 +117,8 @@ def _conditions(ours: Run, settings: Settings, steps: int) -> str:
 
 
 def _machine(settings: Settings) -> str:
-    return f"torch {torch.__version__}, CPU, {settings.threads} threads, float32"
+    threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
+    return f"torch {torch.__version__}, CPU, {threads}, float32"
 
 
 def _console() -> Console:

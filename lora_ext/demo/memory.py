@@ -1,7 +1,7 @@
 """Peak memory of a training step, measured for each run in a process of its own.
 
 In one process the runs would share what the allocator keeps, and the first would pay for all.
-`python -m lora_ext.demo.memory`, with the request as JSON on stdin, is the other side of `peak_mib`.
+`python -m lora_ext.demo.memory`, the request as JSON on stdin, is the other side of `peak_mib`.
 """
 
 import json
@@ -69,7 +69,7 @@ def _measure(kind: str, settings: Settings) -> float:
     _CLEAR.write_text("5")  # sets the peak to what is resident now
     before = _resident_mib("VmRSS")
     for _ in range(STEPS):
-        run.step(task, batches[-1], settings.seed, 1e-4)
+        run.step(task, batches[-1], settings.seed)
     return _resident_mib("VmHWM") - before
 
 

@@ -1,5 +1,6 @@
 """What a run measured, and the table of all runs."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,17 @@ class Result:
 
 
 def largest_difference(first: Result, second: Result) -> float:
-    """Return the largest absolute difference of the losses of two runs over all steps, in nats."""
-    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
+    """Return the largest absolute difference of two runs' losses, in nats; NaN if one is NaN."""
+    gaps = [abs(a - b) for a, b in zip(first.losses, second.losses, strict=True)]
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
+
+
+def paired_ratio(plain: Result, ours: Result) -> float:
+    """Return the median over the steps of plain's time over ours, taken in the same minute.
+
+    Where the machine's speed drifts during the run, this says more than the ratio of the medians.
+    """
+    return statistics.median(p / o for p, o in zip(plain.step_s, ours.step_s, strict=True))
 
 
 def rows(
@@ -38,7 +48,7 @@ def rows(
     metric: str,
     show: Callable[[float], str],
 ) -> list[list[str]]:
-    """Return the table's rows: label, one cell for each run, and plain over ours where it says.
+    """Return the table's rows: label, one cell for each run, and plain over ours.
 
     Args:
         results: the runs, in the order of the columns.
@@ -62,7 +72,7 @@ def rows(
         row(
             "time a step, median (ms)",
             lambda r: f"{1e3 * r.median_step_s:.1f}",
-            plain.median_step_s / ours.median_step_s,
+            paired_ratio(plain, ours),
         ),
         row(
             "  in LoRA'd linears, replayed (ms)",

@@ -64,7 +64,7 @@ class Shakespeare:
 
     metric = "held-out perplexity"
     adapted = "model"
-    modules_to_save = ()
+    modules_to_save: tuple[str, ...] = ()
     loss_bound = 0.02
 
     def __init__(self, settings: Settings) -> None:
@@ -82,9 +82,9 @@ class Shakespeare:
         count = QUICK_HELD_OUT if settings.quick else HELD_OUT_SEQUENCES
         self.held_out = sequences(tokenizer(held_out, verbose=False).input_ids)[:count]
         if len(self.train) < BATCH or not len(self.held_out):
-            got = f"{len(self.train)} to train on and {len(self.held_out)} held out"
             raise DemoError(
-                f"--text must give {BATCH} and 1 sequences of {LENGTH} tokens, got {got}"
+                f"--text must give at least {BATCH} sequences of {LENGTH} tokens to train on and 1 "
+                f"held out, got {len(self.train)} and {len(self.held_out)}"
             )
         self.steps = settings.steps or (QUICK_STEPS if settings.quick else STEPS)
 

@@ -11,7 +11,7 @@ import lora_ext
 
 from . import plain
 from .report import Result
-from .task import ALPHA, LEARNING_RATE, RANK, Batch, Settings, Task
+from .task import ALPHA, HEAD_LEARNING_RATE, LEARNING_RATE, RANK, Batch, Settings, Task
 
 HEAD_ONLY, PLAIN, OURS = "head only", "plain LoRA", "lora_ext"
 
@@ -44,13 +44,14 @@ class Run:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.result.trainable = sum(p.numel() for p in trainable)
         self.result.total = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE)
+        self.learning_rate = HEAD_LEARNING_RATE if kind == HEAD_ONLY else LEARNING_RATE
+        self.optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate)
 
-    def step(self, task: Task, batch: Batch, seed: int, learning_rate: float) -> None:
+    def step(self, task: Task, batch: Batch, seed: int, decay: float = 1.0) -> None:
         """Take one training step and note its loss and its time (forward, backward, update)."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = decay * self.learning_rate
         torch.manual_seed(seed)  # the same dropout in every run
         begin = time.perf_counter()
         loss = task.loss(self.model, batch)
@@ -74,9 +75,9 @@ def train_in_lockstep(
     compared. Who goes first changes each step, since the second finds the batch in the caches.
     """
     for step, batch in enumerate(batches):
-        learning_rate = LEARNING_RATE * (1 - step / len(batches))
+        decay = 1 - step / len(batches)
         for run in runs if step % 2 == 0 else reversed(runs):
-            run.step(task, batch, seed * 1_000_003 + step, learning_rate)
+            run.step(task, batch, seed * 1_000_003 + step, decay)
         after_step(step)
 
 
