@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def _calls(run: Run, task: Task, batch: Batch) -> dict[tuple, list[str]]:
     for name, module in run.model.named_modules():
         if hasattr(module, "linear") and hasattr(module, "lora"):
 
-            def record(layer: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+            def record(layer: Any, args: tuple[Tensor], name: str = name) -> None:
                 bias = layer.linear.bias is not None
                 call = (args[0].shape, args[0].requires_grad, layer.linear.out_features, bias)
                 calls[call].append(name)

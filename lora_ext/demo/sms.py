@@ -20,7 +20,7 @@ SPLIT_SEED = 2011  # not the run's seed: every seed is tested on the same messag
 BATCH = 16
 EVAL_BATCH = 32
 MAX_TOKENS = 128  # one message of the 1,114 is longer
-QUICK_STEPS, QUICK_TEST = 12, 64
+QUICK_STEPS, QUICK_TEST = 8, 64
 Message = tuple[str, int]  # text, 1 for spam
 
 
