@@ -4,7 +4,7 @@ import importlib.util
 import io
 
 import pytest
-import reference
+from tests import reference
 import torch
 
 from lora_ext.demo import checks, cli, packages, plain, report, shakespeare, sms, train
