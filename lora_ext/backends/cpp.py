@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
 
-BUILD_COMMAND = "pip install --no-build-isolation -e ."
+BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
@@ -21,9 +21,12 @@ try:
     _not_loaded = None
 except ImportError as error:
     _not_loaded = f"the extension lora_ext._C is not there ({error}); build it: {BUILD_COMMAND}"
-    warnings.warn(
+    # Explicit, since the frame to blame is the import system's and not the user's.
+    warnings.warn_explicit(
         f"{_not_loaded}\nUntil then lora_ext runs on plain PyTorch (backend 'reference').",
-        stacklevel=2,
+        UserWarning,
+        filename="lora_ext",
+        lineno=0,
     )
 
 

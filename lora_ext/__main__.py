@@ -1,0 +1,148 @@
+"""`python -m lora_ext`: what was found, which backend would run and why, and a self-test."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+
+import torch
+
+import lora_ext
+from lora_ext.backends import BACKENDS, unsupported_reasons
+
+_SELF_TEST_SHAPE = (37, 96, 160, 8)  # M, K, N, R: no size a multiple of every block
+
+
+def main() -> int:
+    """Print the report; return 0 when every backend that can run passed its self-test."""
+    _print_table("found", _found())
+    for device in ("cpu", "cuda"):
+        _print_table(f"backends for {device}", _choices(device))
+    results = list(_self_tests())
+    _print_table("self-test", results)
+    failed = [name for name, result in results if not result.startswith("passed")]
+    if failed:
+        print(f"lora_ext {lora_ext.__version__} is NOT right on this machine: {', '.join(failed)}")
+        return 1
+    first = _first_that_runs("cpu")
+    runs = f"on cpu with backend {first!r}"
+    if torch.cuda.is_available():
+        runs += f" and on cuda with backend {_first_that_runs('cuda')!r}"
+    print(f"lora_ext {lora_ext.__version__} works {runs}.")
+    return 0
+
+
+def _found() -> Iterator[tuple[str, str]]:
+    yield "lora_ext", lora_ext.__version__
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "system", platform.platform()
+    yield "cpu", f"{_cpu_name()}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+    yield "threads", str(torch.get_num_threads())
+    cuda = torch.version.cuda or torch.version.hip
+    yield "torch", f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'for the CPU only'}"
+    yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    yield "triton", _version("triton")
+    yield "compiler", _compiler()
+    yield "extension", _extension()
+
+
+def _choices(device: str) -> Iterator[tuple[str, str]]:
+    """Each backend's answer for a float32 layer on `device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        yield from ((name, "not tried, PyTorch finds no CUDA device") for name in BACKENDS)
+        return
+    chosen = _first_that_runs(device)
+    for name, reason in _reasons(device).items():
+        yield name, reason or ("runs" if name == chosen else f"can run, comes after {chosen}")
+
+
+def _self_tests() -> Iterator[tuple[str, str]]:
+    """Run every backend that can run on every device there is, against float64."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for name, reason in _reasons(device).items():
+            if reason is None:
+                try:
+                    yield f"{name} on {device}", _compare(name, device)
+                except Exception as error:  # a report has to reach its end
+                    yield f"{name} on {device}", f"failed: {type(error).__name__}: {error}"
+
+
+def _compare(name: str, device: str) -> str:
+    """Forward and every gradient in float32 against the reference in float64."""
+    M, K, N, R = _SELF_TEST_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((M, K), (N, K), (N,), (K, R), (R, N))
+    exact = [
+        (torch.randn(size, generator=generator, dtype=torch.float64) / K**0.5).requires_grad_()
+        for size in sizes
+    ]
+    dy = torch.randn(M, N, generator=generator, dtype=torch.float64)
+    ours = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
+    y_exact = lora_ext.lora_linear(*exact, 2.0, backend="reference")
+    y_ours = lora_ext.lora_linear(*ours, 2.0, backend=name)
+    y_exact.backward(dy)
+    y_ours.backward(dy.to(y_ours))
+    pairs = [(y_exact, y_ours)] + [(e.grad, o.grad) for e, o in zip(exact, ours, strict=True)]
+    error = max(_relative_error(e, o) for e, o in pairs)
+    # Sums of up to 160 products of float32: sqrt(160) roundings of 6e-8, with room for the order.
+    verdict = "passed" if error < 3e-6 else "failed"
+    return f"{verdict}: y and five gradients, largest error {error:.1e} of the largest value"
+
+
+def _relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:
+    return ((got.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def _reasons(device: str) -> dict[str, str | None]:
+    x = torch.zeros(4, 8, device=device)
+    return unsupported_reasons(x, x, x)
+
+
+def _first_that_runs(device: str) -> str:
+    return next(name for name, reason in _reasons(device).items() if reason is None)
+
+
+def _extension() -> str:
+    if BACKENDS["cpp"].unsupported(*[torch.zeros(4, 8)] * 3) is not None:
+        return "not built"
+    from lora_ext import _C
+
+    info = _C.build_info()
+    return (
+        f"built with torch {info['torch']} by {info['compiler']}; CPU kernels use {info['cpu_isa']}"
+    )
+
+
+def _compiler() -> str:
+    path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if path is None:
+        return "none: building the extension needs one (g++ 11 or later)"
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return version.stdout.partition("\n")[0] or path
+
+
+def _version(package: str) -> str:
+    if find_spec(package) is None:
+        return "none"
+    return str(getattr(__import__(package), "__version__", "unknown version"))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    print(f"{title}:")
+    for name, value in rows:
+        print(f"  {name + ':':<18} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
