@@ -4,12 +4,12 @@ import importlib.util
 import io
 
 import pytest
-from tests import reference
 import torch
 
 from lora_ext.demo import checks, cli, packages, plain, report, shakespeare, sms, train
 from lora_ext.demo.packages import DemoError
 from lora_ext.demo.task import Settings
+from tests import reference
 
 
 def need(*modules):
