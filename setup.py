@@ -24,7 +24,8 @@ def build_arguments() -> dict:
 
     extension = CppExtension(
         "lora_ext._C",
-        sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+        sorted(map(str, Path("csrc").glob("*.cpp")))
+        + sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No -march: each kernel file names the instruction set it is compiled for.

@@ -77,8 +77,14 @@ Shape check_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, co
   if (needs.dx) check_matrix("weight", weight, "(out_features, in_features)");
   if (reads_t) check_matrix("B", B, "(rank, out_features)");
   if (needs.dB) check_matrix("h", h, "(M, rank)");
-  const Shape shape = {dy.size(0), reads_x ? x.size(1) : needs.dx ? weight.size(1) : 0, dy.size(1),
-                       reads_t ? B.size(0) : needs.dB ? h.size(1) : 0};
+  const Shape shape = {dy.size(0),
+                       reads_x    ? x.size(1)
+                       : needs.dx ? weight.size(1)
+                                  : 0,
+                       dy.size(1),
+                       reads_t    ? B.size(0)
+                       : needs.dB ? h.size(1)
+                                  : 0};
   const ScalarType dtype = dy.scalar_type();
   if (reads_x) {
     check_shape("x", x, {shape.M, shape.K});

@@ -41,7 +41,10 @@ def _found() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{_cpu_name()}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
     yield "threads", str(torch.get_num_threads())
     cuda = torch.version.cuda or torch.version.hip
-    yield "torch", f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'for the CPU only'}"
+    yield (
+        "torch",
+        f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'for the CPU only'}",
+    )
     yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield "triton", _version("triton")
     yield "compiler", _compiler()

@@ -42,9 +42,10 @@ struct View {
   View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
-// A right-hand factor (depth, cols) is read in panels of kPanel columns, a row of which is one cache
-// line. Packed, a panel's rows lie one behind the other and columns past the last are zero; a dense
-// matrix of whole panels is read where it lies. The layout is the same for every instruction set.
+// A right-hand factor (depth, cols) is read in panels of kPanel columns, a row of which is one
+// cache line. Packed, a panel's rows lie one behind the other and columns past the last are zero; a
+// dense matrix of whole panels is read where it lies. The layout is the same for every instruction
+// set.
 template <typename A>
 inline constexpr int64_t kPanel = 64 / sizeof(A);
 

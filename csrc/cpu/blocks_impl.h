@@ -2,9 +2,9 @@
 // file per instruction set, which first sets
 //   LORA_EXT_VECTOR_BYTES   width of a vector register
 //   LORA_EXT_TILE_ROWS      rows of c that a tile keeps in registers beside one panel's width
-// and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so the
-// width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that nothing compiled for one
-// instruction set can be linked into another.
+// and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so
+// the width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that
+// nothing compiled for one instruction set can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +74,9 @@ inline FloatVector widen(const BFloat16* from) {
 
 inline void narrow(FloatVector v, BFloat16* to) {
   const UintVector bits = (UintVector)v;
-  const UintVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const UintVector nan = (bits >> 16) | 0x40;                             // rounding could make it inf
+  const UintVector rounded =
+      (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const UintVector nan = (bits >> 16) | 0x40;      // rounding could make it inf
   const UintVector is_nan = (UintVector)(v != v);
   write(to, __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), ShortVector));
 }
@@ -265,8 +266,8 @@ void multiply_edge(int64_t rows, int64_t cols, const A* a, int64_t row_stride, i
 template <typename A>
 void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add) {
   // A panel serves the rows of a strip before the next is read. With many steps between two touches
-  // of c that saves reading b again; with few (h @ B) c is most of the traffic, and one tile's rows,
-  // passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
+  // of c that saves reading b again; with few (h @ B) c is most of the traffic, and one tile's
+  // rows, passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
   const int64_t strip_rows = a.cols < 64 ? kTileRows : 8 * kTileRows;
   for (int64_t strip = 0; strip < a.rows; strip += strip_rows) {
     const int64_t end = strip + strip_rows < a.rows ? strip + strip_rows : a.rows;
@@ -279,8 +280,8 @@ void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ld
           multiply_rows<kTileRows>(rows, from, a.row_stride, a.col_stride, panel, b.row_stride,
                                    a.cols, c + i * ldc + j, ldc, add);
         } else {
-          multiply_edge(rows, cols - j, from, a.row_stride, a.col_stride, panel, b.row_stride, a.cols,
-                        c + i * ldc + j, ldc, add);
+          multiply_edge(rows, cols - j, from, a.row_stride, a.col_stride, panel, b.row_stride,
+                        a.cols, c + i * ldc + j, ldc, add);
         }
       }
     }

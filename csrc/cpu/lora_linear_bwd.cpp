@@ -81,10 +81,9 @@ class Backward {
     }
     const View<const T> dy_t = dy_view_.transposed(), x_view = matrix<const T>(x);
     const View<T> out_view = matrix<T>(out);
-    for_each_strip(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col,
-                                               int64_t cols) {
+    for_each_strip(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       product_strip<T>(dy_t.block(row, 0, rows, shape_.M), x_view.block(0, col, shape_.M, cols),
-                      nullptr, out_view.block(row, col, rows, cols), nullptr);
+                       nullptr, out_view.block(row, col, rows, cols), nullptr);
     });
   }
 
@@ -147,7 +146,7 @@ class Backward {
     for_each_strip(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
       product_strip<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
-                      out.block(row, col, rows, cols), &low);
+                       out.block(row, col, rows, cols), &low);
     });
   }
 

@@ -1,11 +1,13 @@
 // Forward on the CPU: y = x @ weight.T + bias + alpha * h @ B, h = x @ A.
 //
 // Three ways to the base product, all ending in one pass over y:
-// - few rows: dot products with the weight's rows as they lie, the low-rank part added to each block
+// - few rows: dot products with the weight's rows as they lie, the low-rank part added to each
+// block
 //   of columns;
 // - where PyTorch's GEMM runs at the CPU's rate, it makes it, and row blocks of y take the low-rank
 //   part while they are in cache;
-// - where it does not (16-bit dtypes without hardware for them), strips of our own, with the low-rank
+// - where it does not (16-bit dtypes without hardware for them), strips of our own, with the
+// low-rank
 //   part as R more steps of the summed dimension.
 #include "cpu/tensors.h"
 #include "lora_linear.h"
@@ -49,8 +51,7 @@ class Forward {
         blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
         blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
                                           kCols, true);
-        blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col),
-                                    y.block(0, col, M, cols));
+        blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col), y.block(0, col, M, cols));
       }
     });
   }
@@ -69,7 +70,7 @@ class Forward {
     for_each_strip(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = low_rank(row, col);
       product_strip<T>(x_.block(row, 0, rows, K), weight_.transposed().block(0, col, K, cols),
-                      bias(col), y.block(row, col, rows, cols), &low);
+                       bias(col), y.block(row, col, rows, cols), &low);
     });
   }
 

@@ -16,8 +16,9 @@ namespace lora_ext::cpu {
 // How much of the summed dimension is worked on at a time: one panel of it (16 KB) stays in a 32 KB
 // first-level cache while the rows of the left factor pass.
 inline constexpr int64_t kDepth = 256;
-// A large product goes by strips of columns, packed whole, and in each by tiles of rows. A tile's sum
-// (192 x 256 floats, 192 KB) and the panels of one kDepth (256 KB) share a 512 KB second-level cache.
+// A large product goes by strips of columns, packed whole, and in each by tiles of rows. A tile's
+// sum (192 x 256 floats, 192 KB) and the panels of one kDepth (256 KB) share a 512 KB second-level
+// cache.
 inline constexpr int64_t kStripCols = 256;
 inline constexpr int64_t kTileRows = 192;
 
@@ -93,7 +94,8 @@ void skinny_product(View<const T> left, const RightFactor<Acc<T>>& right, int64_
   }
 }
 
-// A product of rank `rank` that is added to a larger one: so many more steps of the summed dimension.
+// A product of rank `rank` that is added to a larger one: so many more steps of the summed
+// dimension.
 template <typename A>
 struct LowRank {
   const A* left;  // (rows, rank), dense rows of `ld`, scaled by alpha
@@ -101,8 +103,8 @@ struct LowRank {
   Panels<const A> right;
 };
 
-// out = left @ right + low.left @ low.right + bias, for a strip of columns that one thread has; `low`
-// and `bias` may be null.
+// out = left @ right + low.left @ low.right + bias, for a strip of columns that one thread has;
+// `low` and `bias` may be null.
 template <typename T>
 void product_strip(View<const T> left, View<const T> right, const T* bias, View<T> out,
                    const LowRank<Acc<T>>* low) {
