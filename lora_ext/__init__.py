@@ -2,9 +2,10 @@
 
 from ._version import __version__
 from .adapters import load_adapter, lora_state_dict, save_adapter
+from .explain import explain
 from .functional import lora_linear
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
-from .layers import LinearWithLoRA, LoRALayer, explain
+from .layers import LinearWithLoRA, LoRALayer
 
 __all__ = [
     "__version__",

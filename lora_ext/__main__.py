@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -84,8 +85,10 @@ def _compare(name: str, device: str) -> str:
     ]
     dy = torch.randn(M, N, generator=generator, dtype=torch.float64)
     ours = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
-    y_exact = lora_ext.lora_linear(*exact, 2.0, backend="reference")
-    y_ours = lora_ext.lora_linear(*ours, 2.0, backend=name)
+    x, weight, bias, A, B = exact
+    y_exact = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend="reference")
+    x, weight, bias, A, B = ours
+    y_ours = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend=name)
     y_exact.backward(dy)
     y_ours.backward(dy.to(y_ours))
     pairs = [(y_exact, y_ours)] + [(e.grad, o.grad) for e, o in zip(exact, ours, strict=True)]
@@ -111,9 +114,7 @@ def _first_that_runs(device: str) -> str:
 def _extension() -> str:
     if BACKENDS["cpp"].unsupported(*[torch.zeros(4, 8)] * 3) is not None:
         return "not built"
-    from lora_ext import _C
-
-    info = _C.build_info()
+    info = import_module("lora_ext._C").build_info()
     return (
         f"built with torch {info['torch']} by {info['compiler']}; CPU kernels use {info['cpu_isa']}"
     )

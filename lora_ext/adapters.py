@@ -5,15 +5,16 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .functional import HALF
+from .checks import HALF, check_hyperparameters
 from .inject import linears, require_lora_layers
-from .layers import LinearWithLoRA, check_hyperparameters, lora_layers
+from .layers import LinearWithLoRA, lora_layers
 
 _FORMAT = "lora_ext.adapter"
 _VERSION = "1"
@@ -160,7 +161,9 @@ def _adapted_layers(
     layers: dict[str, LinearWithLoRA] = {}
     fresh: dict[nn.Module, LinearWithLoRA] = {}
     for name in names:
-        want = tuple(v.get(name) if isinstance(v, dict) else v for v in (rank, alpha, scaling))
+        want: tuple[Any, ...] = tuple(
+            v.get(name) if isinstance(v, dict) else v for v in (rank, alpha, scaling)
+        )
         try:
             check_hyperparameters(*want)
         except (TypeError, ValueError, OverflowError) as error:

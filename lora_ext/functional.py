@@ -1,7 +1,6 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import BACKENDS, choose
-
-HALF = (torch.bfloat16, torch.float16)
+from .checks import HALF, check_arguments, fit
 
 
 def lora_linear(
@@ -51,7 +49,7 @@ def lora_linear(
     # Not for meta: PyTorch raises when asked about a device that has no autocast.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
-    if not _fit(x, weight, bias, A, B, alpha):
+    if not fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
         alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
     name = choose(backend, x, weight, A)
@@ -125,78 +123,6 @@ def lora_delta(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
     return alpha * F.linear(h, B.to(x.dtype).T)
 
 
-def _fit(x: Any, weight: Any, bias: Any, A: Any, B: Any, alpha: Any) -> bool:
-    """Answer at a glance (2 us) what `check_arguments` answers in words (9 us).
-
-    True only where that would not raise; False sends the unusual to it.
-    """
-    try:
-        out_features, in_features = weight.shape
-        rank = A.shape[1]
-        dtype, device, adapter = x.dtype, x.device, A.dtype
-        return (
-            x.shape[-1] == in_features
-            and A.shape == (in_features, rank)
-            and B.shape == (rank, out_features)
-            and rank > 0
-            and weight.dtype is dtype
-            and (adapter is dtype or (adapter is torch.float32 and dtype in HALF))
-            and B.dtype is adapter
-            and weight.device == device == A.device == B.device
-            and (
-                bias is None
-                or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device)
-            )
-            and dtype.is_floating_point
-            and type(alpha) in (float, int)
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-
-
-def check_arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
-) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless all fit `lora_linear`."""
-    named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B}
-    if bias is None:
-        del named["bias"]
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if not isinstance(alpha, Real):
-        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
-    _check_shapes(x, weight, bias, A, B)
-    for name, tensor in named.items():
-        if tensor.device != x.device:  # first: autocast casts only what is on x's kind of device
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-        adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
-        if tensor.dtype != x.dtype and not adapter_over_half:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-
-
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
-    if weight.dim() != 2:
-        raise ValueError(_expected("weight", "(out_features, in_features)", weight))
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(_expected("x", f"(..., {K})", x))
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(_expected("bias", f"({N},)", bias))
-    if A.dim() != 2 or A.shape[0] != K:
-        raise ValueError(_expected("A", f"({K}, rank)", A))
-    if A.shape[1] < 1:
-        raise ValueError(_expected("A", f"({K}, rank) with rank at least 1", A))
-    if B.shape != (A.shape[1], N):
-        raise ValueError(_expected("B", f"({A.shape[1]}, {N})", B))
-
-
-def _expected(name: str, shape: str, got: Tensor) -> str:
-    return f"{name} must have shape {shape}, got {tuple(got.shape)}"
-
-
 def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -204,7 +130,7 @@ def _autocast(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(t: Tensor | None) -> Tensor | None:
+    def cast(t: Any) -> Any:
         eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if eligible and t.device.type == device else t
 

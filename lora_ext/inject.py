@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .layers import LinearWithLoRA, check_hyperparameters, lora_layers, why_composed
+from .checks import check_hyperparameters
+from .layers import LinearWithLoRA, lora_layers, why_composed
 
 
 def replace_linear_with_lora(

@@ -2,21 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter, UninitializedParameter
+from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
-from .backends import BACKENDS, unsupported_reasons
-from .functional import HALF, lora_delta, lora_linear
-
-SCALINGS = {
-    "alpha": lambda alpha, rank: alpha,
-    "alpha/rank": lambda alpha, rank: alpha / rank,
-    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),
-}
+from .backends import NAMES
+from .checks import HALF, SCALINGS, check_backend, check_hyperparameters, check_linear
+from .functional import lora_delta, lora_linear
 
 
 class LoRALayer(nn.Module):
@@ -110,6 +105,9 @@ class LinearWithLoRA(nn.Module):
 
     """
 
+    linear: nn.Linear  # or any module with its attributes
+    lora: LoRALayer
+
     def __init__(
         self,
         linear: nn.Module,
@@ -122,16 +120,16 @@ class LinearWithLoRA(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(linear)
-        if backend is not None and backend not in tuple(BACKENDS):
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
+        if isinstance(linear, LinearWithLoRA):
+            raise TypeError("linear must be the layer to adapt, got a LinearWithLoRA")
+        check_backend(backend, NAMES)
+        self.linear = cast(nn.Linear, linear)
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
         # Created on the default device, as the reference does it, and then moved: a seed gives the
         # same A wherever the weight lies.
-        self.linear = linear
         self.lora = LoRALayer(
-            linear.in_features,
-            linear.out_features,
+            self.linear.in_features,
+            self.linear.out_features,
             rank,
             alpha,
             scaling=scaling,
@@ -143,22 +141,15 @@ class LinearWithLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `linear(x) + scale * (x @ A @ B)`, (..., out_features)."""
-        modules = self._modules  # attribute access on a module would cost 1 us for each name
+        modules: dict[str, Any] = self._modules  # by attribute each would cost 1 us
         linear, lora = modules["linear"], modules["lora"]
         if self._unmerged_weight:
             return linear(x)
         why = why_composed(linear, lora, x)
         if why is None:
             base, low = linear._parameters, lora._parameters
-            return lora_linear(
-                x,
-                base["weight"],
-                base["bias"],
-                low["A"],
-                low["B"],
-                lora.scale,
-                backend=self.backend,
-            )
+            weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
+            return lora_linear(x, weight, bias, A, B, lora.scale, backend=self.backend)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
         y = linear(x)
@@ -176,7 +167,7 @@ class LinearWithLoRA(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; while merged it holds the unmerged weight, which A and B belong to."""
         state = super().state_dict(*args, **kwargs)
         for original in self._unmerged_weight:
@@ -189,38 +180,6 @@ class LinearWithLoRA(nn.Module):
         if self._unmerged_weight:
             raise RuntimeError("the adapter is merged: call unmerge_(model) before loading a state")
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
-    """Say which backend a layer runs on an input, and why each other one does not.
-
-    Args:
-        layer: a LinearWithLoRA.
-        x: an input for it, (..., in_features); None takes one row of the weight's dtype.
-
-    Returns:
-        A line for what runs, then one for each other backend.
-
-    Raises:
-        TypeError: `layer` is no LinearWithLoRA.
-
-    """
-    if not isinstance(layer, LinearWithLoRA):
-        raise TypeError(f"layer must be a LinearWithLoRA, got {type(layer).__name__}")
-    weight = layer.weight
-    if x is None:
-        like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
-        x = like.new_empty(1, layer.in_features)
-    if layer._unmerged_weight:
-        return "runs linear(x): the adapter is merged into its weight"
-    if (why := why_composed(layer.linear, layer.lora, x)) is not None:
-        return f"runs linear(x) + lora(x), composed: {why}"
-    reasons = unsupported_reasons(x, weight, layer.lora.A)
-    chosen = layer.backend or next(name for name, reason in reasons.items() if reason is None)
-    lines = [f"{chosen}: {'asked for, but ' + r if (r := reasons.pop(chosen)) else 'runs'}"]
-    for name, reason in reasons.items():
-        lines.append(f"{name}: {reason or f'can run, comes after {chosen}'}")
-    return "\n".join(lines)
 
 
 def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
@@ -261,35 +220,6 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     return None
-
-
-def check_linear(linear: Any) -> None:
-    """Raise TypeError unless `linear` has what a linear layer has."""
-    needed = ("weight", "in_features", "out_features")
-    if not isinstance(linear, nn.Module) or not all(hasattr(linear, name) for name in needed):
-        got = type(linear).__name__
-        raise TypeError(f"linear must be an nn.Linear or a module with its attributes, got {got}")
-    if isinstance(linear, LinearWithLoRA):
-        raise TypeError("linear must be the layer to adapt, got a LinearWithLoRA")
-    if isinstance(linear.weight, UninitializedParameter):
-        got = type(linear).__name__
-        raise ValueError(f"linear must have its weight: call the {got} on an input first")
-
-
-def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless the three fit a LoRALayer."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank must be an integer, got {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    if scaling not in SCALINGS:
-        raise ValueError(
-            f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}"
-        )
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:

@@ -9,7 +9,7 @@ A backend is a module with three functions (M rows, K in, N out, R rank; x is a 
     backward(dy, x, weight, A, B, h, alpha, needs) -> (dx, dweight, dbias, dA, dB)
         None where `needs`, five booleans, does not ask
 
-A new one is a file here and its name in NAMES.
+A new one is a file here and its name in NAMES, before the reference, which can always run.
 """
 
 from importlib import import_module
@@ -17,30 +17,29 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..checks import check_backend
+
 NAMES = ("cpp", "reference")
 BACKENDS: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in NAMES}
-_IN_ORDER = tuple(BACKENDS.items())
+_BEFORE_REFERENCE = tuple((name, BACKENDS[name]) for name in NAMES if name != "reference")
 
 
 def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
-    """Return the name of the backend to run: the one asked for, or the first that can.
+    """Return the name of the backend to run: the one asked for, else the first that can.
 
     Raises:
         ValueError: `name` is no backend, or can't run on these tensors (the message says why).
 
     """
     if name is None:
-        for candidate, backend in _IN_ORDER:
+        for candidate, backend in _BEFORE_REFERENCE:
             if backend.unsupported(x, weight, A) is None:
                 return candidate
-    elif name not in tuple(BACKENDS):  # a list, which has no hash, is no name either
-        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {name!r}")
-    reasons = unsupported_reasons(x, weight, A)
-    if name is None:
-        answers = "; ".join(f"{k}: {v}" for k, v in reasons.items())
-        raise ValueError(f"no backend can run on these tensors: {answers}")
-    if reasons[name] is not None:
-        raise ValueError(f"backend {name!r} can't run on these tensors: {reasons[name]}")
+        return "reference"
+    check_backend(name, NAMES)
+    reason = BACKENDS[name].unsupported(x, weight, A)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} can't run on these tensors: {reason}")
     return name
 
 

@@ -32,11 +32,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask; t = dy @ B.T."""
     need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
-    t = dy @ B.to(dy.dtype).T if need_dx or need_dA else None  # (M, R)
-    return (
-        dy @ weight + alpha * (t @ A.to(dy.dtype).T) if need_dx else None,
-        dy.T @ x if need_dweight else None,
-        dy.sum(0) if need_dbias else None,
-        alpha * (x.T @ t).to(A.dtype) if need_dA else None,
-        alpha * (h.T @ dy).to(B.dtype) if need_dB else None,
-    )
+    dx = dA = None
+    if need_dx or need_dA:
+        t = dy @ B.to(dy.dtype).T  # (M, R)
+        dx = dy @ weight + alpha * (t @ A.to(dy.dtype).T) if need_dx else None
+        dA = alpha * (x.T @ t).to(A.dtype) if need_dA else None
+    dweight = dy.T @ x if need_dweight else None
+    dbias = dy.sum(0) if need_dbias else None
+    dB = alpha * (h.T @ dy).to(B.dtype) if need_dB else None
+    return dx, dweight, dbias, dA, dB

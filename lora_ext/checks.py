@@ -1,0 +1,121 @@
+"""Every check of an argument: each error names it, what was expected and what came."""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import UninitializedParameter
+
+HALF = (torch.bfloat16, torch.float16)
+SCALINGS = {
+    "alpha": lambda alpha, rank: alpha,
+    "alpha/rank": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+def fit(x: Any, weight: Any, bias: Any, A: Any, B: Any, alpha: Any) -> bool:
+    """Answer at a glance (2 us) what `check_arguments` answers in words (9 us).
+
+    True only where that would not raise; False sends the unusual to it.
+    """
+    try:
+        out_features, in_features = weight.shape
+        rank = A.shape[1]
+        dtype, device, adapter = x.dtype, x.device, A.dtype
+        return (
+            x.shape[-1] == in_features
+            and A.shape == (in_features, rank)
+            and B.shape == (rank, out_features)
+            and rank > 0
+            and weight.dtype is dtype
+            and (adapter is dtype or (adapter is torch.float32 and dtype in HALF))
+            and B.dtype is adapter
+            and weight.device == device == A.device == B.device
+            and (
+                bias is None
+                or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device)
+            )
+            and dtype.is_floating_point
+            and type(alpha) in (float, int)
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
+def check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless all fit `lora_linear`."""
+    named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B}
+    if bias is None:
+        del named["bias"]
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+    _check_shapes(x, weight, bias, A, B)
+    for name, tensor in named.items():
+        if tensor.device != x.device:  # first: autocast casts only what is on x's kind of device
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        adapter_over_half = name in "AB" and x.dtype in HALF and tensor.dtype == torch.float32
+        if tensor.dtype != x.dtype and not adapter_over_half:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(_expected("weight", "(out_features, in_features)", weight))
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(_expected("x", f"(..., {K})", x))
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(_expected("bias", f"({N},)", bias))
+    if A.dim() != 2 or A.shape[0] != K:
+        raise ValueError(_expected("A", f"({K}, rank)", A))
+    if A.shape[1] < 1:
+        raise ValueError(_expected("A", f"({K}, rank) with rank at least 1", A))
+    if B.shape != (A.shape[1], N):
+        raise ValueError(_expected("B", f"({A.shape[1]}, {N})", B))
+
+
+def _expected(name: str, shape: str, got: Tensor) -> str:
+    return f"{name} must have shape {shape}, got {tuple(got.shape)}"
+
+
+def check_linear(linear: Any) -> None:
+    """Raise TypeError unless `linear` has what a linear layer has."""
+    needed = ("weight", "in_features", "out_features")
+    if not isinstance(linear, nn.Module) or not all(hasattr(linear, name) for name in needed):
+        got = type(linear).__name__
+        raise TypeError(f"linear must be an nn.Linear or a module with its attributes, got {got}")
+    if isinstance(linear.weight, UninitializedParameter):
+        got = type(linear).__name__
+        raise ValueError(f"linear must have its weight: call the {got} on an input first")
+
+
+def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the three fit a LoRALayer."""
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"rank must be an integer, got {type(rank).__name__}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    if scaling not in SCALINGS:
+        raise ValueError(
+            f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}"
+        )
+
+
+def check_backend(name: Any, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless `name` is None or a backend's."""
+    if name is not None and name not in known:
+        raise ValueError(f"backend must be None or one of {', '.join(known)}, got {name!r}")
