@@ -36,7 +36,7 @@ def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
             if backend.unsupported(x, weight, A) is None:
                 return candidate
         return "reference"
-    check_backend(name, NAMES)
+    check_backend(name, tuple(BACKENDS))
     reason = BACKENDS[name].unsupported(x, weight, A)
     if reason is not None:
         raise ValueError(f"backend {name!r} can't run on these tensors: {reason}")
