@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--text", metavar="PATH", help="a text for --task shakespeare to learn")
     parser.add_argument("--quick", action="store_true", help="a few steps, for CI")
     parser.add_argument(
-        "--steps", type=_at_least(1), help="training steps (default: one epoch of sms, 60 else)"
+        "--steps", type=_at_least(1), help="training steps (default: one epoch of sms, 40 else)"
     )
     parser.add_argument("--seed", type=_at_least(0), default=0, help="default 0")
     parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: torch's)")

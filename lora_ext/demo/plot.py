@@ -43,7 +43,9 @@ def save_plot(
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.set_axisbelow(True)
         # Above the axes, where no point can lie under it.
-        top.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+        top.legend(
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, fontsize=9
+        )
     figure.savefig(path, dpi=150)
 
 

@@ -21,8 +21,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_PLAY = "macbeth.md"
 HELD_OUT_SHARE = 0.1  # of a text given with --text: its end
 BATCH, LENGTH = 4, 128  # sequences a step, tokens each: 512 rows in every linear
-STEPS, QUICK_STEPS = 60, 4
-HELD_OUT_SEQUENCES, QUICK_HELD_OUT = 32, 4
+STEPS, QUICK_STEPS = 40, 4
+HELD_OUT_SEQUENCES, QUICK_HELD_OUT = 16, 4
 
 
 def strip_markdown(text: str) -> str:
