@@ -26,6 +26,7 @@ def save_plot(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 5.4), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.06))
     FigureCanvasAgg(figure)
@@ -38,6 +39,7 @@ def save_plot(
         below(bottom, plain, ours)
         top.tick_params(labelbottom=False)
         bottom.set_xlabel("step")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (top, bottom):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#dddddd", linewidth=0.6)

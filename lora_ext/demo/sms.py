@@ -80,6 +80,8 @@ class Sms:
     metric = "test accuracy"
     adapted = "encoder"
     modules_to_save: tuple[str, ...] = ("head",)
+    # Measured over an epoch: 2e-7 on backend reference; 6e-4 with noise of 1e-6 of the largest one
+    # in each tensor that ours computes, ten times float32's rounding; 1.5e-2 with alpha 1 % wrong.
     loss_bound = 1e-3
 
     def __init__(self, settings: Settings) -> None:
