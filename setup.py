@@ -26,10 +26,11 @@ def build_arguments() -> dict:
         "lora_ext._C",
         sorted(map(str, Path("csrc").glob("*.cpp")))
         + sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No -march: each kernel file names the instruction set it is compiled for.
-        extra_compile_args=["-O3", "-std=c++20", "-Wall", "-ffp-contract=fast", "-fno-math-errno"],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-Wall", "-ffp-contract=fast", "-fno-math-errno"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
