@@ -30,7 +30,7 @@ def build_arguments() -> dict:
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No -march: each kernel file names the instruction set it is compiled for.
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-Wall", "-ffp-contract=fast", "-fno-math-errno"],
+        extra_compile_args="-O3 -g0 -std=c++20 -Wall -ffp-contract=fast -fno-math-errno".split(),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield request.param
 
 
-# What malloc hands out, the kernels' scratch memory among it, is filled with 0xFE: as floats -1.7e38.
+# What malloc hands out, the kernels' scratch memory too, is filled with 0xFE: floats of -1.7e38.
 M_PERTURB = -6  # glibc's malloc.h
 with contextlib.suppress(AttributeError, OSError):  # another libc
     ctypes.CDLL(None).mallopt(M_PERTURB, 0x01)
