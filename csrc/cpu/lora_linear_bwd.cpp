@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
   const cpu::NoGradGuard no_grad;
   const auto [M, K, N, R] = shape;
   const auto result = [](bool need, const Tensor& like, std::initializer_list<int64_t> sizes) {
-    return need ? cpu::empty_like_dtype(like, sizes) : cpu::empty_like_dtype(like, {0});
+    return need ? cpu::empty(like, sizes) : cpu::empty(like, {0});
   };
   const Tensor dx = result(needs.dx, dy, {M, K}), dweight = result(needs.dweight, dy, {N, K}),
                dbias = result(needs.dbias, dy, {N}), dA = result(needs.dA, A, {K, R}),
