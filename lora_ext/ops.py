@@ -21,6 +21,11 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+for _name in ("lora_linear_fwd", "lora_linear_bwd"):
+    # Their gradient is functional.py's. Without this PyTorch's fallback for an operator that has none
+    # looks at each argument of each call: 2 us a training step.
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
 
 @torch.library.register_fake("lora_ext::lora_linear_fwd", lib=_LIBRARY)
 def _fwd_fake(

@@ -87,8 +87,7 @@ class Backward {
 
   void dweight(const Tensor& x, const Tensor& out) const {
     if (library_gemm_is_fast<T>()) {
-      Tensor dy = dy_;
-      mm_out(torch::stable::transpose(dy, 0, 1), x, out);
+      mm_out(transposed(dy_), x, out);
       return;
     }
     const View<const T> dy_t = dy_view_.transposed(), x_view = matrix<const T>(x);
