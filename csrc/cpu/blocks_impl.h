@@ -290,14 +290,18 @@ void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ld
 
 // ---- dot ----
 
+// The sum of a vector's lanes, by halves.
 template <typename A>
 inline A sum_of(Vector<A> v) {
-  A lanes[kLanes<A>];
-  write(lanes, v);
-  for (int64_t width = kLanes<A> / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  typedef A Half __attribute__((vector_size(16)));
+  constexpr int64_t lanes = 16 / sizeof(A);
+  Half parts[kVectorBytes / 16];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int64_t width = kVectorBytes / 32; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
   }
-  return lanes[0];
+  if constexpr (lanes == 4) return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+  return parts[0][0] + parts[0][1];
 }
 
 // kLeft rows of one factor against kRight of the other, the sums in registers.

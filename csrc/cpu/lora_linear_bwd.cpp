@@ -63,9 +63,18 @@ class Backward {
         ld_(round_up_to_panel<Sum>(shape.R)) {}
 
   void dB(const Tensor& h, const Tensor& out) const {
-    const Scratch<Sum> left(shape_.M * ld_);
+    const auto [M, K, N, R] = shape_;
+    const Scratch<Sum> left(M * ld_);
     blocks().storage<T>().load(matrix<const T>(h), left.get(), ld_);
-    adapter_gradient<T>(left.get(), ld_, shape_.R, dy_view_, alpha_, out, false);
+    if (takes_few_rows(out)) {
+      scale(left.get());
+      const RightFactor<Sum> right(dy_view_, R);
+      const View<const Sum> left_t = {left.get(), R, M, 1, ld_};
+      blocks().products<Sum>().multiply(left_t, right.from(0, 0), N,
+                                        static_cast<Sum*>(out.data_ptr()), N, false);
+      return;
+    }
+    adapter_gradient<T>(left.get(), ld_, R, dy_view_, alpha_, out, false);
   }
 
   void dbias(Tensor out) const {
@@ -75,8 +84,7 @@ class Backward {
 
   void dweight(const Tensor& x, const Tensor& out) const {
     if (library_gemm_is_fast<T>()) {
-      Tensor dy = dy_;
-      mm_out(torch::stable::transpose(dy, 0, 1), x, out);
+      mm_out(transposed(dy_), x, out);
       return;
     }
     const View<const T> dy_t = dy_view_.transposed(), x_view = matrix<const T>(x);
@@ -87,58 +95,82 @@ class Backward {
     });
   }
 
-  // t = dy @ B.T, for dA and dx.
-  Scratch<Sum> t(const Tensor& B) const {
+  // alpha * t = alpha * dy @ B.T, for dA and dx.
+  Scratch<Sum> alpha_t(const Tensor& B) const {
     const auto [M, K, N, R] = shape_;
     Scratch<Sum> out(M * ld_);
-    with_adapter<T>(B, [&](auto view) {
-      if (M <= kMaxRowsOfDot && has_dense_rows(view)) {
-        using TB = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
-        const Scratch<Sum> left(M * N);
-        blocks().storage<T>().load(dy_view_, left.get(), N);
-        blocks().storage<TB>().dot({left.get(), M, N, N, 1}, view, out.get(), ld_, false);
-        return;
-      }
-      const RightFactor<Sum> right(view.transposed(), M);
-      for_each_row_block(M, [&](int64_t row, int64_t rows) {
-        skinny_product<T>(dy_view_.block(row, 0, rows, N), right, R, out.get() + row * ld_, ld_);
-      });
-    });
+    unscaled_t(B, out.get());
+    scale(out.get());
     return out;
   }
 
-  void dA(const Scratch<Sum>& t, const Tensor& x, const Tensor& out) const {
-    adapter_gradient<T>(t.get(), ld_, shape_.R, matrix<const T>(x), alpha_, out, true);
+  void dA(const Scratch<Sum>& alpha_t, const Tensor& x, const Tensor& out) const {
+    const auto [M, K, N, R] = shape_;
+    if (takes_few_rows(out)) {
+      const auto x_t = matrix<const Sum>(x).transposed();
+      const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
+      blocks().products<Sum>().multiply(x_t, right.from(0, 0), R,
+                                        static_cast<Sum*>(out.data_ptr()), R, false);
+      return;
+    }
+    adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);
   }
 
-  // Scales t by alpha on the way: call it after dA.
-  void dx(const Scratch<Sum>& t, const Tensor& weight, const Tensor& A, const Tensor& out) const {
+  void dx(const Scratch<Sum>& alpha_t, const Tensor& weight, const Tensor& A,
+          const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    blocks().storage<Sum>().store(t.get(), ld_, Sum(alpha_), nullptr, {t.get(), M, R, ld_, 1});
     const bool ours = !library_gemm_is_fast<T>();
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
         using TA = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
         update<T>(out_view, [&](Sum* values, int64_t ld) {
-          blocks().storage<TA>().dot({t.get(), M, R, ld_, 1}, view, values, ld, true);
+          blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, view, values, ld, true);
         });
         return;
       }
       const RightFactor<Sum> right(view.transposed(), M);
       if (ours) {
-        product_with_weight(t, weight, right, out_view);
+        product_with_weight(alpha_t, weight, right, out_view);
         return;
       }
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
-        add_low_rank<T>({t.get() + row * ld_, ld_, R, right.from(0, 0)},
+        add_low_rank<T>({alpha_t.get() + row * ld_, ld_, R, right.from(0, 0)},
                         out_view.block(row, 0, rows, K));
       });
     });
   }
 
  private:
+  // Of few rows dA and dB are one product of factors as they lie, into the result as it lies: 7 us
+  // for 19 at 1 x 2048 x 16 (dA), 6 for 12 (dB).
+  bool takes_few_rows(const Tensor& out) const {
+    return std::is_same_v<T, Sum> && shape_.M > 0 && shape_.M <= kFewRows && out.numel() > 0;
+  }
+
+  void scale(Sum* t) const {
+    const auto [M, K, N, R] = shape_;
+    blocks().storage<Sum>().store(t, ld_, Sum(alpha_), nullptr, {t, M, R, ld_, 1});
+  }
+
+  void unscaled_t(const Tensor& B, Sum* out) const {
+    const auto [M, K, N, R] = shape_;
+    with_adapter<T>(B, [&](auto view) {
+      if (M <= kMaxRowsOfDot && has_dense_rows(view)) {
+        using TB = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
+        const Scratch<Sum> left(M * N);
+        blocks().storage<T>().load(dy_view_, left.get(), N);
+        blocks().storage<TB>().dot({left.get(), M, N, N, 1}, view, out, ld_, false);
+        return;
+      }
+      const RightFactor<Sum> right(view.transposed(), M);
+      for_each_row_block(M, [&](int64_t row, int64_t rows) {
+        skinny_product<T>(dy_view_.block(row, 0, rows, N), right, R, out + row * ld_, ld_);
+      });
+    });
+  }
+
   void product_with_weight(const Scratch<Sum>& alpha_t, const Tensor& weight,
                            const RightFactor<Sum>& A_t, View<T> out) const {
     const auto [M, K, N, R] = shape_;
@@ -168,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
   const cpu::NoGradGuard no_grad;
   const auto [M, K, N, R] = shape;
   const auto result = [](bool need, const Tensor& like, std::initializer_list<int64_t> sizes) {
-    return need ? cpu::empty_like_dtype(like, sizes) : cpu::empty_like_dtype(like, {0});
+    return need ? cpu::empty(like, sizes) : cpu::empty(like, {0});
   };
   const Tensor dx = result(needs.dx, dy, {M, K}), dweight = result(needs.dweight, dy, {N, K}),
                dbias = result(needs.dbias, dy, {N}), dA = result(needs.dA, A, {K, R}),
@@ -179,9 +211,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     if (needs.dbias) backward.dbias(dbias);
     if (needs.dweight) backward.dweight(x, dweight);
     if (!needs.dx && !needs.dA) return;
-    const auto t = backward.t(B);
-    if (needs.dA) backward.dA(t, x, dA);
-    if (needs.dx) backward.dx(t, weight, A, dx);
+    const auto alpha_t = backward.alpha_t(B);
+    if (needs.dA) backward.dA(alpha_t, x, dA);
+    if (needs.dx) backward.dx(alpha_t, weight, A, dx);
   });
   return {dx, dweight, dbias, dA, dB};
 }

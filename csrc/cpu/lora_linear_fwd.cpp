@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
                                                const Tensor& B, double alpha) {
   const Shape shape = check_forward(x, weight, bias, A, B);
   const cpu::NoGradGuard no_grad;
-  const Tensor y = cpu::empty_like_dtype(x, {shape.M, shape.N});
-  const Tensor h = cpu::empty_like_dtype(x, {shape.M, shape.R});
+  const Tensor y = cpu::empty(x, {shape.M, shape.N});
+  const Tensor h = cpu::empty(x, {shape.M, shape.R});
   cpu::with_storage_type(x.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     const cpu::Forward<T> forward(shape, x, weight, bias, A, B, alpha);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -22,20 +23,26 @@ inline constexpr int64_t kDepth = 256;
 inline constexpr int64_t kStripCols = 256;
 inline constexpr int64_t kTileRows = 192;
 
-// Uninitialised memory of one thread, aligned to a cache line.
+// Uninitialised memory of one thread, aligned to a cache line. By malloc, which has small blocks in
+// a cache of the thread's; aligned new passes that by (2 us of a training step of one row).
 template <typename A>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(::operator new(std::max<int64_t>(count, 1) * sizeof(A), kLine))) {}
-  A* get() const { return data_.get(); }
+      : memory_(std::malloc(std::max<int64_t>(count, 1) * sizeof(A) + kLine)) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  A* get() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<A*>((address + kLine - 1) / kLine * kLine);
+  }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Delete {
-    void operator()(A* data) const { ::operator delete(data, kLine); }
+  static constexpr uintptr_t kLine = 64;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
   };
-  std::unique_ptr<A, Delete> data_;
+  std::unique_ptr<void, Free> memory_;
 };
 
 // Up to so many rows a factor is used too few times to pay for packing it, and what can be read

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -23,29 +24,43 @@ View<T> matrix(const Tensor& tensor) {
           tensor.stride(1)};
 }
 
-inline Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+// Uninitialised, on the CPU. Not by new_empty: going through the dispatcher, with boxed arguments,
+// costs a microsecond a tensor.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  std::array<int64_t, 2> strides{};
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
 }
 
-// PyTorch's own operators, called into memory of ours: the out= forms skip autocast, and with the
-// guard below autograd.
+// PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no autocast
+// and no dispatcher, which costs 2 us a call.
+inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+// A view, whatever grad mode is on.
+inline Tensor transposed(const Tensor& matrix) {
+  const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)},
+      strides{matrix.stride(1), matrix.stride(0)};
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
+  return Tensor(result);
+}
+
 inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Tensor& out) {
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(x), torch::stable::detail::from(weight),
-      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  const Tensor weight_t = transposed(weight);
+  if (!bias.has_value()) return mm_out(x, weight_t, out);
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
-                                    torch::stable::detail::from(right),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+      aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), weight_t.get(), 1, 1));
 }
 
 class NoGradGuard {
