@@ -21,6 +21,7 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+
 @torch.library.register_fake("lora_ext::lora_linear_fwd", lib=_LIBRARY)
 def _fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float

@@ -109,8 +109,8 @@ class Backward {
     if (takes_few_rows(out)) {
       const auto x_t = matrix<const Sum>(x).transposed();
       const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
-      blocks().products<Sum>().multiply(x_t, right.from(0, 0), R,
-                                        static_cast<Sum*>(out.data_ptr()), R, false);
+      blocks().products<Sum>().multiply(x_t, right.from(0, 0), R, static_cast<Sum*>(out.data_ptr()),
+                                        R, false);
       return;
     }
     adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);

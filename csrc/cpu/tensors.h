@@ -39,8 +39,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return Tensor(result);
 }
 
-// PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no autocast
-// and no dispatcher, which costs 2 us a call.
+// PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no
+// autocast and no dispatcher, which costs 2 us a call.
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
