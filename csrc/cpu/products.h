@@ -21,7 +21,7 @@ inline constexpr int64_t kDepth = 256;
 // sum (192 x 256 floats, 192 KB) and the panels of one kDepth (256 KB) share a 512 KB second-level
 // cache.
 inline constexpr int64_t kStripCols = 256;
-inline constexpr int64_t kTileRows = 192;
+inline constexpr int64_t kStripRows = 192;
 
 // Uninitialised memory of one thread, aligned to a cache line. By malloc, which has small blocks in
 // a cache of the thread's; aligned new passes that by (2 us of a training step of one row).
@@ -119,10 +119,10 @@ void product_strip(View<const T> left, View<const T> right, const T* bias, View<
   const int64_t cols = out.cols, wide = round_up_to_panel<A>(cols);
   const MultiplyOps<A>& products = blocks().products<A>();
   const RightFactor<A> panels(right, left.rows);
-  const int64_t tile_rows = std::min(kTileRows, left.rows);
+  const int64_t tile_rows = std::min(kStripRows, left.rows);
   const Scratch<A> sum(tile_rows * wide), copy(tile_rows * std::min(kDepth, left.cols));
-  for (int64_t row = 0; row < left.rows; row += kTileRows) {
-    const int64_t rows = std::min(kTileRows, left.rows - row);
+  for (int64_t row = 0; row < left.rows; row += kStripRows) {
+    const int64_t rows = std::min(kStripRows, left.rows - row);
     bool add = false;
     for (int64_t k = 0; k < left.cols; k += kDepth) {
       const int64_t depth = std::min(kDepth, left.cols - k);

@@ -112,7 +112,7 @@ void for_each_strip(int64_t rows, int64_t cols, const F& body) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t across = parts(cols, kStripCols);
   int64_t down = 1;
-  while (down * across % threads != 0 && rows / (down + 1) >= kTileRows) ++down;
+  while (down * across % threads != 0 && rows / (down + 1) >= kStripRows) ++down;
   const int64_t part_rows = parts(rows, down);
   down = parts(rows, part_rows);
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
