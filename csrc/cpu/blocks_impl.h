@@ -228,31 +228,39 @@ inline void dot_tile(const Acc<T>* left, int64_t left_stride, const T* right, in
   }
 }
 
-template <typename T>
-void dot(View<const Acc<T>> left, View<const T> right, Acc<T>* out, int64_t ld, bool add) {
-  constexpr int kRight = 4;
-  for (int64_t j = 0; j < right.rows; j += kRight) {
-    const T* rows = right.data + j * right.row_stride;
-    const bool whole = right.rows - j >= kRight;
-    const int64_t n_right = whole ? kRight : right.rows - j;
-    for (int64_t i = 0; i < left.rows;) {
-      const Acc<T>* from = left.data + i * left.row_stride;
-      Acc<T>* to = out + i * ld + j;
-      if (whole && left.rows - i >= 2) {
-        dot_tile<2, kRight>(from, left.row_stride, rows, right.row_stride, left.cols, to, ld, add);
-        i += 2;
-      } else if (whole) {
-        dot_tile<1, kRight>(from, left.row_stride, rows, right.row_stride, left.cols, to, ld, add);
-        ++i;
-      } else {
-        for (int64_t r = 0; r < n_right; ++r) {
-          dot_tile<1, 1>(from, left.row_stride, rows + r * right.row_stride, right.row_stride,
-                         left.cols, to + r, ld, add);
-        }
-        ++i;
-      }
+// kRight rows of the right factor against all of the left one's, kLeft at a time.
+template <int kLeft, int kRight, typename T>
+inline void dot_rows(View<const Acc<T>> left, const T* right, int64_t right_stride, Acc<T>* out,
+                     int64_t ld, bool add) {
+  int64_t i = 0;
+  for (; i + kLeft <= left.rows; i += kLeft) {
+    dot_tile<kLeft, kRight>(left.data + i * left.row_stride, left.row_stride, right, right_stride,
+                            left.cols, out + i * ld, ld, add);
+  }
+  if constexpr (kLeft > 1) {
+    if (i < left.rows) {
+      dot_rows<kLeft / 2, kRight>(left.block(i, 0, left.rows - i, left.cols), right, right_stride,
+                                  out + i * ld, ld, add);
     }
   }
+}
+
+template <typename T>
+void dot(View<const Acc<T>> left, View<const T> right, Acc<T>* out, int64_t ld, bool add) {
+  // 4 x 3 sums, 3 vectors of one side and 1 of the other fill 16 registers, and 7 loads feed 12
+  // multiplications (339 us -> 277 for 16 rows at 768 x 768 beside 2 x 4). Fewer rows only stream
+  // the right factor, and take more of its rows at once.
+  int64_t j = 0;
+  const auto rows = [&] { return right.data + j * right.row_stride; };
+  if (left.rows >= 4) {
+    for (; j + 3 <= right.rows; j += 3) {
+      dot_rows<4, 3>(left, rows(), right.row_stride, out + j, ld, add);
+    }
+  }
+  for (; j + 4 <= right.rows; j += 4) {
+    dot_rows<2, 4>(left, rows(), right.row_stride, out + j, ld, add);
+  }
+  for (; j < right.rows; ++j) dot_rows<2, 1>(left, rows(), right.row_stride, out + j, ld, add);
 }
 
 template <typename T>

@@ -120,7 +120,8 @@ class Backward {
           const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    const bool ours = !library_gemm_is_fast<T>();
+    const bool few = M > kMaxRowsOfDot && M <= own_product_rows();
+    const bool ours = few || !library_gemm_is_fast<T>();
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {

@@ -34,7 +34,7 @@ class Forward {
     if (bias.has_value()) dense_bias_.emplace(torch::stable::contiguous(*bias));
   }
 
-  bool suits_dots() const { return shape_.M <= dot_rows() && has_dense_rows(weight_); }
+  bool suits_dots() const { return shape_.M <= own_product_rows() && has_dense_rows(weight_); }
 
   void by_dots(View<T> y, View<T> h) const {
     constexpr int64_t kCols = 256;
