@@ -2,13 +2,11 @@
 //
 // Three ways to the base product, all ending in one pass over y:
 // - few rows: dot products with the weight's rows as they lie, the low-rank part added to each
-// block
-//   of columns;
-// - where PyTorch's GEMM runs at the CPU's rate, it makes it, and row blocks of y take the low-rank
-//   part while they are in cache;
+//   block of columns;
+// - where PyTorch's GEMM runs at the CPU's rate, it makes the base product, and row blocks of y
+//   take the low-rank part while they are in cache;
 // - where it does not (16-bit dtypes without hardware for them), strips of our own, with the
-// low-rank
-//   part as R more steps of the summed dimension.
+//   low-rank part as R more steps of the summed dimension.
 #include "cpu/tensors.h"
 #include "lora_linear.h"
 

@@ -1,0 +1,182 @@
+"""Wrong C++ kernels that the checks must refuse: csrc built anew with one line of it changed.
+
+The libraries are built without optimisation by one ninja run (a mutant of a header builds the
+files that include it, the rest is shared) and run on AVX2, where every way is taken. Each is loaded
+by a process of its own in place of lora_ext._C, since an operator takes one kernel a process.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import types
+from functools import partial
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from .numerics import Case
+from .test_mutants import CASES, refused
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
+)
+ROOT = Path(__file__).parents[1]
+SOURCES = ["bindings", "lora_linear", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
+SOURCES += ["cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+FORWARD, BACKWARD, BLOCKS = (
+    ["cpu/lora_linear_fwd"],
+    ["cpu/lora_linear_bwd"],
+    ["cpu/blocks_avx2"],
+)
+# Past one block of each kind: 256 of a summed dimension, 256 columns and 192 rows of a strip.
+LONG = Case((300,), 300, 264, 8)
+CPP_CASES = [*CASES, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
+
+# name: (file, the line, what it becomes, the files that include it)
+MUTANTS = {
+    "scale_dropped_in_y": (
+        "cpu/lora_linear_fwd.cpp",
+        "Sum(alpha_), nullptr, {block",
+        "Sum(1), nullptr, {block",
+        FORWARD,
+    ),
+    "bias_of_first_columns": (
+        "cpu/lora_linear_fwd.cpp",
+        "(dense_bias_->data_ptr()) + col",
+        "(dense_bias_->data_ptr())",
+        FORWARD,
+    ),
+    "B_of_first_columns": ("cpu/lora_linear_fwd.cpp", "B_.from(0, col)", "B_.from(0, 0)", FORWARD),
+    "h_scaled": (
+        "cpu/lora_linear_fwd.cpp",
+        "Sum(1), nullptr, h.block",
+        "Sum(alpha_), nullptr, h.block",
+        FORWARD,
+    ),
+    "scale_dropped_in_t": (
+        "cpu/lora_linear_bwd.cpp",
+        "scale(out.get());",
+        "",
+        BACKWARD,
+    ),
+    "scale_dropped_in_dB_of_few_rows": (
+        "cpu/lora_linear_bwd.cpp",
+        "scale(left.get());",
+        "",
+        BACKWARD,
+    ),
+    "one_percent_in_dB": (
+        "cpu/lora_linear_bwd.cpp",
+        "dy_view_, alpha_, out, false",
+        "dy_view_, 1.01 * alpha_, out, false",
+        BACKWARD,
+    ),
+    "dx_without_low_rank_part": (
+        "cpu/lora_linear_bwd.cpp",
+        "out.block(row, col, rows, cols), &low);",
+        "out.block(row, col, rows, cols), nullptr);",
+        BACKWARD,
+    ),
+    "last_block_of_h_alone": (
+        "cpu/products.h",
+        "right.from(k, 0), R, out, ld, k > 0",
+        "right.from(k, 0), R, out, ld, false",
+        FORWARD + BACKWARD,
+    ),
+    "last_rows_of_dA_alone": ("cpu/products.h", "out_ld, m > 0", "out_ld, false", BACKWARD),
+    "low_rank_part_of_first_rows": (
+        "cpu/products.h",
+        "low->left + row * low->ld",
+        "low->left",
+        FORWARD + BACKWARD,
+    ),
+    "tail_of_dots_forgotten": (
+        "cpu/blocks_impl.h",
+        "int64_t tail = p; tail < depth",
+        "int64_t tail = p; tail < p",
+        BLOCKS,
+    ),
+    "edge_columns_not_summed": ("cpu/blocks_impl.h", "(add ? to : 0) + tile", "tile", BLOCKS),
+}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """Return {name: path} of the libraries: each mutant's, and "none" with nothing changed."""
+    folder = tmp_path_factory.mktemp("mutants")
+    headers = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    includes = " ".join(f"-isystem {path}" for path in headers)
+    library_folder = Path(torch.__file__).parent / "lib"
+    rules = [
+        f"includes = {includes}",
+        "rule compile",
+        "  command = c++ -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000"
+        " -DTORCH_EXTENSION_NAME=_C -I$sources $includes -c $in -o $out",
+        "rule link",
+        f"  command = c++ -shared $in -o $out -L{library_folder} -ltorch -ltorch_cpu -lc10",
+    ]
+
+    def compile_to(target: str, sources: Path, source: str) -> str:
+        rules.append(f"build {target}: compile {sources / source}.cpp\n  sources = {sources}")
+        return target
+
+    shared = {source: compile_to(f"none/{source}.o", ROOT / "csrc", source) for source in SOURCES}
+    rules.append(f"build none.so: link {' '.join(shared.values())}")
+    for name, (file, old, new, users) in MUTANTS.items():
+        sources = folder / name / "csrc"
+        copy_changed(sources, file, old, new)
+        objects = shared | {user: compile_to(f"{name}/{user}.o", sources, user) for user in users}
+        rules.append(f"build {name}.so: link {' '.join(objects.values())}")
+    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+    built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout
+    return {name: folder / f"{name}.so" for name in ["none", *MUTANTS]}
+
+
+def copy_changed(target: Path, file: str, old: str, new: str) -> None:
+    """Copy csrc with one place of one file changed."""
+    for source in (ROOT / "csrc").rglob("*.*"):
+        text = source.read_text()
+        name = source.relative_to(ROOT / "csrc")
+        if name == Path(file):
+            assert text.count(old) == 1, (
+                f"{file} has {old!r} {text.count(old)} times: mend the test"
+            )
+            text = text.replace(old, new)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+
+
+def verdict(library: Path) -> str:
+    """Return what the checks say of a library, in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-m", __name__, str(library)],
+        env=os.environ | {"LORA_EXT_CPU_ISA": "avx2", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()[-1]
+
+
+def test_right_kernels_are_accepted(libraries):
+    assert verdict(libraries["none"]) == "accepted"
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_kernel_is_refused(libraries, name):
+    assert verdict(libraries[name]).startswith("refused: ")
+
+
+if __name__ == "__main__":
+    sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
+    torch.ops.load_library(sys.argv[1])
+    import lora_ext
+
+    why = refused(partial(lora_ext.lora_linear, backend="cpp"), CPP_CASES)
+    print("accepted" if why is None else f"refused: {why}")
