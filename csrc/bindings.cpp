@@ -1,18 +1,10 @@
-// The module lora_ext._C. Loading it registers the CPU kernels; its one function tells how it was
-// built.
+// The module lora_ext._C. Loading it registers the CPU kernels (cpu/register.cpp); its one function
+// tells how it was built.
+#undef TORCH_TARGET_VERSION  // pybind11 as torch 2.11 carries it refuses to be included beside it
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
-#include <string>
-
 #include "cpu/isa.h"
-#include "lora_linear.h"
-
-STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, library) {
-  library.impl("lora_linear_fwd", TORCH_BOX(&lora_ext::lora_linear_fwd_cpu));
-  library.impl("lora_linear_bwd", TORCH_BOX(&lora_ext::lora_linear_bwd_cpu));
-}
 
 namespace {
 

@@ -8,12 +8,10 @@ by a process of its own in place of lora_ext._C, since an operator takes one ker
 import os
 import subprocess
 import sys
-import sysconfig
 import types
 from functools import partial
 from pathlib import Path
 
-import pybind11
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
 )
 ROOT = Path(__file__).parents[1]
-SOURCES = ["bindings", "lora_linear", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
+SOURCES = ["lora_linear", "cpu/register", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
 SOURCES += ["cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
 FORWARD, BACKWARD, BLOCKS = (
     ["cpu/lora_linear_fwd"],
@@ -108,14 +106,13 @@ MUTANTS = {
 def libraries(tmp_path_factory):
     """Return {name: path} of the libraries: each mutant's, and "none" with nothing changed."""
     folder = tmp_path_factory.mktemp("mutants")
-    headers = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
-    includes = " ".join(f"-isystem {path}" for path in headers)
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
     library_folder = Path(torch.__file__).parent / "lib"
     rules = [
         f"includes = {includes}",
         "rule compile",
         "  command = c++ -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000"
-        " -DTORCH_EXTENSION_NAME=_C -I$sources $includes -c $in -o $out",
+        " -I$sources $includes -c $in -o $out",
         "rule link",
         f"  command = c++ -shared $in -o $out -L{library_folder} -ltorch -ltorch_cpu -lc10",
     ]

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <cstdint>
@@ -31,18 +32,18 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
 }
 
 // PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no
 // autocast and no dispatcher, which costs 2 us a call.
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 // A view, whatever grad mode is on.
@@ -50,7 +51,7 @@ inline Tensor transposed(const Tensor& matrix) {
   const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)},
       strides{matrix.stride(1), matrix.stride(0)};
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
   return Tensor(result);
 }
@@ -59,7 +60,7 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const std::optiona
                        const Tensor& out) {
   const Tensor weight_t = transposed(weight);
   if (!bias.has_value()) return mm_out(x, weight_t, out);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), weight_t.get(), 1, 1));
 }
 
