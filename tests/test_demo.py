@@ -200,11 +200,14 @@ def test_table_prints_each_run_as_a_column():
 
 
 @need("matplotlib")
-def test_save_plot_writes_a_png(tmp_path):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("longest_s", [0.2, 9.0], ids=["even", "one step stalls"])
+def test_save_plot_writes_a_png(tmp_path, longest_s):
     from lora_ext.demo.plot import save_plot
 
     path = tmp_path / "made.png"
-    results = [made_result(name, [1.0, 0.5, 0.2], [0.2, 0.1, 0.1]) for name in ("plain", "ours")]
+    times_s = [longest_s, 0.1, 0.1]
+    results = [made_result(name, [1.0, 0.5, 0.2], times_s) for name in ("plain", "ours")]
     save_plot(*results, path, "title", "conditions")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000

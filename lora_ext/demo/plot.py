@@ -1,12 +1,17 @@
 """The picture of a demo run: both loss curves, their difference, the step times and their ratio."""
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from .report import Result, paired_ratio
 
 PLAIN_COLOR, OURS_COLOR, GREY = "#d1702c", "#1f5fa8", "#555555"
 ROUNDING = 1e-9  # shown instead of an exact zero, which a logarithmic axis can't show
+# Top of the axes of the times, over the median: a machine that stalls for one step of ten times the
+# length would flatten all others.
+TOP = 2.5
 
 
 def save_plot(
@@ -69,21 +74,34 @@ def _difference(axes: Any, plain: Result, ours: Result) -> None:
 
 
 def _times(axes: Any, plain: Result, ours: Result) -> None:
+    top_ms = TOP * 1e3 * max(plain.median_step_s, ours.median_step_s)
     for result, color, marker in ((plain, PLAIN_COLOR, "o"), (ours, OURS_COLOR, "s")):
         times_ms = [1e3 * seconds for seconds in result.step_s]
         median_ms = 1e3 * result.median_step_s
         label = f"{result.name}, median {median_ms:.0f} ms"
-        steps = range(1, len(times_ms) + 1)
-        axes.plot(steps, times_ms, marker, color=color, markersize=4, alpha=0.7, label=label)
+        _points(axes, times_ms, top_ms, marker, color=color, markersize=4, alpha=0.7, label=label)
         axes.axhline(median_ms, color=color, linewidth=1.2, linestyle="--")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, top_ms)
     axes.set_ylabel("time of a step (ms)")
 
 
 def _ratio(axes: Any, plain: Result, ours: Result) -> None:
     ratios = [a / b for a, b in zip(plain.step_s, ours.step_s, strict=True)]
-    axes.plot(range(1, len(ratios) + 1), ratios, ".", color=GREY, markersize=5)
+    middle = paired_ratio(plain, ours)
+    top = max(2.0, TOP * middle)
+    _points(axes, ratios, top, ".", color=GREY, markersize=5)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.axhline(paired_ratio(plain, ours), color=GREY, linewidth=1.2, linestyle="--")
-    axes.set_ylim(0, max(2.0, 1.05 * max(ratios)))
+    axes.axhline(middle, color=GREY, linewidth=1.2, linestyle="--")
+    axes.set_ylim(0, top)
     axes.set_ylabel("plain / ours")
+
+
+def _points(axes: Any, values: Sequence[float], top: float, marker: str, **style: Any) -> None:
+    """Draw a point a step; what lies above `top` as a triangle at the edge."""
+    steps = range(1, len(values) + 1)
+    inside = [value if value <= top else math.nan for value in values]
+    axes.plot(steps, inside, marker, linestyle="none", **style)
+    beyond = [step for step, value in zip(steps, values, strict=True) if value > top]
+    if beyond:  # an empty line that is not clipped has no bounds, and the layout needs them
+        style |= {"label": None, "markersize": 6, "clip_on": False}
+        axes.plot(beyond, [top] * len(beyond), "^", linestyle="none", **style)
