@@ -7,19 +7,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from . import arguments
 from .cases import DTYPES, MODES, Case, make_case
-from .compare import compare, print_comparison, read_run
+from .compare import compare, print_comparison
 from .gate import Gate, Wrong
-from .grids import GRIDS, Shape, parse_shape
+from .grids import GRIDS, Shape
+from .memory import peak_mib, saved_mib
 from .providers import DEFAULT, PROVIDERS, Step, Unavailable
 from .report import FLOOR, Row, make_header, make_row, print_report, write_json
-from .timing import measure, peak_mib
+from .timing import measure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,11 +68,12 @@ def run_shape(
 
     with torch.set_grad_enabled(case.training):
         gate = Gate(case, PROVIDERS["reference"](case).results())
-        runs, peaks = {}, {}
+        runs, memory = {}, {}
         for name in providers:
             try:
-                runs[name] = _checked(name, case, gate).run
-                peaks[name] = peak_mib(runs[name], device)
+                step = _checked(name, case, gate)
+                runs[name] = step.run
+                memory[name] = peak_mib(step.run, device), saved_mib(step.run, step.held)
             except Unavailable as reason:
                 refuse(name, str(reason), failed=False)
             except Wrong as reason:
@@ -84,7 +86,7 @@ def run_shape(
     for name, reason in failed.items():
         refuse(name, reason)
     return [
-        make_row(name, device, dtype, mode, shape, times[name], peaks[name]) for name in times
+        make_row(name, device, dtype, mode, shape, times[name], *memory[name]) for name in times
     ], not_timed
 
 
@@ -127,72 +129,40 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), default="fp32")
     add("--mode", choices=MODES, default="fwd", help="fwd runs without autograd (default)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--grid", choices=("standard", "quick"), default="standard")
-    which.add_argument("--shape", type=_shape, metavar="M,K,N,R", help="this shape alone")
+    which.add_argument("--grid", choices=tuple(GRIDS["cpu"]), default="standard")
+    which.add_argument("--shape", type=arguments.shape, metavar="M,K,N,R", help="this shape alone")
     add(
         "--providers",
-        type=_providers,
+        type=arguments.provider_names,
         default=list(DEFAULT),
         metavar="NAME,...",
         help=f"of {', '.join(PROVIDERS)}; or all (default {','.join(DEFAULT)})",
     )
-    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's choice)")
+    add(
+        "--threads",
+        type=arguments.positive(int),
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
     add(
         "--seconds",
-        type=_positive(float),
+        type=arguments.positive(float),
         default=2.0,
         metavar="BUDGET",
         help="timing budget of a shape, over all providers (default 2)",
     )
-    add("--compare", type=_earlier_run, metavar="OLD.json", help="exit 1 if a row got slower")
-    add("--json", type=_writable, metavar="FILE", help="write the rows there")
+    add(
+        "--compare",
+        type=arguments.earlier_run,
+        metavar="OLD.json",
+        help="exit 1 if a row got slower",
+    )
+    add("--json", type=arguments.writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
     args.shapes = [args.shape] if args.shape else GRIDS[args.device][args.grid]
     return args
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _providers(text: str) -> list[str]:
-    names = list(PROVIDERS) if text == "all" else list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in PROVIDERS]:
-        known = ", ".join(PROVIDERS)
-        raise argparse.ArgumentTypeError(f"no provider {unknown[0]!r}, there are: {known}")
-    return names
-
-
-def _positive(kind: type):
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
-        return value
-
-    return convert
-
-
-def _earlier_run(text: str) -> dict:
-    try:
-        return read_run(Path(text))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"no file can be written at {text}")
-    return path
 
 
 if __name__ == "__main__":

@@ -44,10 +44,23 @@ _CUDA = (
     Shape(4096, 5120, 5120, 128),
 )
 
-# quick: a decode step, a short batch and a training batch.
+_POWERS_M = tuple(2**p for p in range(15))  # 1 to 16384
+_POWERS_R = tuple(2**p for p in range(8))  # 1 to 128
+
+# quick: a decode step, a short batch and a training batch. rows, ranks: one size varied.
 GRIDS: dict[str, dict[str, tuple[Shape, ...]]] = {
-    "cpu": {"standard": _CPU, "quick": (_CPU[1], _CPU[3], _CPU[5])},
-    "cuda": {"standard": _CUDA, "quick": (_CUDA[0], _CUDA[3], _CUDA[5])},
+    "cpu": {
+        "standard": _CPU,
+        "quick": (_CPU[1], _CPU[3], _CPU[5]),
+        "rows": tuple(Shape(M, 768, 768, 16) for M in _POWERS_M),
+        "ranks": tuple(Shape(960, 768, 768, R) for R in _POWERS_R),
+    },
+    "cuda": {
+        "standard": _CUDA,
+        "quick": (_CUDA[0], _CUDA[3], _CUDA[5]),
+        "rows": tuple(Shape(M, 4096, 4096, 16) for M in _POWERS_M),
+        "ranks": tuple(Shape(8192, 4096, 4096, R) for R in _POWERS_R),
+    },
 }
 
 

@@ -26,11 +26,12 @@ class Step(NamedTuple):
     """A call to time, and what it returns.
 
     run() gives a tensor for each of `names`: "y", "dx", "dA", "dB", with ".T" appended where the
-    provider holds the transpose.
+    provider holds the transpose. `held` are the inputs and parameters.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
     names: tuple[str, ...]
+    held: tuple[Tensor, ...]
 
     def results(self) -> dict[str, Tensor]:
         """Run once and return the tensors by name, transposes undone."""
@@ -128,6 +129,20 @@ def _peft(case: Case) -> Step:
     return _step(case, layer, {"dx": case.x, "dA.T": A, "dB.T": B})
 
 
+def _loralib(case: Case) -> Step:
+    try:
+        import loralib
+    except ImportError as error:
+        raise Unavailable(f"loralib can't be imported ({error}); pip install loralib") from None
+    M, K, N, R = case.shape
+    layer = loralib.Linear(K, N, r=R, lora_alpha=case.alpha * R, merge_weights=False)
+    layer.weight, layer.bias = (nn.Parameter(t, False) for t in (case.weight, case.bias))
+    A, B = layer.lora_A, layer.lora_B
+    with torch.no_grad():
+        A.data, B.data = case.A.detach().T.contiguous(), case.B.detach().T.contiguous()
+    return _step(case, layer, {"dx": case.x, "dA.T": A, "dB.T": B})
+
+
 def _lora_ext(case: Case) -> Step:
     linear = _frozen_linear(case)
     layer = lora_ext.LinearWithLoRA(linear, case.shape.R, case.alpha, dtype=case.A.dtype)
@@ -154,15 +169,16 @@ def _backend(name: str) -> Callable[[Case], Step]:
 
 def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tensor]) -> Step:
     x, dy = case.x, case.dy
+    held = (x, case.weight, case.bias, case.A, case.B, *inputs.values())
     if not case.training:
-        return Step(lambda: (layer(x),), ("y",))
+        return Step(lambda: (layer(x),), ("y",), held)
     wanted = tuple(inputs.values())
 
     def run() -> tuple[Tensor, ...]:
         y = layer(x)
         return y, *torch.autograd.grad(y, wanted, dy)
 
-    return Step(run, ("y", *inputs))
+    return Step(run, ("y", *inputs), held)
 
 
 def _plain_layer(case: Case) -> PlainLinearWithLoRA:
@@ -183,6 +199,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "compile": _compile,
     "addmm": _addmm,
     "peft": _peft,
+    "loralib": _loralib,
     "lora_ext": _lora_ext,
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.

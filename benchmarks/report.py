@@ -37,7 +37,14 @@ def make_header(device: str, command: str) -> dict[str, Any]:
 
 
 def make_row(
-    provider: str, device: str, dtype: str, mode: str, shape: Shape, times: Times, peak_mib: float
+    provider: str,
+    device: str,
+    dtype: str,
+    mode: str,
+    shape: Shape,
+    times: Times,
+    peak_mib: float,
+    saved_mib: float,
 ) -> Row:
     """Return one row: milliseconds, MiB, and TFLOP/s of the arithmetic that the result needs."""
     work = flops(shape, mode, lora=provider != FLOOR)
@@ -51,6 +58,7 @@ def make_row(
         "ms_p20": round(times.p20, 6),
         "ms_p80": round(times.p80, 6),
         "peak_mib": round(peak_mib, 3),
+        "saved_mib": round(saved_mib, 3),
         "tflops": round(work / times.median / 1e9, 6),
     }
 
@@ -102,6 +110,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines.append(f"geometric means over {FLOOR}: {shown}")
     ours, gain = _mean(cells, OURS, FLOOR), _mean(cells, PLAIN, OURS)
     lines.append(f"geometric means: {OURS} / {FLOOR} {ours}, {PLAIN} / {OURS} {gain}")
+    kept = {p: sum(cell[p].get("saved_mib", 0) for cell in cells if p in cell) for p in others}
+    if any(kept.values()):
+        shown = ", ".join(f"{provider} {mib:.3g}" for provider, mib in kept.items())
+        lines.append(f"kept for the backward beyond x and parameters, all shapes (MiB): {shown}")
     gains = {s: g for s, cells in shapes.items() if (g := ratio(cells, PLAIN, OURS))}
     if gains:
         worst = min(gains, key=gains.__getitem__)

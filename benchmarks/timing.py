@@ -1,8 +1,7 @@
-"""Time and peak memory of calls, on a CPU and on CUDA: milliseconds and MiB."""
+"""Time of calls, on a CPU and on CUDA, in milliseconds."""
 
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], Any]
 Timer = Callable[[], float]
@@ -61,7 +59,7 @@ def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[f
     """
     names = list(timers)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    with _no_gc():
+    with no_gc():
         start = time.perf_counter()
         for done in range(MAX_ROUNDS):
             spent_s = time.perf_counter() - start
@@ -158,41 +156,9 @@ def _captured(run: Run) -> Run:
     return replay
 
 
-def peak_mib(run: Run, device: str) -> float:
-    """Return the most memory that one call holds beyond what was there before it, MiB.
-
-    Results are included. CUDA: PyTorch's allocator (`max_memory_allocated`). CPU: the running sum
-    of the profiler's allocation events, which are those of PyTorch's allocator too: scratch space
-    that MKL or oneDNN take for themselves is not in it.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        kept = run()
-        torch.cuda.synchronize()
-        del kept
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with (
-        _no_gc(),
-        _silent_stderr(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        kept = run()
-    del kept
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted(
-        (e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]"
-    )
-    held = peak = 0
-    for _, _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak / 2**20
-
-
 @contextmanager
-def _no_gc() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
+    """Keep the garbage collector from running meanwhile."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -200,16 +166,3 @@ def _no_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drop what the profiler of torch 2.13 writes to file descriptor 2 at every start and stop."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)

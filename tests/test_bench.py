@@ -7,14 +7,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_linear, compare, gate, providers, report, timing
+from benchmarks import bench_linear, compare, gate, memory, providers, report, timing
 from benchmarks.cases import DTYPES, flops, make_case
 from benchmarks.grids import GRIDS, Shape, parse_shape
 
 from .reference import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)
-ROW_FIELDS = ("provider device dtype mode M K N R ms_median ms_p20 ms_p80 peak_mib tflops").split()
+ROW_FIELDS = "provider device dtype mode M K N R ms_median ms_p20 ms_p80".split()
+ROW_FIELDS += ["peak_mib", "saved_mib", "tflops"]
 HEADER_FIELDS = {"torch", "triton", "device", "threads", "commit", "date", "command"}
 
 
@@ -40,15 +41,15 @@ def run(*arguments):
     return bench_linear.main(["--shape", str(SHAPE), "--seconds", "0.02", *arguments])
 
 
-def made_row(provider, ms, shape=SHAPE, spread=0.02):
+def made_row(provider, ms, shape=SHAPE, spread=0.02, saved_mib=0.0):
     times = timing.Times(ms, ms * (1 - spread), ms * (1 + spread))
-    return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0)
+    return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
 def test_every_provider_passes_the_gate_or_says_why_not(mode, dtype):
-    names = [name for name in providers.PROVIDERS if name not in ("compile", "peft")]
+    names = [name for name in providers.PROVIDERS if name not in ("compile", "peft", "loralib")]
     rows, not_timed = bench_linear.run_shape(SHAPE, "cpu", dtype, mode, names, 0.01)
     assert not [entry for entry in not_timed if entry["failed"]]
     assert {row["provider"] for row in rows + not_timed} == set(names)
@@ -123,9 +124,30 @@ def test_json_has_the_fields_and_compares_with_itself(tmp_path, capsys):
 
 def test_peak_is_what_the_plain_layer_holds_at_once():
     x = torch.randn(256, 1024)  # 1 MiB
-    assert timing.peak_mib(lambda: x + 1, "cpu") == pytest.approx(1, abs=0.01)
-    assert timing.peak_mib(lambda: (x + 1) * (x + 2), "cpu") == pytest.approx(3, abs=0.01)
-    assert timing.peak_mib(lambda: ((x + 1) + 1) + 1, "cpu") == pytest.approx(2, abs=0.01)
+    assert memory.peak_mib(lambda: x + 1, "cpu") == pytest.approx(1, abs=0.01)
+    assert memory.peak_mib(lambda: (x + 1) * (x + 2), "cpu") == pytest.approx(3, abs=0.01)
+    assert memory.peak_mib(lambda: ((x + 1) + 1) + 1, "cpu") == pytest.approx(2, abs=0.01)
+
+
+def test_saved_is_what_the_backward_needs_beyond_inputs():
+    x = torch.randn(256, 1024, requires_grad=True)  # 1 MiB
+    assert memory.saved_mib(lambda: x.exp(), (x,)) == 1  # its result
+    assert memory.saved_mib(lambda: x.sin(), (x,)) == 0  # its input
+    assert memory.saved_mib(lambda: x.sin(), ()) == 1
+    assert memory.saved_mib(lambda: x.exp().exp()[:1].sin(), (x,)) == 2  # a view counts whole, once
+
+
+def test_lora_ext_keeps_no_more_than_the_plain_layer():
+    case = make_case(SHAPE, "cpu", torch.float32, "fwd_bwd")
+    saved = {}
+    for name in ("reference", "lora_ext"):
+        step = providers.PROVIDERS[name](case)
+        saved[name] = memory.saved_mib(step.run, step.held)
+    assert 0 < saved["lora_ext"] <= saved["reference"]
+    rows = [made_row(name, 1.0, saved_mib=mib * 2**20) for name, mib in saved.items()]
+    assert "kept for the backward beyond x and parameters, all shapes (MiB): reference 96" in (
+        "\n".join(report.summary([*rows, made_row("linear", 1.0)]))
+    )
 
 
 @pytest.mark.parametrize(("slowdown", "expected"), [(1.2, True), (1.05, False), (0.5, False)])
