@@ -19,7 +19,7 @@ from .gate import Gate, Wrong
 from .grids import GRIDS, Shape
 from .memory import peak_mib, saved_mib
 from .providers import DEFAULT, PROVIDERS, Step, Unavailable
-from .report import FLOOR, Row, make_header, make_row, print_report, write_json
+from .report import FLOOR, Row, make_header, make_row, print_report, wide_console, write_json
 from .timing import measure
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     header = make_header(args.device, f"python -m benchmarks.bench_linear {shlex.join(argv)}")
-    console = _console()
+    console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
     rows, not_timed = _run_all(args)
     title = f"{args.dtype} {args.mode} on {args.device}, threads {header['threads']}"
@@ -112,12 +112,6 @@ def _run_all(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
             not_timed += refused
             progress.advance(task)
     return rows, not_timed
-
-
-def _console() -> Console:
-    """Return a console that cuts no table short where the output is a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

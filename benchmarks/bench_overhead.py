@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from . import arguments
 from .cases import Case, make_case
 from .grids import Shape
 from .providers import PROVIDERS
-from .report import make_header
+from .report import make_header, wide_console
 from .timing import Run, cpu_timer, interleave, summarize
 
 PEERS = ("F.linear", "plain layer")
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     header = make_header("cpu", "python -m benchmarks.bench_overhead")
-    console, rows = Console(), []
+    console, rows = wide_console(), []
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
     for mode in ("fwd", "fwd_bwd"):
         measured = measure(args.shape, mode, args.seconds)

@@ -69,6 +69,12 @@ def write_json(path: Path, header: dict[str, Any], rows: list[Row], not_timed: l
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def wide_console() -> Console:
+    """Return a console that cuts no table short where the output is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
+
+
 def print_report(
     console: Console, rows: Sequence[Row], providers: Sequence[str], title: str
 ) -> None:
