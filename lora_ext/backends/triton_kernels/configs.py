@@ -1,0 +1,112 @@
+"""Which tile sizes a card may be given: few, and each compiled and inspected by the tests.
+
+tests/test_triton_codegen.py compiles every entry for its card: no stack, no spills, shared memory
+within the card, matrix instructions in the loop. What failed there is not here.
+"""
+
+from dataclasses import dataclass
+
+from .cards import Card
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of a kernel: a product (block_m, block_n), summed block_k a step.
+
+    Attributes:
+        block_m: rows of the result.
+        block_n: columns of the result.
+        block_k: elements of the summed dimension a step.
+        warps: warps a program.
+        stages: depth of the load pipeline.
+        max_r: largest BLOCK_R with which h fits beside the accumulator (regime in_loop).
+        descriptors: loads x and weight by tensor descriptors.
+
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    max_r: int = 64
+    descriptors: bool = False
+
+
+# Larger ranks go through the epilogue this many columns at a time.
+MAX_BLOCK_R = 64
+
+_AMPERE = (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3))
+_SMALL_SHARED = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3))
+_HOPPER = (
+    Tile(128, 256, 64, 8, 3, descriptors=True),
+    Tile(64, 128, 64, 4, 4, descriptors=True),
+    Tile(128, 256, 64, 8, 3),
+    Tile(64, 128, 64, 4, 4),
+)
+_GEMM = {
+    "sm_80": _AMPERE,
+    "sm_86": _SMALL_SHARED,
+    "sm_89": _SMALL_SHARED,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _SMALL_SHARED,
+    "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+}
+# tf32: twice the bytes an element. fp32 runs without matrix units, so small tiles.
+_TF32 = (Tile(64, 64, 32, 4, 3),)
+_FP32 = (Tile(64, 64, 16, 4, 2, max_r=32),)
+_INTERPRETER = (Tile(32, 32, 32, 4, 2), Tile(32, 64, 32, 4, 2, descriptors=True))
+
+
+def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
+    """Return the tiles for the base product with its epilogue; kind is half, tf32 or fp32."""
+    if card.interpreted:
+        return _INTERPRETER
+    if kind == "half":
+        return _GEMM[card.family]
+    return _TF32 if kind == "tf32" else _FP32
+
+
+def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
+    """Return the tiles for the base product of few rows, split over K: M <= block_m <= 64."""
+    if card.interpreted:
+        return (Tile(32, 32, 32, 4, 2),)
+    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
+    if kind != "half":
+        return (Tile(block_m, 32, 32, 4, 3),)
+    stages = 2 if card.family == "gfx942" else 4
+    return (Tile(block_m, 32, 128, 4, stages), Tile(block_m, 64, 64, 4, stages))
+
+
+def delta_tile(card: Card) -> Tile:
+    """Return the tile for y += alpha * h @ B: bound by memory, no loop over K."""
+    return Tile(32, 32, 32, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
+
+
+def shrink_tile(card: Card, kind: str, M: int) -> Tile:
+    """Return the tile for h = x @ A; its columns are BLOCK_R."""
+    if card.interpreted:
+        return Tile(32, 0, 32, 4, 2)
+    block_m = 16 if M <= 16 else 64
+    if kind != "half":
+        return Tile(block_m, 0, 32, 4, 2)
+    return Tile(block_m, 0, 64, 4, 2 if card.family == "gfx942" else 4)
+
+
+def dy_tile(card: Card, kind: str, M: int) -> Tile:
+    """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step."""
+    if card.interpreted:
+        return Tile(32, 32, 0, 4, 2)
+    block_m = 32 if M <= 2048 else 64 if M <= 4096 or kind != "half" else 128
+    return Tile(block_m, 64, 0, 4, 2 if kind != "half" or card.family == "gfx942" else 3)
+
+
+def dA_tile(card: Card, kind: str) -> Tile:
+    """Return the tile for dA = alpha * x.T @ t: block_k columns of x, block_m rows a step."""
+    return Tile(32, 0, 32, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
+
+
+def block_r(R: int, most: int = MAX_BLOCK_R) -> int:
+    """Return the rank padded to a power of two: at least 16, a matrix instruction's, at most."""
+    return min(max(16, 1 << (R - 1).bit_length()), most)

@@ -1,0 +1,136 @@
+"""The backward: which kernels, in which order, for the gradients that `needs` asks for.
+
+two_launches  (i) t = dy @ B.T and dB's parts; (ii) dx with t at hand, dA, and dB's sum
+torch_base    dx = dy @ weight by PyTorch between the two, (ii) then adds alpha * t @ A.T to it
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+from .backward import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
+from .cards import Card
+from .configs import Tile
+from .launch import base_operands, dot_precision, kind_of, launch, split_alpha, tile_options
+
+_SUM_PARTS, _SUM_N = 16, 256
+
+
+@dataclass
+class Backward:
+    """One backward to run; what `needs` (dx, dweight, dbias, dA, dB) does not ask for is not read.
+
+    dy (M, N), x (M, K), weight (N, K), A (K, R), B (R, N), h (M, R). None of M, N, K may be zero.
+    """
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    h: Tensor
+    alpha: float
+    needs: tuple[bool, ...]
+    card: Card
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.need_dx, _, _, self.need_dA, self.need_dB = self.needs
+        self.M, self.N = self.dy.shape
+        self.K = self.weight.shape[1] if self.need_dx else self.x.shape[-1]
+        self.R = self.B.shape[0] if self.need_dx or self.need_dA else self.h.shape[-1]
+        self.kind = kind_of(self.dy.dtype)
+
+
+def two_launches(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
+    """Return (dx, dA, dB) in two launches; only the second's dA and dB where dx is not needed."""
+    dx = call.dy.new_empty(call.M, call.K) if call.need_dx else None
+    t, dB_parts = _pass_over_dy(call)
+    if call.need_dx:
+        dy, w, options = base_operands(call.dy, call.weight, tile, call.kind)
+    else:
+        dy, w = None, None
+        options = {"DESCRIPTORS": False, "W_TRANSPOSED": False} | tile_options(tile, call.kind)
+    # In the twin of the forward, K and N have changed places.
+    options |= {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}
+    return _finish(call, tile, dy, w, t, dB_parts, dx, BASE_DONE=False, **options)
+
+
+def torch_base(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
+    """Return (dx, dA, dB) with dx's base product by PyTorch."""
+    t, dB_parts = _pass_over_dy(call)
+    dx = call.dy @ call.weight if call.need_dx else None
+    options = {"DESCRIPTORS": False, "W_TRANSPOSED": False} | tile_options(tile, call.kind)
+    options |= {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}
+    return _finish(call, tile, None, None, t, dB_parts, dx, BASE_DONE=True, **options)
+
+
+BACKWARD = {f.__name__: f for f in (two_launches, torch_base)}
+
+
+def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
+    """Launch (i): return t (M, R) and dB's parts (parts, R, N), float32; None where not needed."""
+    M, N, R = call.M, call.N, call.R
+    tile = configs.dy_tile(call.card, call.kind, M)
+    parts = triton.cdiv(M, tile.block_m)
+    want_t = call.need_dx or call.need_dA
+    t = call.dy.new_empty(M, R) if want_t else None
+    dB_parts = None
+    if call.need_dB:
+        dB_parts = torch.empty(parts, R, N, dtype=torch.float32, device=call.dy.device)
+    if want_t or call.need_dB:
+        launch(
+            lora_linear_bwd_dy_kernel,
+            (parts, triton.cdiv(R, configs.block_r(R))),
+            call.dy, call.B if want_t else None, call.h if call.need_dB else None, t, dB_parts,
+            M, N, R, *call.dy.stride(), *(call.B.stride() if want_t else (0, 0)),
+            WANT_T=want_t, WANT_DB=call.need_dB, PRECISION=dot_precision(call.kind),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=configs.block_r(R),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return t, dB_parts
+
+
+def _finish(
+    call: Backward,
+    tile: Tile,
+    dy: Any,
+    w: Any,
+    t: Tensor | None,
+    dB_parts: Tensor | None,
+    dx: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Launch (ii): return (dx, dA, dB), dx filled or added to (BASE_DONE)."""
+    M, N, K, R = call.M, call.N, call.K, call.R
+    dA = call.A.new_empty(K, R) if call.need_dA else None
+    dB = call.B.new_empty(R, N) if call.need_dB else None
+    dA_tile = configs.dA_tile(call.card, call.kind)
+    programs = 0
+    if call.need_dx:
+        programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
+    if call.need_dA:
+        programs += triton.cdiv(K, dA_tile.block_k) * triton.cdiv(R, configs.block_r(R))
+    if call.need_dB:
+        programs += triton.cdiv(R * N, _SUM_N)
+    if programs == 0:
+        return None, None, None
+    launch(
+        lora_linear_bwd_dx_kernel,
+        (programs,),
+        dy, w, call.x if call.need_dA else None, call.A if call.need_dx else None, t, dB_parts,
+        dx, dA, dB, call.alpha, *split_alpha(call.alpha, call.dy.dtype),
+        M, N, K, R, 0 if dB_parts is None else len(dB_parts),
+        *call.dy.stride(), *(call.weight.stride() if call.need_dx else (0, 0)),
+        *(call.x.stride() if call.need_dA else (0, 0)),
+        *(call.A.stride() if call.need_dx else (0, 0)),
+        WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
+        BLOCK_R=configs.block_r(R), DA_M=dA_tile.block_m, DA_K=dA_tile.block_k,
+        SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N,
+        **options,
+    )  # fmt: skip
+    return dx, dA, dB

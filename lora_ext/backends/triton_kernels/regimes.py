@@ -1,0 +1,148 @@
+"""The named ways to run one forward: which kernels, in which order.
+
+in_loop       one launch; each tile accumulates its own h beside the base product
+two_launches  h = x @ A, split over K where rows are few; then the base product with h at hand
+decode        two launches with the base product split over K too, for M <= 64
+torch_base    F.linear, h = x @ A, then y += alpha * h @ B in place while y is in L2
+h_first       one persistent launch, h before the rest; by name only, see h_first.py
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import configs
+from .cards import Card
+from .configs import Tile
+from .decode import lora_linear_decode_kernel, lora_linear_decode_sum_kernel
+from .forward import lora_linear_fwd_in_loop_kernel, lora_linear_fwd_kernel
+from .launch import (
+    base_operands,
+    dot_precision,
+    kind_of,
+    launch,
+    shrink,
+    split_alpha,
+    tile_options,
+)
+
+
+@dataclass
+class Forward:
+    """One forward to run: x (M, K), weight (N, K), bias (N,) or None, A (K, R), B (R, N).
+
+    None of M, N, K may be zero.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    alpha: float
+    card: Card
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.M, self.K = self.x.shape
+        self.N, self.R = self.weight.shape[0], self.A.shape[1]
+        self.kind = kind_of(self.x.dtype)
+        self.w = self.weight.T  # (K, N), a view
+        if self.bias is not None:
+            self.bias = self.bias.contiguous()
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Return y (M, N) and h (M, R), to be filled."""
+        return self.x.new_empty(self.M, self.N), self.x.new_empty(self.M, self.R)
+
+
+def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
+    """y and h in one launch: h accumulates in each tile's own loop, x is read once."""
+    y, h = call.results()
+    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    launch(
+        lora_linear_fwd_in_loop_kernel,
+        (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
+        x, w, call.bias, call.A, call.B, h, y, *split_alpha(call.alpha, y.dtype),
+        call.M, call.N, call.K, call.R,
+        *call.x.stride(), *call.w.stride(), *call.A.stride(), *call.B.stride(),
+        HAS_BIAS=call.bias is not None,
+        BLOCK_R=configs.block_r(call.R, tile.max_r),
+        **options,
+    )  # fmt: skip
+    return y, h
+
+
+def two_launches(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
+    """y and h in two launches: h, then the base product that ends with alpha * h @ B."""
+    y, h = call.results()
+    h_parts = shrink(call.x, call.A, call.kind, call.card, h)
+    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    _finish(call, tile, x, w, call.bias, h_parts, h, y, BASE_DONE=False, **options)
+    return y, h
+
+
+def torch_base(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
+    """y and h with PyTorch's own base product, then one pass y += alpha * h @ B."""
+    y = F.linear(call.x, call.weight, call.bias)
+    h = call.x.new_empty(call.M, call.R)
+    h_parts = shrink(call.x, call.A, call.kind, call.card, h)
+    options = tile_options(tile, call.kind) | {"DESCRIPTORS": False, "W_TRANSPOSED": False}
+    _finish(call, tile, y, y, None, h_parts, h, y, BASE_DONE=True, **options)
+    return y, h
+
+
+def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
+    """Fill y (or add to it, BASE_DONE) with h as (splits, M, R) parts, and h with their sum."""
+    launch(
+        lora_linear_fwd_kernel,
+        (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
+        x, w, bias, call.B, h_parts, h, y, *split_alpha(call.alpha, y.dtype),
+        call.M, call.N, call.K, call.R, len(h_parts),
+        *call.x.stride(), *call.w.stride(), *call.B.stride(), *h_parts.stride(),
+        HAS_BIAS=bias is not None,
+        STORE_H=len(h_parts) > 1,
+        BLOCK_R=configs.block_r(call.R),
+        **options,
+    )  # fmt: skip
+
+
+def decode(call: Forward, tile: Tile, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """y and h for few rows: K split over programs, the parts summed in a fixed order."""
+    M, N, K, R = call.M, call.N, call.K, call.R
+    y, h = call.results()
+    rank_block = configs.block_r(R)
+    tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)
+    splits = splits or decode_splits(call, tile)
+    parts = torch.empty(splits, M, N, dtype=torch.float32, device=y.device)
+    h_parts = torch.empty(splits, M, R, dtype=torch.float32, device=y.device)
+    launch(
+        lora_linear_decode_kernel,
+        (tiles_m, tiles_n + triton.cdiv(R, rank_block), splits),
+        call.x, call.w, call.A, parts, h_parts, M, N, K, R, splits,
+        *call.x.stride(), *call.w.stride(), *call.A.stride(), M * N, M * R,
+        PRECISION=dot_precision(call.kind),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    launch(
+        lora_linear_decode_sum_kernel,
+        (tiles_m, triton.cdiv(N, 128)),
+        parts, h_parts, call.bias, call.B, h, y, *split_alpha(call.alpha, y.dtype), M, N, R, splits,
+        *call.B.stride(), M * N, M * R,
+        HAS_BIAS=call.bias is not None, PRECISION=dot_precision(call.kind),
+        BLOCK_M=tile.block_m, BLOCK_N=128, BLOCK_R=rank_block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return y, h
+
+
+def decode_splits(call: Forward, tile: Tile) -> int:
+    """Return into how many parts K goes: a program for each SM, in parts of at least 4 steps."""
+    tiles = triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n)
+    return max(1, min(call.card.sms // tiles, call.K // (4 * tile.block_k)))
+
+
+FORWARD = {f.__name__: f for f in (in_loop, two_launches, decode, torch_base)}
