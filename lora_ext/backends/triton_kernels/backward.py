@@ -10,7 +10,7 @@ import triton.language as tl
 from .common import base_product, load_tile, low_rank_part, store_tile, tile_of
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit(do_not_specialize=["M"])
 def lora_linear_bwd_dy_kernel(
     dy,
     b,
@@ -19,11 +19,11 @@ def lora_linear_bwd_dy_kernel(
     dB_parts,
     M,
     N,
-    R,
     stride_dm,
     stride_dn,
     stride_br,
     stride_bn,
+    R: tl.constexpr,
     WANT_T: tl.constexpr,
     WANT_DB: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -57,7 +57,7 @@ def lora_linear_bwd_dy_kernel(
         store_tile(t, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["M", "R", "parts"])
+@triton.jit(do_not_specialize=["M", "parts"])
 def lora_linear_bwd_dx_kernel(
     dy,
     w,
@@ -74,7 +74,6 @@ def lora_linear_bwd_dx_kernel(
     M,
     N,
     K,
-    R,
     parts,
     stride_dm,
     stride_dn,
@@ -82,8 +81,9 @@ def lora_linear_bwd_dx_kernel(
     stride_wk,
     stride_xm,
     stride_xk,
-    stride_ak,
-    stride_ar,
+    R: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
     WANT_DX: tl.constexpr,
     WANT_DA: tl.constexpr,
     WANT_DB: tl.constexpr,
@@ -122,8 +122,8 @@ def lora_linear_bwd_dx_kernel(
                     BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, DESCRIPTORS, W_TRANSPOSED,
                 )  # fmt: skip
             acc = low_rank_part(
-                acc, t, a, t, m0, k0, M, K, R, 1, 0, R, 1, stride_ar, stride_ak,
-                alpha_dx, scale_dx, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
+                acc, t, a, t, m0, k0, M, K, 1, STRIDE_AR, STRIDE_AK,
+                alpha_dx, scale_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
             )  # fmt: skip
             store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K)
         pid -= tiles_dx

@@ -1,8 +1,9 @@
 """What the kernels share: tile order, loads and stores, products, the low-rank epilogue.
 
-M rows, K in, N out, R rank; a tile is (BLOCK_M, BLOCK_N) of the result. Offsets are 64-bit: a row
-index times a stride passes 2^31 elements from (M, N) = (2^17, 2^14) on. Products accumulate in
-float32.
+M rows, K in, N out, R rank; a tile is (BLOCK_M, BLOCK_N) of the result. R is a constant, and so are
+A's strides, which follow from it: loads of A and h are then as wide as R allows. Offsets are
+64-bit: a row index times a stride passes 2^31 elements from (M, N) = (2^17, 2^14) on. Products
+accumulate in float32.
 """
 
 import triton
@@ -54,9 +55,11 @@ def load_tile(
     `matrix` is a pointer, or a tensor descriptor whose block is the tile.
     """
     if DESCRIPTOR:
-        return matrix.load([row, col])
-    offs, inside = offsets(row, col, rows, cols, stride_row, stride_col, BLOCK_ROWS, BLOCK_COLS)
-    return tl.load(matrix + offs, mask=inside, other=0.0)
+        tile = matrix.load([row, col])
+    else:
+        offs, inside = offsets(row, col, rows, cols, stride_row, stride_col, BLOCK_ROWS, BLOCK_COLS)
+        tile = tl.load(matrix + offs, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -127,8 +130,10 @@ def load_w(
 ):
     """Return the tile (BLOCK_K, BLOCK_N) of w (K, N), which memory may hold as (N, K)."""
     if DESCRIPTORS and W_TRANSPOSED:
-        return w.load([n0, k0]).T
-    return load_tile(w, k0, n0, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, DESCRIPTORS)
+        tile = w.load([n0, k0]).T
+    else:
+        tile = load_tile(w, k0, n0, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, DESCRIPTORS)
+    return tile
 
 
 @triton.jit
@@ -141,8 +146,10 @@ def add_low_rank(acc, h, b, alpha, scale, PRECISION: tl.constexpr):
     """
     scaled = (h * alpha).to(b.dtype)
     if b.dtype == tl.float16:
-        return tl.dot(scaled, b, acc * (1.0 / scale), input_precision=PRECISION) * scale
-    return tl.dot(scaled, b, acc, input_precision=PRECISION)
+        acc = tl.dot(scaled, b, acc * (1.0 / scale), input_precision=PRECISION) * scale
+    else:
+        acc = tl.dot(scaled, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -155,27 +162,24 @@ def low_rank_part(
     n0,
     M,
     N,
-    R,
     splits,
-    stride_hs,
-    stride_hm,
-    stride_hr,
     stride_br,
     stride_bn,
     alpha,
     scale,
+    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     STORE_H: tl.constexpr,
 ):
-    """Return acc + scale * alpha * h @ b, h (M, R) in `splits` parts, b (R, N), BLOCK_R at a time.
+    """Return acc + scale * alpha * h @ b, h (splits, M, R), b (R, N), BLOCK_R at a time.
 
     STORE_H: the first column of tiles writes the summed h to h_out (M, R), contiguous.
     """
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        h_tile = load_h(h, m0, r0, M, R, splits, stride_hs, stride_hm, stride_hr, BLOCK_M, BLOCK_R)
+        h_tile = load_h(h, m0, r0, M, R, splits, BLOCK_M, BLOCK_R)
         if STORE_H:
             if n0 == 0:
                 store_tile(h_out, h_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
@@ -193,17 +197,14 @@ def load_h(
     M,
     R,
     splits,
-    stride_hs,
-    stride_hm,
-    stride_hr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Return the float32 tile (BLOCK_M, BLOCK_R) of h: the sum of `splits` parts, first to last."""
-    offs, inside = offsets(m0, r0, M, R, stride_hm, stride_hr, BLOCK_M, BLOCK_R)
+    """Return the float32 tile at (m0, r0) of h (splits, M, R), its parts summed first to last."""
+    offs, inside = offsets(m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
     total = tl.load(h + offs, mask=inside, other=0.0).to(tl.float32)
     for s in tl.range(1, splits, num_stages=1):
-        part = h + tl.cast(s, tl.int64) * stride_hs
+        part = h + tl.cast(s, tl.int64) * M * R
         total += tl.load(part + offs, mask=inside, other=0.0).to(tl.float32)
     return total
 

@@ -33,8 +33,11 @@ class Tile:
     descriptors: bool = False
 
 
-# Larger ranks go through the epilogue this many columns at a time.
+# Larger ranks go through a kernel this many columns at a time; through the epilogue of a base
+# product, whose accumulator leaves few registers, by fewer: with 64 at once the 128x256 tile of dx
+# spills on sm_90.
 MAX_BLOCK_R = 64
+EPILOGUE_R = 32
 
 _AMPERE = (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3))
 _SMALL_SHARED = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3))
@@ -56,7 +59,7 @@ _GEMM = {
 # tf32: twice the bytes an element. fp32 runs without matrix units, so small tiles.
 _TF32 = (Tile(64, 64, 32, 4, 3),)
 _FP32 = (Tile(64, 64, 16, 4, 2, max_r=32),)
-_INTERPRETER = (Tile(32, 32, 32, 4, 2), Tile(32, 64, 32, 4, 2, descriptors=True))
+_INTERPRETER = (Tile(32, 32, 64, 4, 2), Tile(32, 64, 32, 4, 2, descriptors=True))
 
 
 def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
@@ -71,7 +74,7 @@ def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
 def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
     """Return the tiles for the base product of few rows, split over K: M <= block_m <= 64."""
     if card.interpreted:
-        return (Tile(32, 32, 32, 4, 2),)
+        return (Tile(32, 32, 64, 4, 2),)
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     if kind != "half":
         return (Tile(block_m, 32, 32, 4, 3),)
@@ -87,7 +90,7 @@ def delta_tile(card: Card) -> Tile:
 def shrink_tile(card: Card, kind: str, M: int) -> Tile:
     """Return the tile for h = x @ A; its columns are BLOCK_R."""
     if card.interpreted:
-        return Tile(32, 0, 32, 4, 2)
+        return Tile(32, 0, 64, 4, 2)
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return Tile(block_m, 0, 32, 4, 2)
@@ -97,7 +100,7 @@ def shrink_tile(card: Card, kind: str, M: int) -> Tile:
 def dy_tile(card: Card, kind: str, M: int) -> Tile:
     """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step."""
     if card.interpreted:
-        return Tile(32, 32, 0, 4, 2)
+        return Tile(32, 64, 0, 4, 2)
     block_m = 32 if M <= 2048 else 64 if M <= 4096 or kind != "half" else 128
     return Tile(block_m, 64, 0, 4, 2 if kind != "half" or card.family == "gfx942" else 3)
 

@@ -11,7 +11,7 @@ from .common import add_bias, load_h, low_rank_part, store_tile
 from .forward import shrink_tile
 
 
-@triton.jit(do_not_specialize=["M", "R", "splits", "stride_ps", "stride_hs"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def lora_linear_decode_kernel(
     x,
     w,
@@ -21,16 +21,14 @@ def lora_linear_decode_kernel(
     M,
     N,
     K,
-    R,
     splits,
     stride_xm,
     stride_xk,
     stride_wk,
     stride_wn,
-    stride_ak,
-    stride_ar,
-    stride_ps,
-    stride_hs,
+    R: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,19 +51,19 @@ def lora_linear_decode_kernel(
             x, w, m0, n0, s, splits, M, K, N, stride_xm, stride_xk, stride_wk, stride_wn,
             PRECISION, BLOCK_M, BLOCK_K, BLOCK_N,
         )  # fmt: skip
-        part = y_parts + s.to(tl.int64) * stride_ps
+        part = y_parts + s.to(tl.int64) * M * N
         store_tile(part, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)
     else:
         r0 = (pid_n - tiles_n) * BLOCK_R
         h = shrink_tile(
-            x, a, m0, r0, s, splits, M, K, R, stride_xm, stride_xk, stride_ak, stride_ar,
+            x, a, m0, r0, s, splits, M, K, R, stride_xm, stride_xk, STRIDE_AK, STRIDE_AR,
             PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        h_part = h_parts + s.to(tl.int64) * stride_hs
+        h_part = h_parts + s.to(tl.int64) * M * R
         store_tile(h_part, h, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["M", "R", "splits", "stride_ps", "stride_hs"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def lora_linear_decode_sum_kernel(
     y_parts,
     h_parts,
@@ -77,12 +75,10 @@ def lora_linear_decode_sum_kernel(
     scale,
     M,
     N,
-    R,
     splits,
     stride_br,
     stride_bn,
-    stride_ps,
-    stride_hs,
+    R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -96,10 +92,10 @@ def lora_linear_decode_sum_kernel(
     """
     m0 = tl.program_id(0) * BLOCK_M
     n0 = tl.program_id(1) * BLOCK_N
-    acc = load_h(y_parts, m0, n0, M, N, splits, stride_ps, N, 1, BLOCK_M, BLOCK_N)
+    acc = load_h(y_parts, m0, n0, M, N, splits, BLOCK_M, BLOCK_N)
     acc = low_rank_part(
-        acc, h_parts, b, h_out, m0, n0, M, N, R, splits, stride_hs, R, 1,
-        stride_br, stride_bn, alpha, scale, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, True,
+        acc, h_parts, b, h_out, m0, n0, M, N, splits,
+        stride_br, stride_bn, alpha, scale, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, True,
     )  # fmt: skip
     acc = add_bias(acc, bias, n0, N, BLOCK_N, HAS_BIAS)
     store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)

@@ -15,7 +15,7 @@ from .common import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "R", "splits", "stride_hs"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def lora_linear_fwd_kernel(
     x,
     w,
@@ -29,7 +29,6 @@ def lora_linear_fwd_kernel(
     M,
     N,
     K,
-    R,
     splits,
     stride_xm,
     stride_xk,
@@ -37,9 +36,7 @@ def lora_linear_fwd_kernel(
     stride_wn,
     stride_br,
     stride_bn,
-    stride_hs,
-    stride_hm,
-    stride_hr,
+    R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_H: tl.constexpr,
     BASE_DONE: tl.constexpr,
@@ -67,14 +64,14 @@ def lora_linear_fwd_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, W_TRANSPOSED,
         )  # fmt: skip
     acc = low_rank_part(
-        acc, h, b, h_out, m0, n0, M, N, R, splits, stride_hs, stride_hm, stride_hr,
-        stride_br, stride_bn, alpha, scale, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, STORE_H,
+        acc, h, b, h_out, m0, n0, M, N, splits,
+        stride_br, stride_bn, alpha, scale, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, STORE_H,
     )  # fmt: skip
     acc = add_bias(acc, bias, n0, N, BLOCK_N, HAS_BIAS)
     store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit(do_not_specialize=["M"])
 def lora_linear_fwd_in_loop_kernel(
     x,
     w,
@@ -88,15 +85,15 @@ def lora_linear_fwd_in_loop_kernel(
     M,
     N,
     K,
-    R,
     stride_xm,
     stride_xk,
     stride_wk,
     stride_wn,
-    stride_ak,
-    stride_ar,
     stride_br,
     stride_bn,
+    R: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
@@ -121,7 +118,7 @@ def lora_linear_fwd_in_loop_kernel(
         w_tile = load_w(
             w, k0, n0, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, DESCRIPTORS, W_TRANSPOSED
         )
-        a_tile = load_tile(a, k0, 0, K, R, stride_ak, stride_ar, BLOCK_K, BLOCK_R)
+        a_tile = load_tile(a, k0, 0, K, R, STRIDE_AK, STRIDE_AR, BLOCK_K, BLOCK_R)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         h = tl.dot(x_tile, a_tile.to(x_tile.dtype), h, input_precision=PRECISION)
     if n0 == 0:
@@ -132,20 +129,19 @@ def lora_linear_fwd_in_loop_kernel(
     store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M", "R", "splits", "stride_hs"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def lora_shrink_kernel(
     x,
     a,
     h,
     M,
     K,
-    R,
     splits,
     stride_xm,
     stride_xk,
-    stride_ak,
-    stride_ar,
-    stride_hs,
+    R: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,10 +156,10 @@ def lora_shrink_kernel(
     r0 = tl.program_id(1) * BLOCK_R
     s = tl.program_id(2)
     h_tile = shrink_tile(
-        x, a, m0, r0, s, splits, M, K, R, stride_xm, stride_xk, stride_ak, stride_ar,
+        x, a, m0, r0, s, splits, M, K, R, stride_xm, stride_xk, STRIDE_AK, STRIDE_AR,
         PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    part = h + s.to(tl.int64) * stride_hs
+    part = h + s.to(tl.int64) * M * R
     store_tile(part, h_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
 
 

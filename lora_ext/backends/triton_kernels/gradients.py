@@ -15,7 +15,15 @@ from . import configs
 from .backward import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card
 from .configs import Tile
-from .launch import base_operands, dot_precision, kind_of, launch, split_alpha, tile_options
+from .launch import (
+    base_operands,
+    dot_precision,
+    kind_of,
+    launch,
+    rank_options,
+    split_alpha,
+    tile_options,
+)
 
 _SUM_PARTS, _SUM_N = 16, 256
 
@@ -44,6 +52,8 @@ class Backward:
         self.K = self.weight.shape[1] if self.need_dx else self.x.shape[-1]
         self.R = self.B.shape[0] if self.need_dx or self.need_dA else self.h.shape[-1]
         self.kind = kind_of(self.dy.dtype)
+        if self.need_dB:
+            self.h = self.h.contiguous()
 
 
 def two_launches(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
@@ -87,8 +97,8 @@ def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
             lora_linear_bwd_dy_kernel,
             (parts, triton.cdiv(R, configs.block_r(R))),
             call.dy, call.B if want_t else None, call.h if call.need_dB else None, t, dB_parts,
-            M, N, R, *call.dy.stride(), *(call.B.stride() if want_t else (0, 0)),
-            WANT_T=want_t, WANT_DB=call.need_dB, PRECISION=dot_precision(call.kind),
+            M, N, *call.dy.stride(), *(call.B.stride() if want_t else (0, 0)),
+            R=R, WANT_T=want_t, WANT_DB=call.need_dB, PRECISION=dot_precision(call.kind),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=configs.block_r(R),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -114,7 +124,7 @@ def _finish(
     if call.need_dx:
         programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
     if call.need_dA:
-        programs += triton.cdiv(K, dA_tile.block_k) * triton.cdiv(R, configs.block_r(R))
+        programs += triton.cdiv(K, dA_tile.block_k) * triton.cdiv(R, configs.block_r(R, configs.EPILOGUE_R))
     if call.need_dB:
         programs += triton.cdiv(R * N, _SUM_N)
     if programs == 0:
@@ -124,12 +134,11 @@ def _finish(
         (programs,),
         dy, w, call.x if call.need_dA else None, call.A if call.need_dx else None, t, dB_parts,
         dx, dA, dB, call.alpha, *split_alpha(call.alpha, call.dy.dtype),
-        M, N, K, R, 0 if dB_parts is None else len(dB_parts),
+        M, N, K, 0 if dB_parts is None else len(dB_parts),
         *call.dy.stride(), *(call.weight.stride() if call.need_dx else (0, 0)),
         *(call.x.stride() if call.need_dA else (0, 0)),
-        *(call.A.stride() if call.need_dx else (0, 0)),
-        WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
-        BLOCK_R=configs.block_r(R), DA_M=dA_tile.block_m, DA_K=dA_tile.block_k,
+        **rank_options(call.A), WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
+        BLOCK_R=configs.block_r(R, configs.EPILOGUE_R), DA_M=dA_tile.block_m, DA_K=dA_tile.block_k,
         SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N,
         **options,
     )  # fmt: skip

@@ -89,6 +89,13 @@ def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
     }
 
 
+def rank_options(A: Tensor) -> dict[str, int]:
+    """Return the constants by which a kernel knows the rank and how A (K, R) lies."""
+    if A.dim() != 2:  # a stand-in
+        return {"R": 0, "STRIDE_AK": 0, "STRIDE_AR": 0}
+    return {"R": A.shape[1], "STRIDE_AK": A.stride(0), "STRIDE_AR": A.stride(1)}
+
+
 def shrink(x: Tensor, A: Tensor, kind: str, card: Card, h: Tensor) -> Tensor:
     """Return x @ A as (splits, M, R): float32 parts, or h (M, R) itself, filled, where one does.
 
@@ -105,8 +112,8 @@ def shrink(x: Tensor, A: Tensor, kind: str, card: Card, h: Tensor) -> Tensor:
     launch(
         lora_shrink_kernel,
         (triton.cdiv(M, tile.block_m), triton.cdiv(R, rank_block), splits),
-        x, A, parts, M, K, R, splits, *x.stride(), *A.stride(), M * R,
-        PRECISION=dot_precision(kind),
+        x, A, parts, M, K, splits, *x.stride(),
+        **rank_options(A), PRECISION=dot_precision(kind),
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from .launch import (
     dot_precision,
     kind_of,
     launch,
+    rank_options,
     shrink,
     split_alpha,
     tile_options,
@@ -67,9 +68,8 @@ def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         lora_linear_fwd_in_loop_kernel,
         (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
         x, w, call.bias, call.A, call.B, h, y, *split_alpha(call.alpha, y.dtype),
-        call.M, call.N, call.K, call.R,
-        *call.x.stride(), *call.w.stride(), *call.A.stride(), *call.B.stride(),
-        HAS_BIAS=call.bias is not None,
+        call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
+        **rank_options(call.A), HAS_BIAS=call.bias is not None,
         BLOCK_R=configs.block_r(call.R, tile.max_r),
         **options,
     )  # fmt: skip
@@ -101,11 +101,10 @@ def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
         lora_linear_fwd_kernel,
         (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
         x, w, bias, call.B, h_parts, h, y, *split_alpha(call.alpha, y.dtype),
-        call.M, call.N, call.K, call.R, len(h_parts),
-        *call.x.stride(), *call.w.stride(), *call.B.stride(), *h_parts.stride(),
-        HAS_BIAS=bias is not None,
+        call.M, call.N, call.K, len(h_parts), *call.x.stride(), *call.w.stride(), *call.B.stride(),
+        R=call.R, HAS_BIAS=bias is not None,
         STORE_H=len(h_parts) > 1,
-        BLOCK_R=configs.block_r(call.R),
+        BLOCK_R=configs.block_r(call.R, configs.EPILOGUE_R),
         **options,
     )  # fmt: skip
 
@@ -122,18 +121,16 @@ def decode(call: Forward, tile: Tile, splits: int | None = None) -> tuple[Tensor
     launch(
         lora_linear_decode_kernel,
         (tiles_m, tiles_n + triton.cdiv(R, rank_block), splits),
-        call.x, call.w, call.A, parts, h_parts, M, N, K, R, splits,
-        *call.x.stride(), *call.w.stride(), *call.A.stride(), M * N, M * R,
-        PRECISION=dot_precision(call.kind),
+        call.x, call.w, call.A, parts, h_parts, M, N, K, splits,
+        *call.x.stride(), *call.w.stride(), **rank_options(call.A), PRECISION=dot_precision(call.kind),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     launch(
         lora_linear_decode_sum_kernel,
         (tiles_m, triton.cdiv(N, 128)),
-        parts, h_parts, call.bias, call.B, h, y, *split_alpha(call.alpha, y.dtype), M, N, R, splits,
-        *call.B.stride(), M * N, M * R,
-        HAS_BIAS=call.bias is not None, PRECISION=dot_precision(call.kind),
+        parts, h_parts, call.bias, call.B, h, y, *split_alpha(call.alpha, y.dtype), M, N, splits,
+        *call.B.stride(), R=R, HAS_BIAS=call.bias is not None, PRECISION=dot_precision(call.kind),
         BLOCK_M=tile.block_m, BLOCK_N=128, BLOCK_R=rank_block, num_warps=4, num_stages=1,
     )  # fmt: skip
     return y, h
