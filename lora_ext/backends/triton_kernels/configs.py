@@ -39,52 +39,49 @@ class Tile:
 MAX_BLOCK_R = 64
 EPILOGUE_R = 32
 
-_AMPERE = (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3))
-_SMALL_SHARED = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3))
+_SMALL = Tile(64, 64, 64, 4, 3)
 _HOPPER = (
     Tile(128, 256, 64, 8, 3, descriptors=True),
     Tile(64, 128, 64, 4, 4, descriptors=True),
-    Tile(128, 256, 64, 8, 3),
-    Tile(64, 128, 64, 4, 4),
+    Tile(128, 128, 64, 8, 3),
 )
 _GEMM = {
-    "sm_80": _AMPERE,
-    "sm_86": _SMALL_SHARED,
-    "sm_89": _SMALL_SHARED,
+    "sm_80": (Tile(128, 128, 32, 8, 4), _SMALL),
+    "sm_86": (Tile(128, 128, 32, 8, 3), _SMALL),
+    "sm_89": (Tile(128, 128, 32, 8, 3), _SMALL),
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
-    "sm_120": _SMALL_SHARED,
+    "sm_120": (Tile(128, 128, 64, 8, 2), _SMALL),
     "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
 }
-# tf32: twice the bytes an element. fp32 runs without matrix units, so small tiles.
+# tf32: twice the bytes an element. fp32 has no matrix units, and none here: the base product is
+# PyTorch's, see tuning.py; the interpreter runs it with its own tiles.
 _TF32 = (Tile(64, 64, 32, 4, 3),)
-_FP32 = (Tile(64, 64, 16, 4, 2, max_r=32),)
 _INTERPRETER = (Tile(32, 32, 64, 4, 2), Tile(32, 64, 32, 4, 2, descriptors=True))
+_BY_WARPGROUP = ("sm_90", "sm_100")  # matrix instructions of 64 rows and 4 warps
 
 
 def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
     """Return the tiles for the base product with its epilogue; kind is half, tf32 or fp32."""
     if card.interpreted:
         return _INTERPRETER
-    if kind == "half":
-        return _GEMM[card.family]
-    return _TF32 if kind == "tf32" else _FP32
+    return {"half": _GEMM[card.family], "tf32": _TF32, "fp32": ()}[kind]
 
 
 def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
-    """Return the tiles for the base product of few rows, split over K: M <= block_m <= 64."""
+    """Return the tiles for the base product of few rows, split over K."""
     if card.interpreted:
         return (Tile(32, 32, 64, 4, 2),)
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
+    block_m = 16 if M <= 16 else 64
     if kind != "half":
-        return (Tile(block_m, 32, 32, 4, 3),)
+        return (Tile(block_m, 32, 32, 4, 3),) if kind == "tf32" else ()
     stages = 2 if card.family == "gfx942" else 4
-    return (Tile(block_m, 32, 128, 4, stages), Tile(block_m, 64, 64, 4, stages))
+    return (Tile(block_m, 32, 128, 8, stages), Tile(block_m, 64, 64, 4, stages))
 
 
 def delta_tile(card: Card) -> Tile:
     """Return the tile for y += alpha * h @ B: bound by memory, no loop over K."""
-    return Tile(32, 32, 32, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
+    return Tile(32, 32, 64, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
 
 
 def shrink_tile(card: Card, kind: str, M: int) -> Tile:
@@ -94,15 +91,22 @@ def shrink_tile(card: Card, kind: str, M: int) -> Tile:
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return Tile(block_m, 0, 32, 4, 2)
-    return Tile(block_m, 0, 64, 4, 2 if card.family == "gfx942" else 4)
+    warps = 4 if card.family in _BY_WARPGROUP or M <= 16 else 8
+    return Tile(block_m, 0, 64, warps, 2 if card.family == "gfx942" else 4)
 
 
 def dy_tile(card: Card, kind: str, M: int) -> Tile:
-    """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step."""
+    """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step.
+
+    About 64 parts where M allows it: fewer programs leave SMs idle, more write more parts.
+    """
     if card.interpreted:
         return Tile(32, 64, 0, 4, 2)
-    block_m = 32 if M <= 2048 else 64 if M <= 4096 or kind != "half" else 128
-    return Tile(block_m, 64, 0, 4, 2 if kind != "half" or card.family == "gfx942" else 3)
+    if kind != "half":
+        return Tile(32 if M <= 2048 else 64, 64, 0, 4, 2)
+    block_m = 32 if M <= 2048 else 64 if M <= 4096 else 128
+    warps = 8 if block_m == 128 else 4
+    return Tile(block_m, 64, 0, warps, 2 if card.family == "gfx942" else 3)
 
 
 def dA_tile(card: Card, kind: str) -> Tile:

@@ -19,6 +19,7 @@ from .cards import Card
 from .configs import Tile
 from .decode import lora_linear_decode_kernel, lora_linear_decode_sum_kernel
 from .forward import lora_linear_fwd_in_loop_kernel, lora_linear_fwd_kernel
+from .h_first import lora_linear_h_first_kernel
 from .launch import (
     base_operands,
     dot_precision,
@@ -142,4 +143,23 @@ def decode_splits(call: Forward, tile: Tile) -> int:
     return max(1, min(call.card.sms // tiles, call.K // (4 * tile.block_k)))
 
 
-FORWARD = {f.__name__: f for f in (in_loop, two_launches, decode, torch_base)}
+def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
+    """y and h in one persistent launch, a program an SM: h's row blocks, then y's tiles."""
+    y, h = call.results()
+    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    tiles_m, tiles_n = triton.cdiv(call.M, tile.block_m), triton.cdiv(call.N, tile.block_n)
+    # The interpreter runs programs one after the other: a second one would never be waited for.
+    programs = 1 if call.card.interpreted else min(call.card.sms, tiles_m * tiles_n)
+    launch(
+        lora_linear_h_first_kernel,
+        (programs,),
+        x, w, call.bias, call.A, call.B, h, torch.zeros(tiles_m, dtype=torch.int32, device=y.device),
+        y, *split_alpha(call.alpha, y.dtype),
+        call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
+        **rank_options(call.A), HAS_BIAS=call.bias is not None,
+        BLOCK_R=configs.block_r(call.R), **options,
+    )  # fmt: skip
+    return y, h
+
+
+FORWARD = {f.__name__: f for f in (in_loop, two_launches, decode, torch_base, h_first)}
