@@ -8,7 +8,6 @@ the same specialisation, constants and options.
 import re
 import subprocess
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import triton
@@ -50,9 +49,9 @@ class Machine:
     stack: int
     spills: int
     shared: int
-    instructions: tuple[str, ...]  # the matrix instructions in it, most frequent first
-    wide_loads: int  # of 128 bits from global memory, or by the copy engine
-    narrow_loads: int  # of fewer, from global memory
+    matrix: str  # the matrix instruction in its loops, if any
+    wide: int  # loads in its loops of 128 bits from global memory, or by the copy engine
+    narrow: int  # loads in its loops of fewer bits
 
 
 def compile_launch(family: str, kernel, grid, args, options):
@@ -68,23 +67,24 @@ def read(compiled) -> Machine:
     return _read_nvidia(compiled)
 
 
-MATRIX = re.compile(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|IMMA|OMMA|QMMA|FFMA2?|v_mfma_\w+)\b[.\w]*")
-NVIDIA_LOAD = re.compile(r"\b(UTMALDG|LDGSTS|LDG)([.\w]*)")
-
-
 def _read_nvidia(compiled) -> Machine:
     cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
     usage = _tool("cuobjdump", "-res-usage", cubin)
-    figures = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
     sass = _tool("cuobjdump", "-sass", cubin)
-    loads = NVIDIA_LOAD.findall(sass)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
+    code = {int(at, 16): text for at, text in lines}
+    jumps = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code.items())
+    loops = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
+    looped = [text for at, text in code.items() if any(a <= at <= b for a, b in loops)]
+    loads = re.findall(r"\b(UTMALDG|LDGSTS|LDG)\b([.\w]*)", "\n".join(looped))
     wide = sum(name == "UTMALDG" or ".128" in kind for name, kind in loads)
     return Machine(
         figures["REG"],
         figures["STACK"],
         len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         compiled.metadata.shared,
-        _matrix_instructions(sass),
+        _most(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", looped) or _most(r"\b(FFMA2?)\b", looped),
         wide,
         len(loads) - wide,
     )
@@ -96,22 +96,29 @@ def _read_amd(compiled) -> Machine:
     def figure(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
+    lines, labels, looped = text.splitlines(), {}, set()
+    for at, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = at
+        elif (jump := re.search(r"s_c?branch\w* (\.LBB\w+)", line)) and jump[1] in labels:
+            looped |= set(range(labels[jump[1]], at))
+    code = [lines[at] for at in sorted(looped)]
+    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", "\n".join(code))
     wide = sum(kind.startswith("dwordx4") for kind in loads)
     return Machine(
         figure("vgpr_count"),
         figure("private_segment_fixed_size"),
         figure("vgpr_spill_count") + figure("sgpr_spill_count"),
         compiled.metadata.shared,
-        _matrix_instructions(text),
+        _most(r"\b(v_mfma)_\w+", code) or _most(r"\b(v_(?:pk_)?fma)\w*", code),
         wide,
         len(loads) - wide,
     )
 
 
-def _matrix_instructions(text: str) -> tuple[str, ...]:
-    found = MATRIX.findall(text)
-    return tuple(sorted(set(found), key=lambda name: -found.count(name)))
+def _most(pattern: str, code: list[str]) -> str:
+    found = re.findall(pattern, "\n".join(code))
+    return max(sorted(set(found)), key=found.count, default="")
 
 
 def _tool(name: str, *args) -> str:

@@ -109,7 +109,7 @@ def dy_tile(card: Card, kind: str, M: int) -> Tile:
     return Tile(block_m, 64, 0, warps, 2 if card.family == "gfx942" else 3)
 
 
-def dA_tile(card: Card, kind: str) -> Tile:
+def strip_tile(card: Card) -> Tile:
     """Return the tile for dA = alpha * x.T @ t: block_k columns of x, block_m rows a step."""
     return Tile(32, 0, 32, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
 

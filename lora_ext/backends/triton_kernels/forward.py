@@ -38,7 +38,6 @@ def lora_linear_fwd_kernel(
     stride_bn,
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    STORE_H: tl.constexpr,
     BASE_DONE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
@@ -51,9 +50,9 @@ def lora_linear_fwd_kernel(
 ):
     """y = x @ w + bias + scale * alpha * h @ b, with h at hand.
 
-    x (M, K), w (K, N), bias (N,), b (R, N), h (M, R) as the sum of `splits` parts (float32, or the
-    result's dtype), y (M, N) contiguous. A program a tile (BLOCK_M, BLOCK_N) of y; float32
-    accumulator. BASE_DONE: y already holds x @ w + bias, and only the low-rank part is added.
+    x (M, K), w (K, N), bias (N,), b (R, N), h (splits, M, R) float32; y (M, N) contiguous, h_out
+    (M, R) contiguous, the sum of h. A program a tile (BLOCK_M, BLOCK_N) of y; float32 accumulator.
+    BASE_DONE: y already holds x @ w + bias, and only the low-rank part is added.
     """
     m0, n0 = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if BASE_DONE:
@@ -65,7 +64,7 @@ def lora_linear_fwd_kernel(
         )  # fmt: skip
     acc = low_rank_part(
         acc, h, b, h_out, m0, n0, M, N, splits,
-        stride_br, stride_bn, alpha, scale, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, STORE_H,
+        stride_br, stride_bn, alpha, scale, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, True,
     )  # fmt: skip
     acc = add_bias(acc, bias, n0, N, BLOCK_N, HAS_BIAS)
     store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)

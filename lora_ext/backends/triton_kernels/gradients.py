@@ -20,9 +20,9 @@ from .launch import (
     dot_precision,
     kind_of,
     launch,
+    plain_options,
     rank_options,
     split_alpha,
-    tile_options,
 )
 
 _SUM_PARTS, _SUM_N = 16, 256
@@ -57,16 +57,12 @@ class Backward:
 
 
 def two_launches(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
-    """Return (dx, dA, dB) in two launches; only the second's dA and dB where dx is not needed."""
+    """Return (dx, dA, dB) in two launches; in one, or none, where fewer are needed."""
     dx = call.dy.new_empty(call.M, call.K) if call.need_dx else None
     t, dB_parts = _pass_over_dy(call)
+    dy, w, options = None, None, plain_options(tile, call.kind)
     if call.need_dx:
         dy, w, options = base_operands(call.dy, call.weight, tile, call.kind)
-    else:
-        dy, w = None, None
-        options = {"DESCRIPTORS": False, "W_TRANSPOSED": False} | tile_options(tile, call.kind)
-    # In the twin of the forward, K and N have changed places.
-    options |= {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}
     return _finish(call, tile, dy, w, t, dB_parts, dx, BASE_DONE=False, **options)
 
 
@@ -74,34 +70,47 @@ def torch_base(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
     """Return (dx, dA, dB) with dx's base product by PyTorch."""
     t, dB_parts = _pass_over_dy(call)
     dx = call.dy @ call.weight if call.need_dx else None
-    options = {"DESCRIPTORS": False, "W_TRANSPOSED": False} | tile_options(tile, call.kind)
-    options |= {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}
+    options = plain_options(tile, call.kind)
     return _finish(call, tile, None, None, t, dB_parts, dx, BASE_DONE=True, **options)
 
 
 BACKWARD = {f.__name__: f for f in (two_launches, torch_base)}
 
 
+def dB_in_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> bool:
+    """Whether parts of dB (written, read: 8 bytes an element) cost less than reading dy again."""
+    parts = triton.cdiv(M, configs.dy_tile(card, kind, M).block_m)
+    return 8 * parts * R < M * element_size
+
+
 def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
-    """Launch (i): return t (M, R) and dB's parts (parts, R, N), float32; None where not needed."""
-    M, N, R = call.M, call.N, call.R
+    """Launch (i): return t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
+
+    N is split, like K in launch.shrink, until there is a program for each SM.
+    """
+    M, N, R, dy = call.M, call.N, call.R, call.dy
     tile = configs.dy_tile(call.card, call.kind, M)
-    parts = triton.cdiv(M, tile.block_m)
+    rank_block = configs.block_r(R)
+    parts, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, rank_block)
     want_t = call.need_dx or call.need_dA
-    t = call.dy.new_empty(M, R) if want_t else None
-    dB_parts = None
-    if call.need_dB:
-        dB_parts = torch.empty(parts, R, N, dtype=torch.float32, device=call.dy.device)
-    if want_t or call.need_dB:
-        launch(
-            lora_linear_bwd_dy_kernel,
-            (parts, triton.cdiv(R, configs.block_r(R))),
-            call.dy, call.B if want_t else None, call.h if call.need_dB else None, t, dB_parts,
-            M, N, *call.dy.stride(), *(call.B.stride() if want_t else (0, 0)),
-            R=R, WANT_T=want_t, WANT_DB=call.need_dB, PRECISION=dot_precision(call.kind),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=configs.block_r(R),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    want_parts = call.need_dB and dB_in_parts(call.card, call.kind, M, R, dy.element_size())
+    if not (want_t or want_parts):
+        return None, None
+    splits = max(1, min(call.card.sms // (parts * blocks_r), N // (4 * tile.block_n)))
+    t = dB_parts = None
+    if want_t:
+        t = torch.empty(splits, M, R, dtype=torch.float32, device=dy.device)
+    if want_parts:
+        dB_parts = torch.empty(parts, R, N, dtype=torch.float32, device=dy.device)
+    launch(
+        lora_linear_bwd_dy_kernel,
+        (parts, blocks_r, splits),
+        dy, call.B if want_t else None, call.h if want_parts else None, t, dB_parts,
+        M, N, splits, *dy.stride(), *(call.B.stride() if want_t else (0, 0)),
+        R=R, WANT_T=want_t, WANT_DB=want_parts, PRECISION=dot_precision(call.kind),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=rank_block,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return t, dB_parts
 
 
@@ -119,27 +128,39 @@ def _finish(
     M, N, K, R = call.M, call.N, call.K, call.R
     dA = call.A.new_empty(K, R) if call.need_dA else None
     dB = call.B.new_empty(R, N) if call.need_dB else None
-    dA_tile = configs.dA_tile(call.card, call.kind)
-    programs = 0
-    if call.need_dx:
-        programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
-    if call.need_dA:
-        programs += triton.cdiv(K, dA_tile.block_k) * triton.cdiv(R, configs.block_r(R, configs.EPILOGUE_R))
-    if call.need_dB:
-        programs += triton.cdiv(R * N, _SUM_N)
+    programs = _programs(call, tile, dB_parts is not None)
     if programs == 0:
         return None, None, None
+    strip = configs.strip_tile(call.card)
     launch(
         lora_linear_bwd_dx_kernel,
         (programs,),
-        dy, w, call.x if call.need_dA else None, call.A if call.need_dx else None, t, dB_parts,
-        dx, dA, dB, call.alpha, *split_alpha(call.alpha, call.dy.dtype),
-        M, N, K, 0 if dB_parts is None else len(dB_parts),
+        dy, w, call.x if call.need_dA else None, call.dy if call.need_dB else None,
+        call.A if call.need_dx else None, call.h if call.need_dB else None, t, dB_parts, dx, dA, dB,
+        call.alpha, *split_alpha(call.alpha, call.dy.dtype),
+        M, N, K, 1 if t is None else len(t), 0 if dB_parts is None else len(dB_parts),
         *call.dy.stride(), *(call.weight.stride() if call.need_dx else (0, 0)),
         *(call.x.stride() if call.need_dA else (0, 0)),
-        **rank_options(call.A), WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
-        BLOCK_R=configs.block_r(R, configs.EPILOGUE_R), DA_M=dA_tile.block_m, DA_K=dA_tile.block_k,
-        SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N,
-        **options,
+        **rank_options(R, call.A if call.need_dx else None),
+        WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
+        DB_IN_PARTS=dB_parts is not None, BLOCK_R=configs.block_r(R, configs.EPILOGUE_R),
+        STRIP=strip.block_k, STRIP_M=strip.block_m, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N,
+        # The twin of the forward sums over N and has its columns in K.
+        **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
     )  # fmt: skip
     return dx, dA, dB
+
+
+def _programs(call: Backward, tile: Tile, in_parts: bool) -> int:
+    """Return how many programs launch (ii) has: tiles of dx, strips of dA, strips or runs of dB."""
+    strip = configs.strip_tile(call.card).block_k
+    blocks_r = triton.cdiv(call.R, configs.block_r(call.R, configs.EPILOGUE_R))
+    programs = 0
+    if call.need_dx:
+        programs += triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.K, tile.block_n)
+    if call.need_dA:
+        programs += triton.cdiv(call.K, strip) * blocks_r
+    if call.need_dB:
+        runs = triton.cdiv(call.R * call.N, _SUM_N)
+        programs += runs if in_parts else triton.cdiv(call.N, strip) * blocks_r
+    return programs

@@ -76,6 +76,11 @@ def base_operands(x: Tensor, w: Tensor, tile: Tile, kind: str) -> tuple[Any, Any
     )
 
 
+def plain_options(tile: Tile, kind: str) -> dict[str, Any]:
+    """Return base_operands' options where there is no base product, or none by descriptors."""
+    return tile_options(tile, kind) | {"DESCRIPTORS": False, "W_TRANSPOSED": False}
+
+
 def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
     """Return the options by which every kernel around a base product gets its tile."""
     return {
@@ -89,15 +94,14 @@ def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
     }
 
 
-def rank_options(A: Tensor) -> dict[str, int]:
-    """Return the constants by which a kernel knows the rank and how A (K, R) lies."""
-    if A.dim() != 2:  # a stand-in
-        return {"R": 0, "STRIDE_AK": 0, "STRIDE_AR": 0}
-    return {"R": A.shape[1], "STRIDE_AK": A.stride(0), "STRIDE_AR": A.stride(1)}
+def rank_options(R: int, A: Tensor | None) -> dict[str, int]:
+    """Return the constants by which a kernel knows the rank and how A (K, R) lies, if it reads A."""
+    row, column = (0, 0) if A is None else A.stride()
+    return {"R": R, "STRIDE_AK": row, "STRIDE_AR": column}
 
 
-def shrink(x: Tensor, A: Tensor, kind: str, card: Card, h: Tensor) -> Tensor:
-    """Return x @ A as (splits, M, R): float32 parts, or h (M, R) itself, filled, where one does.
+def shrink(x: Tensor, A: Tensor, kind: str, card: Card) -> Tensor:
+    """Return x @ A in float32 as (splits, M, R), to be summed by what reads it.
 
     Splits K until there is a program for each SM, in parts of at least 4 steps.
     """
@@ -106,14 +110,12 @@ def shrink(x: Tensor, A: Tensor, kind: str, card: Card, h: Tensor) -> Tensor:
     rank_block = configs.block_r(R)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(R, rank_block)
     splits = max(1, min(card.sms // tiles, K // (4 * tile.block_k)))
-    parts = h[None]
-    if splits > 1:
-        parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     launch(
         lora_shrink_kernel,
         (triton.cdiv(M, tile.block_m), triton.cdiv(R, rank_block), splits),
         x, A, parts, M, K, splits, *x.stride(),
-        **rank_options(A), PRECISION=dot_precision(kind),
+        **rank_options(R, A), PRECISION=dot_precision(kind),
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

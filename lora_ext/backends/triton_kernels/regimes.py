@@ -25,10 +25,10 @@ from .launch import (
     dot_precision,
     kind_of,
     launch,
+    plain_options,
     rank_options,
     shrink,
     split_alpha,
-    tile_options,
 )
 
 
@@ -70,7 +70,7 @@ def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
         x, w, call.bias, call.A, call.B, h, y, *split_alpha(call.alpha, y.dtype),
         call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
-        **rank_options(call.A), HAS_BIAS=call.bias is not None,
+        **rank_options(call.R, call.A), HAS_BIAS=call.bias is not None,
         BLOCK_R=configs.block_r(call.R, tile.max_r),
         **options,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
 def two_launches(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """y and h in two launches: h, then the base product that ends with alpha * h @ B."""
     y, h = call.results()
-    h_parts = shrink(call.x, call.A, call.kind, call.card, h)
+    h_parts = shrink(call.x, call.A, call.kind, call.card)
     x, w, options = base_operands(call.x, call.w, tile, call.kind)
     _finish(call, tile, x, w, call.bias, h_parts, h, y, BASE_DONE=False, **options)
     return y, h
@@ -90,8 +90,8 @@ def torch_base(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """y and h with PyTorch's own base product, then one pass y += alpha * h @ B."""
     y = F.linear(call.x, call.weight, call.bias)
     h = call.x.new_empty(call.M, call.R)
-    h_parts = shrink(call.x, call.A, call.kind, call.card, h)
-    options = tile_options(tile, call.kind) | {"DESCRIPTORS": False, "W_TRANSPOSED": False}
+    h_parts = shrink(call.x, call.A, call.kind, call.card)
+    options = plain_options(tile, call.kind)
     _finish(call, tile, y, y, None, h_parts, h, y, BASE_DONE=True, **options)
     return y, h
 
@@ -104,7 +104,6 @@ def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
         x, w, bias, call.B, h_parts, h, y, *split_alpha(call.alpha, y.dtype),
         call.M, call.N, call.K, len(h_parts), *call.x.stride(), *call.w.stride(), *call.B.stride(),
         R=call.R, HAS_BIAS=bias is not None,
-        STORE_H=len(h_parts) > 1,
         BLOCK_R=configs.block_r(call.R, configs.EPILOGUE_R),
         **options,
     )  # fmt: skip
@@ -123,7 +122,7 @@ def decode(call: Forward, tile: Tile, splits: int | None = None) -> tuple[Tensor
         lora_linear_decode_kernel,
         (tiles_m, tiles_n + triton.cdiv(R, rank_block), splits),
         call.x, call.w, call.A, parts, h_parts, M, N, K, splits,
-        *call.x.stride(), *call.w.stride(), **rank_options(call.A), PRECISION=dot_precision(call.kind),
+        *call.x.stride(), *call.w.stride(), **rank_options(call.R, call.A), PRECISION=dot_precision(call.kind),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -156,7 +155,7 @@ def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         x, w, call.bias, call.A, call.B, h, torch.zeros(tiles_m, dtype=torch.int32, device=y.device),
         y, *split_alpha(call.alpha, y.dtype),
         call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
-        **rank_options(call.A), HAS_BIAS=call.bias is not None,
+        **rank_options(call.R, call.A), HAS_BIAS=call.bias is not None,
         BLOCK_R=configs.block_r(call.R), **options,
     )  # fmt: skip
     return y, h
