@@ -6,7 +6,7 @@ No GPU is asked: see codegen.py. One table at the end.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,7 +17,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton_kernels import cards, gradients, launch, regimes, tuning
+from lora_ext.backends.triton_kernels import (
+    cards,
+    choice,
+    gradients,
+    launch,
+    regimes,
+    tuning,
+)
 
 from . import codegen
 
@@ -28,12 +35,11 @@ BASE_KERNELS = (
     "lora_linear_bwd_dx_kernel",
 )
 N = K = 4096
-# dtype, that of A and B, rank: registers grow with the rank, and 64 is the most a kernel takes at
-# once. float16 has an epilogue of its own.
+# dtype, that of A and B, rank: registers and shared memory grow with the rank, of which a kernel
+# takes at most 64 at once, and with wider adapters; float16 has the longer epilogue.
 DTYPES = {
     "bf16-R16": (torch.bfloat16, torch.bfloat16, 16),
-    "fp16-R64": (torch.float16, torch.float16, 64),
-    "bf16-R64-fp32-adapter": (torch.bfloat16, torch.float32, 64),
+    "fp16-R64-fp32-adapter": (torch.float16, torch.float32, 64),
     "tf32-R64": (torch.float32, torch.float32, 64),
     "fp32-R64": (torch.float32, torch.float32, 64),
 }
@@ -60,13 +66,17 @@ def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], objec
 
     for M in (16, 64, 512, 2048, 4096, 8192):
         call = forward_of(M)
-        for name in regimes.FORWARD:
-            for tile in tuning.tiles_for(call, name, None):
-                yield tile_label(tile), lambda n=name, c=call, t=tile: regimes.FORWARD[n](c, t)
-        for call in (backward_of(M), backward_of(M, need_dx=False)):
-            for name in gradients.BACKWARD if call.need_dx else ["two_launches"]:
-                for tile in tuning.tiles_for(call, name, None):
-                    yield tile_label(tile), lambda n=name, c=call, t=tile: gradients.BACKWARD[n](c, t)
+        p = tuning.problem(call, call.x, call.A, bias=True)
+        for name, run in regimes.FORWARD.items():
+            for tile in choice.forward_tiles(name, p, card, True):
+                yield tile_label(tile), partial(run, call, tile)
+        call = backward_of(M)
+        for name, run in gradients.BACKWARD.items():
+            for tile in choice.backward_tiles(name, p, card, True):
+                yield tile_label(tile), partial(run, call, tile)
+        call = backward_of(M, need_dx=False)
+        tile = tuning.choose_backward(call, None, None)[1]
+        yield tile_label(tile), partial(gradients.two_launches, call, tile)
 
 
 def tile_label(tile) -> str:
@@ -106,7 +116,9 @@ def inspect(family: str, dtypes: str, index: int) -> tuple[str, str, codegen.Mac
     """Return kernel name, label and machine code's figures, or the compiler's complaint."""
     label, (kernel, grid, args, options) = launches(family, dtypes)[index]
     try:
-        return kernel.__name__, label, codegen.read(codegen.compile_launch(family, *(kernel, grid, args, options)))
+        return kernel.__name__, label, codegen.read(
+            codegen.compile_launch(family, kernel, grid, args, options)
+        )
     except Exception as error:  # the table shows what any compiler stage says
         return kernel.__name__, label, f"{type(error).__name__}: {error}"
 

@@ -66,7 +66,8 @@ def regime(
     """Run every call inside by the regimes named, whatever the cost model would choose.
 
     For tests and benchmarks; the names are regimes.FORWARD's and gradients.BACKWARD's.
-    `descriptors` also fixes how tiles are loaded, where there is a choice.
+    `descriptors` also fixes how tiles are loaded, where there is a choice. A call that a regime
+    can't take (in_loop and h_first beyond rank 64, decode beyond 64 rows) is left to the choice.
     """
     before = dict(_forced)
     _forced.update(forward=forward, backward=backward, descriptors=descriptors)

@@ -114,10 +114,10 @@ def lora_linear_bwd_dx_kernel(
     """Compute dx = dy @ w + alpha * t @ a.T; dA = alpha * x.T @ t; dB = alpha * h.T @ dy.
 
     dy (M, N), w (N, K), x (M, K), a (K, R), h (M, R), t (t_splits, M, R), dB_parts (parts, R, N);
-    dy_columns is dy, never by descriptor; dx (M, K), dA (K, R), dB (R, N) contiguous. Programs take tiles (BLOCK_M, BLOCK_K) of dx, then
-    strips of STRIP columns of x for dA, then of dy for dB (or its parts' sum, DB_IN_PARTS, SUM_N
-    elements a program): the last two fill the SMs that dx's last wave leaves idle. Float32
-    accumulators. BASE_DONE: dx already holds dy @ w.
+    dx (M, K), dA (K, R), dB (R, N) contiguous; dy_columns is dy, never by descriptor. Programs take
+    tiles (BLOCK_M, BLOCK_K) of dx, then strips of STRIP columns of x for dA, then of dy for dB (or
+    runs of SUM_N elements of its parts' sum, DB_IN_PARTS): the last two fill the SMs that dx's last
+    wave leaves idle. Float32 accumulators. BASE_DONE: dx already holds dy @ w.
     """
     pid = tl.program_id(0)
     if WANT_DX:

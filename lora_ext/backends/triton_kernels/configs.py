@@ -114,6 +114,15 @@ def strip_tile(card: Card) -> Tile:
     return Tile(32, 0, 32, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
 
 
+def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
+    """Return into how many parts a pass over dy sums dB, 0 where reading dy again moves less.
+
+    A part is R * N floats, written and read: 8 bytes against an element of dy's block_m rows.
+    """
+    parts = -(-M // dy_tile(card, kind, M).block_m)
+    return parts if 8 * parts * R < M * element_size else 0
+
+
 def block_r(R: int, most: int = MAX_BLOCK_R) -> int:
     """Return the rank padded to a power of two: at least 16, a matrix instruction's, at most."""
     return min(max(16, 1 << (R - 1).bit_length()), most)

@@ -77,12 +77,6 @@ def torch_base(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
 BACKWARD = {f.__name__: f for f in (two_launches, torch_base)}
 
 
-def dB_in_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> bool:
-    """Whether parts of dB (written, read: 8 bytes an element) cost less than reading dy again."""
-    parts = triton.cdiv(M, configs.dy_tile(card, kind, M).block_m)
-    return 8 * parts * R < M * element_size
-
-
 def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
     """Launch (i): return t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
@@ -93,7 +87,8 @@ def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
     rank_block = configs.block_r(R)
     parts, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, rank_block)
     want_t = call.need_dx or call.need_dA
-    want_parts = call.need_dB and dB_in_parts(call.card, call.kind, M, R, dy.element_size())
+    size = dy.element_size()
+    want_parts = call.need_dB and configs.dB_parts(call.card, call.kind, M, R, size) > 0
     if not (want_t or want_parts):
         return None, None
     splits = max(1, min(call.card.sms // (parts * blocks_r), N // (4 * tile.block_n)))

@@ -47,4 +47,6 @@ def mend() -> None:
 
     interpreter._patch_lang = patch_once
     # Overflow checks of every integer sum, whose answers it drops: a third of the time.
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import configs
 from .cards import Card
+from .choice import decode_splits
 from .configs import Tile
+from .cost_model import Problem
 from .decode import lora_linear_decode_kernel, lora_linear_decode_sum_kernel
 from .forward import lora_linear_fwd_in_loop_kernel, lora_linear_fwd_kernel
 from .h_first import lora_linear_h_first_kernel
@@ -109,13 +111,16 @@ def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
     )  # fmt: skip
 
 
-def decode(call: Forward, tile: Tile, splits: int | None = None) -> tuple[Tensor, Tensor]:
+def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """y and h for few rows: K split over programs, the parts summed in a fixed order."""
     M, N, K, R = call.M, call.N, call.K, call.R
     y, h = call.results()
     rank_block = configs.block_r(R)
     tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)
-    splits = splits or decode_splits(call, tile)
+    p = Problem(
+        M, K, N, R, call.kind, y.element_size(), call.A.element_size(), call.bias is not None
+    )
+    splits = decode_splits(p, tile, call.card)
     parts = torch.empty(splits, M, N, dtype=torch.float32, device=y.device)
     h_parts = torch.empty(splits, M, R, dtype=torch.float32, device=y.device)
     launch(
@@ -134,12 +139,6 @@ def decode(call: Forward, tile: Tile, splits: int | None = None) -> tuple[Tensor
         BLOCK_M=tile.block_m, BLOCK_N=128, BLOCK_R=rank_block, num_warps=4, num_stages=1,
     )  # fmt: skip
     return y, h
-
-
-def decode_splits(call: Forward, tile: Tile) -> int:
-    """Return into how many parts K goes: a program for each SM, in parts of at least 4 steps."""
-    tiles = triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n)
-    return max(1, min(call.card.sms // tiles, call.K // (4 * tile.block_k)))
 
 
 def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
