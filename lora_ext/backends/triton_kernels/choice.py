@@ -44,7 +44,8 @@ def backward_tiles(name: str, p: Problem, card: Card, descriptors: bool) -> tupl
 def forward_candidates(p: Problem, card: Card, descriptors: bool) -> list[Candidate]:
     """Return what the library may choose among for a forward, cheapest first.
 
-    Never what moves more bytes than the plain layer.
+    Never what moves more bytes than the plain layer; torch_base moves fewer but for large ranks over
+    few rows, where float32 h and t outweigh what it saves, and is what is left there.
     """
     most = cost_model.bytes_of(cost_model.plain_forward(p))
     found = []
@@ -52,7 +53,7 @@ def forward_candidates(p: Problem, card: Card, descriptors: bool) -> list[Candid
         for tile in forward_tiles(name, p, card, descriptors):
             splits = decode_splits(p, tile, card) if name == "decode" else 1
             kernels = cost_model.forward(name, p, tile, card, splits)
-            if cost_model.bytes_of(kernels) <= most:
+            if cost_model.bytes_of(kernels) <= most or name == "torch_base":
                 time_us = cost_model.time_us(kernels, card, p.kind)
                 found.append(Candidate(name, tile, time_us))
     return sorted(found, key=lambda candidate: candidate.time_us)
@@ -77,7 +78,7 @@ def decode_splits(p: Problem, tile: Tile, card: Card) -> int:
     Fewer where the parts' sums would move more bytes than the plain layer does.
     """
     tiles = -(-p.M // tile.block_m) * -(-p.N // tile.block_n)
-    splits = max(1, min(card.sms // tiles, p.K // (4 * tile.block_k)))
+    splits = configs.splits(card, tiles, p.K, tile.block_k)
     most = cost_model.bytes_of(cost_model.plain_forward(p))
     while splits > 1:
         if cost_model.bytes_of(cost_model.forward("decode", p, tile, card, splits)) <= most:

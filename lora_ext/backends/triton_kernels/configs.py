@@ -57,7 +57,8 @@ _GEMM = {
 # tf32: twice the bytes an element. fp32 has no matrix units, and none here: the base product is
 # PyTorch's, see tuning.py; the interpreter runs it with its own tiles.
 _TF32 = (Tile(64, 64, 32, 4, 3),)
-_INTERPRETER = (Tile(32, 32, 64, 4, 2), Tile(32, 64, 32, 4, 2, descriptors=True))
+# Large enough to be quick where a program costs 10 ms, small enough for the tests to cross.
+_INTERPRETER = (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2, descriptors=True))
 _BY_WARPGROUP = ("sm_90", "sm_100")  # matrix instructions of 64 rows and 4 warps
 
 
@@ -71,7 +72,7 @@ def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
 def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
     """Return the tiles for the base product of few rows, split over K."""
     if card.interpreted:
-        return (Tile(32, 32, 64, 4, 2),)
+        return (Tile(64, 64, 32, 4, 2),)
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return (Tile(block_m, 32, 32, 4, 3),) if kind == "tf32" else ()
@@ -81,13 +82,13 @@ def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
 
 def delta_tile(card: Card) -> Tile:
     """Return the tile for y += alpha * h @ B: bound by memory, no loop over K."""
-    return Tile(32, 32, 64, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
+    return Tile(64, 64, 64, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
 
 
 def shrink_tile(card: Card, kind: str, M: int) -> Tile:
     """Return the tile for h = x @ A; its columns are BLOCK_R."""
     if card.interpreted:
-        return Tile(32, 0, 64, 4, 2)
+        return Tile(64, 0, 32, 4, 2)
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return Tile(block_m, 0, 32, 4, 2)
@@ -111,7 +112,7 @@ def dy_tile(card: Card, kind: str, M: int) -> Tile:
 
 def strip_tile(card: Card) -> Tile:
     """Return the tile for dA = alpha * x.T @ t: block_k columns of x, block_m rows a step."""
-    return Tile(32, 0, 32, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
+    return Tile(64, 0, 64, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
 
 
 def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
@@ -121,6 +122,15 @@ def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
     """
     parts = -(-M // dy_tile(card, kind, M).block_m)
     return parts if 8 * parts * R < M * element_size else 0
+
+
+def splits(card: Card, tiles: int, size: int, block: int) -> int:
+    """Return into how many parts `tiles` programs' sums over `size` are split.
+
+    A program for each SM, in parts of at least 4 steps: shorter ones are all start and end.
+    """
+    steps = 1 if card.interpreted else 4
+    return max(1, min(card.sms // tiles, size // (steps * block)))
 
 
 def block_r(R: int, most: int = MAX_BLOCK_R) -> int:

@@ -67,9 +67,9 @@ def bytes_of(kernels: list[Kernel]) -> int:
 
 
 def plain_forward(p: Problem) -> list[Kernel]:
-    """F.linear; x @ A; h @ B; alpha * d; y + d."""
+    """F.linear; x @ A; h @ B; alpha * d; y + d; and the casts of wider adapters first."""
     mn, h = p.M * p.N * p.size, p.M * p.R * p.size
-    return [
+    return _casts(p) + [
         _linear(p),
         Kernel((p.M * p.K + p.K * p.R) * p.size + h, 2 * p.M * p.K * p.R),
         Kernel(h + p.N * p.R * p.size + mn, 2 * p.M * p.R * p.N),
@@ -109,11 +109,12 @@ def forward(name: str, p: Problem, tile: Tile, card: Card, splits: int = 1) -> l
 def plain_backward(p: Problem) -> list[Kernel]:
     """Return autograd's kernels for dx, dA and dB of the plain layer.
 
-    dx = dy @ weight; g = alpha * dy; t = g @ B.T; dB = h.T @ g; t @ A.T; the sum; dA = x.T @ t.
+    dx = dy @ weight; g = alpha * dy; t = g @ B.T; dB = h.T @ g; t @ A.T; the sum; dA = x.T @ t; and
+    the casts of dA and dB to wider adapters' dtype.
     """
     mn, mk, mr = (p.M * n * p.size for n in (p.N, p.K, p.R))
     a, b = p.K * p.R * p.size, p.N * p.R * p.size
-    return [
+    return _casts(p) + [
         Kernel(mn + p.N * p.K * p.size + mk, 2 * p.M * p.N * p.K),
         Kernel(2 * mn, 0),
         Kernel(mn + b + mr, 2 * p.M * p.N * p.R),
@@ -141,6 +142,12 @@ def backward(name: str, p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     flops = tiles * 2 * tile.block_m * tile.block_n * p.N + strip_flops
     good = GEMM_EFFICIENCY.get(card.family, DEFAULT_EFFICIENCY)
     return [pass_over_dy, Kernel(dy + w + t + a + x + strips, flops, tiles, good)]
+
+
+def _casts(p: Problem) -> list[Kernel]:
+    if p.adapter_size == p.size:
+        return []
+    return [Kernel(n * p.R * (p.size + p.adapter_size), 0) for n in (p.K, p.N)]
 
 
 def _linear(p: Problem) -> Kernel:

@@ -91,7 +91,7 @@ def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
     want_parts = call.need_dB and configs.dB_parts(call.card, call.kind, M, R, size) > 0
     if not (want_t or want_parts):
         return None, None
-    splits = max(1, min(call.card.sms // (parts * blocks_r), N // (4 * tile.block_n)))
+    splits = configs.splits(call.card, parts * blocks_r, N, tile.block_n)
     t = dB_parts = None
     if want_t:
         t = torch.empty(splits, M, R, dtype=torch.float32, device=dy.device)

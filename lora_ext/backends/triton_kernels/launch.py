@@ -109,7 +109,7 @@ def shrink(x: Tensor, A: Tensor, kind: str, card: Card) -> Tensor:
     tile = configs.shrink_tile(card, kind, M)
     rank_block = configs.block_r(R)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(R, rank_block)
-    splits = max(1, min(card.sms // tiles, K // (4 * tile.block_k)))
+    splits = configs.splits(card, tiles, K, tile.block_k)
     parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     launch(
         lora_shrink_kernel,
