@@ -60,6 +60,16 @@ def compile_launch(family: str, kernel, grid, args, options):
     return kernel.warmup(*args, grid=grid, **options)
 
 
+def specialisation(family: str, kernel, args, options) -> str:
+    """Return what Triton would compile a launch for: equal ones share a kernel."""
+    driver.set_active(StandInDriver(family))
+    device = driver.active.get_current_device()
+    binder = kernel.device_caches[device][4]
+    options = {"debug": False, **options}
+    _, specialised, rest = binder(*args, **options)
+    return repr((specialised, rest))
+
+
 def read(compiled) -> Machine:
     """Read a compiled kernel: ptxas's figures and the disassembly, or AMD's assembly."""
     if compiled.metadata.target.backend == "hip":
@@ -123,4 +133,6 @@ def _most(pattern: str, code: list[str]) -> str:
 
 def _tool(name: str, *args) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *map(str, args)], check=True, text=True, capture_output=True).stdout
+    return subprocess.run(
+        [tool, *map(str, args)], check=True, text=True, capture_output=True
+    ).stdout

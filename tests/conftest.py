@@ -42,18 +42,9 @@ class Backend:
         return linear
 
 
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the time of a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield
-
-
-# The one list of what the tests run over: all backends, and here the further variants of one, e.g.
-# "triton": [Backend("triton", "small_m", partial(environment, LORA_EXT_REGIME="small_m"))]. The
-# instruction sets of "cpp" are chosen once a process: test_isa.py.
+# The one list of what the tests run over: all backends, and here the further variants of one. The
+# instruction sets of "cpp" are chosen once a process: test_isa.py. Those of "triton" run on a GPU,
+# and in the interpreter: test_triton_interpreter.py.
 VARIANTS: dict[str, list[Backend]] = {
     "triton": [
         Backend("triton", name, partial(regime, **forced), slow=True)
@@ -78,6 +69,23 @@ def backends_that_run_here() -> list[Backend]:
     one = torch.ones(1, 1)
     names = [name for name, b in BACKENDS.items() if b.unsupported(one, one, one) is None]
     return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --backends, by which test_triton_interpreter.py shares the tests out."""
+    parser.addoption("--backends", help="only tests over these, e.g. triton,triton-decode")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what --backends asks for."""
+    if asked := config.getoption("--backends"):
+        names = asked.split(",")
+        backends = [getattr(item, "callspec", None) for item in items]
+        items[:] = [
+            item
+            for item, spec in zip(items, backends, strict=True)
+            if spec is not None and str(spec.params.get("backend")) in names
+        ]
 
 
 @pytest.fixture(params=backends_that_run_here(), ids=str)

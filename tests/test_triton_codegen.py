@@ -116,8 +116,10 @@ def inspect(family: str, dtypes: str, index: int) -> tuple[str, str, codegen.Mac
     """Return kernel name, label and machine code's figures, or the compiler's complaint."""
     label, (kernel, grid, args, options) = launches(family, dtypes)[index]
     try:
-        return kernel.__name__, label, codegen.read(
-            codegen.compile_launch(family, kernel, grid, args, options)
+        return (
+            kernel.__name__,
+            label,
+            codegen.read(codegen.compile_launch(family, kernel, grid, args, options)),
         )
     except Exception as error:  # the table shows what any compiler stage says
         return kernel.__name__, label, f"{type(error).__name__}: {error}"
@@ -169,8 +171,12 @@ def test_table(machines, capsys):
     lines = [f"{'kernel':31} {'tile':22} {'dtypes':22} card    regs  shared  in loops"]
     for family, rows in machines.items():
         for kernel, label, dtypes, m in rows:
-            figures = m if isinstance(m, str) else (
-                f"{m.registers:4} {m.shared / 1024:6.1f}K  {m.matrix} {m.wide} wide {m.narrow} narrow"
+            figures = (
+                m
+                if isinstance(m, str)
+                else (
+                    f"{m.registers:4} {m.shared / 1024:6.1f}K  {m.matrix} {m.wide} wide {m.narrow} narrow"
+                )
             )
             lines.append(f"{kernel:31} {label:22} {dtypes:22} {family:7} {figures}")
     with capsys.disabled():
