@@ -1,7 +1,7 @@
 """Compile the library's own launches for a card that is not there, and read the machine code.
 
 A stand-in for Triton's driver names the card; the launchers get meta tensors and every launch
-becomes `warmup`, Triton's compilation without a run. So what is inspected is what would be launched:
+becomes `warmup`, Triton's compilation without a run. What is inspected is what would be launched:
 the same specialisation, constants and options.
 """
 
@@ -23,6 +23,9 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+NVIDIA_LOAD, AMD_LOAD = r"\b(?:UTMALDG|LDGSTS|LDG)\b[.\w]*", r"\b(?:global|buffer)_load_\w+"
+NVIDIA_MATRIX, AMD_MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA)\b", r"\bv_mfma(?=_)"
+NVIDIA_PLAIN, AMD_PLAIN = r"\bFFMA2?\b", r"\bv_(?:pk_)?fma\w*"
 
 
 class StandInDriver:
@@ -43,15 +46,24 @@ class StandInDriver:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine code of one kernel says."""
+    """What the machine code of one kernel says.
+
+    Attributes:
+        registers: a thread.
+        stack: bytes of a thread's stack, where a spilled register goes.
+        shared: bytes of shared memory.
+        matrix: the matrix instruction in its loops, or else the multiply-add; "" if not asked for.
+        wide: loads in its loops of 128 bits from global memory, or by the copy engine.
+        narrow: loads in its loops of fewer bits.
+
+    """
 
     registers: int
     stack: int
-    spills: int
     shared: int
-    matrix: str  # the matrix instruction in its loops, if any
-    wide: int  # loads in its loops of 128 bits from global memory, or by the copy engine
-    narrow: int  # loads in its loops of fewer bits
+    matrix: str = ""
+    wide: int = 0
+    narrow: int = 0
 
 
 def compile_launch(family: str, kernel, grid, args, options):
@@ -70,37 +82,40 @@ def specialisation(family: str, kernel, args, options) -> str:
     return repr((specialised, rest))
 
 
-def read(compiled) -> Machine:
-    """Read a compiled kernel: ptxas's figures and the disassembly, or AMD's assembly."""
-    if compiled.metadata.target.backend == "hip":
-        return _read_amd(compiled)
-    return _read_nvidia(compiled)
-
-
-def _read_nvidia(compiled) -> Machine:
-    cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
-    usage = _tool("cuobjdump", "-res-usage", cubin)
-    figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
-    sass = _tool("cuobjdump", "-sass", cubin)
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
-    code = {int(at, 16): text for at, text in lines}
-    jumps = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code.items())
-    loops = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
-    looped = [text for at, text in code.items() if any(a <= at <= b for a, b in loops)]
-    loads = re.findall(r"\b(UTMALDG|LDGSTS|LDG)\b([.\w]*)", "\n".join(looped))
-    wide = sum(name == "UTMALDG" or ".128" in kind for name, kind in loads)
+def read(compiled, *, loops: bool) -> Machine:
+    """Read a compiled kernel's figures and, with `loops`, the instructions in its loops."""
+    amd = compiled.metadata.target.backend == "hip"
+    figures, code = _amd(compiled) if amd else _nvidia(compiled, loops)
+    if not loops:
+        return Machine(*figures, compiled.metadata.shared)
+    loads = re.findall(AMD_LOAD if amd else NVIDIA_LOAD, code)
+    wide = sum(bool(re.search(r"UTMALDG|\.128|dwordx4", load)) for load in loads)
+    matrix, plain = (AMD_MATRIX, AMD_PLAIN) if amd else (NVIDIA_MATRIX, NVIDIA_PLAIN)
     return Machine(
-        figures["REG"],
-        figures["STACK"],
-        len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        *figures,
         compiled.metadata.shared,
-        _most(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", looped) or _most(r"\b(FFMA2?)\b", looped),
+        _most(matrix, code) or _most(plain, code),
         wide,
         len(loads) - wide,
     )
 
 
-def _read_amd(compiled) -> Machine:
+def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str]:
+    """Return (registers, stack) and the machine code of all loops."""
+    cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
+    # To disassemble takes 0.4 s a kernel, nearly as long as to compile it.
+    sass = _tool("cuobjdump", "-res-usage", *["-sass"] * loops, cubin)
+    figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", sass)}
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
+    code = {int(at, 16): text for at, text in lines}
+    jumps = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code.items())
+    runs = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
+    looped = [text for at, text in code.items() if any(a <= at <= b for a, b in runs)]
+    return (figures["REG"], figures["STACK"]), "\n".join(looped)
+
+
+def _amd(compiled) -> tuple[tuple[int, int], str]:
+    """Return (registers, stack) and the assembly of all loops."""
     text = compiled.asm["amdgcn"]
 
     def figure(name: str) -> int:
@@ -112,22 +127,12 @@ def _read_amd(compiled) -> Machine:
             labels[label[1]] = at
         elif (jump := re.search(r"s_c?branch\w* (\.LBB\w+)", line)) and jump[1] in labels:
             looped |= set(range(labels[jump[1]], at))
-    code = [lines[at] for at in sorted(looped)]
-    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", "\n".join(code))
-    wide = sum(kind.startswith("dwordx4") for kind in loads)
-    return Machine(
-        figure("vgpr_count"),
-        figure("private_segment_fixed_size"),
-        figure("vgpr_spill_count") + figure("sgpr_spill_count"),
-        compiled.metadata.shared,
-        _most(r"\b(v_mfma)_\w+", code) or _most(r"\b(v_(?:pk_)?fma)\w*", code),
-        wide,
-        len(loads) - wide,
-    )
+    code = "\n".join(lines[at] for at in sorted(looped))
+    return (figure("vgpr_count"), figure("private_segment_fixed_size")), code
 
 
-def _most(pattern: str, code: list[str]) -> str:
-    found = re.findall(pattern, "\n".join(code))
+def _most(pattern: str, code: str) -> str:
+    found = re.findall(pattern, code)
     return max(sorted(set(found)), key=found.count, default="")
 
 

@@ -32,7 +32,7 @@ class Backend:
 
     @property
     def linear(self) -> Linear:
-        """`lora_linear` with this backend asked for by name; skips a dtype that it does not take."""
+        """`lora_linear` with this backend asked for by name; skips a dtype it does not take."""
 
         def linear(x, weight, bias, A, B, alpha):
             if self.name == "triton" and x.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""The Triton backend around its kernels: reasons, choice, cost model, what makes it compile anew."""
+"""The Triton backend around its kernels: reasons, choice, costs, what makes it compile anew."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_h_first_is_chosen_by_name_only():
 
 
 def test_cost_of_a_known_case():
-    """H100, 8192 x 4096 x 4096, R=16: 275 GFLOP in 397 us at the 0.7 of the peak it reckons with."""
+    """H100, 8192 x 4096 x 4096, R=16: 275 GFLOP in 397 us at 0.7 of the peak."""
     linear, *rest = cost_model.plain_forward(Problem(8192, 4096, 4096, 16))
     assert linear.flops == 2 * 8192 * 4096 * 4096
     assert linear.bytes == 2 * (2 * 8192 * 4096 + 4096 * 4096 + 4096)

@@ -4,11 +4,12 @@ No GPU is asked: see codegen.py. One table at the end.
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,28 +30,55 @@ from lora_ext.backends.triton_kernels import (
 from . import codegen
 
 BASE_KERNELS = (
+    "lora_linear_decode_kernel",
     "lora_linear_fwd_kernel",
     "lora_linear_fwd_in_loop_kernel",
     "lora_linear_h_first_kernel",
     "lora_linear_bwd_dx_kernel",
 )
 N = K = 4096
-# dtype, that of A and B, rank: registers and shared memory grow with the rank, of which a kernel
-# takes at most 64 at once, and with wider adapters; float16 has the longer epilogue.
+
+
+class Types(NamedTuple):
+    """What a set of launches has in common, and over which numbers of rows it is drawn."""
+
+    dtype: torch.dtype
+    adapter: torch.dtype
+    R: int
+    kind: str = "half"
+    rows: tuple[int, ...] = (16, 64, 512, 2048, 4096, 8192)
+
+
+# Registers and shared memory grow with the rank, of which a kernel takes at most 64 at once, with
+# wider adapters, and float16 has the longer epilogue: the second is the hardest of the halves, so
+# the first is drawn at one size, where alone it takes other kernels (dB in parts).
 DTYPES = {
-    "bf16-R16": (torch.bfloat16, torch.bfloat16, 16),
-    "fp16-R64-fp32-adapter": (torch.float16, torch.float32, 64),
-    "tf32-R64": (torch.float32, torch.float32, 64),
-    "fp32-R64": (torch.float32, torch.float32, 64),
+    "bf16-R16": Types(torch.bfloat16, torch.bfloat16, 16, rows=(8192,)),
+    "fp16-R64-fp32-AB": Types(torch.float16, torch.float32, 64),
+    "tf32-R64": Types(torch.float32, torch.float32, 64, "tf32"),
+    "fp32-R64": Types(torch.float32, torch.float32, 64, "fp32"),
 }
 Launch = tuple[Any, tuple, tuple, dict]
+
+
+class Inspected(NamedTuple):
+    """One kernel of one card: what was compiled, and what came of it."""
+
+    kernel: str
+    tile: str
+    types: str
+    wide: int  # 128-bit loads that one step of a base product takes; 0 where it has none
+    machine: codegen.Machine | str  # or the compiler's complaint
+
+    def __str__(self) -> str:
+        return f"{self.kernel:31} {self.tile:22} {self.types:17}"
 
 
 def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and what runs it, for every regime and tile of a card."""
     card = next(card for card in cards.KNOWN.values() if card.family == family)
-    dtype, adapter, R = DTYPES[dtypes]
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in dtypes else "ieee"
+    dtype, adapter, R, kind, rows = DTYPES[dtypes]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
 
     def forward_of(M: int) -> regimes.Forward:
         tensors = [(M, K), (N, K), (N,), (K, R), (R, N)]
@@ -64,7 +92,7 @@ def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], objec
         needs = (need_dx, False, False, True, True)
         return gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, 0.5, needs, card)
 
-    for M in (16, 64, 512, 2048, 4096, 8192):
+    for M in rows:
         call = forward_of(M)
         p = tuning.problem(call, call.x, call.A, bias=True)
         for name, run in regimes.FORWARD.items():
@@ -112,73 +140,92 @@ def specialised(argument: object) -> object:
     return (argument == 1, argument % 16 == 0) if isinstance(argument, int) else type(argument)
 
 
-def inspect(family: str, dtypes: str, index: int) -> tuple[str, str, codegen.Machine | str]:
-    """Return kernel name, label and machine code's figures, or the compiler's complaint."""
-    label, (kernel, grid, args, options) = launches(family, dtypes)[index]
+def inspect(family: str, types: str, index: int) -> Inspected:
+    """Compile one launch and read it."""
+    tile, (kernel, grid, args, options) = launches(family, types)[index]
+    wide = wide_loads(kernel.__name__, options, family, DTYPES[types].dtype.itemsize)
+    machine: codegen.Machine | str
     try:
-        return (
-            kernel.__name__,
-            label,
-            codegen.read(codegen.compile_launch(family, kernel, grid, args, options)),
-        )
+        compiled = codegen.compile_launch(family, kernel, grid, args, options)
+        machine = codegen.read(compiled, loops=wide > 0)
     except Exception as error:  # the table shows what any compiler stage says
-        return kernel.__name__, label, f"{type(error).__name__}: {error}"
+        machine = f"{type(error).__name__}: {error}"
+    return Inspected(kernel.__name__, tile, types, wide, machine)
+
+
+def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
+    """Return how many 128-bit loads a thread needs for one step's tiles of x and weight.
+
+    Two where the copy engine loads a tile at once; none where no base product is ours.
+    """
+    if kernel not in BASE_KERNELS or options.get("BASE_DONE") or not options.get("WANT_DX", True):
+        return 0
+    if options.get("DESCRIPTORS"):
+        return 2
+    m, n, k = (options[f"BLOCK_{name}"] for name in "MNK")
+    if "WANT_DX" in options:
+        n, k = k, n
+    threads = options["num_warps"] * (64 if family == "gfx942" else 32)
+    return max(1, m * k * size // (threads * 16)) + max(1, n * k * size // (threads * 16))
 
 
 @pytest.fixture(scope="module")
-def machines() -> dict[str, list[tuple[str, str, str, codegen.Machine | str]]]:
-    """Per card: (kernel, label, dtypes, figures) of everything it can be given."""
-    jobs = [(f, d, i) for f in cards.FAMILIES for d in DTYPES for i in range(len(launches(f, d)))]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
-    table: dict[str, list] = {family: [] for family in cards.FAMILIES}
-    for (family, dtypes, _), (kernel, label, machine) in zip(jobs, results, strict=True):
-        table[family].append((kernel, label, dtypes, machine))
+def inspected() -> dict[str, list[Inspected]]:
+    """Everything that each card can be given."""
+    jobs = [(f, t, i) for f in cards.FAMILIES for t in DTYPES for i in range(len(launches(f, t)))]
+    # Compiled anew whatever the machine has compiled before, and only read here.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TRITON_CACHE_DIR", cache)
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
+    table: dict[str, list[Inspected]] = {family: [] for family in cards.FAMILIES}
+    for (family, *_), result in zip(jobs, results, strict=True):
+        table[family].append(result)
     return table
 
 
 @pytest.mark.parametrize("family", cards.FAMILIES)
-def test_every_kernel_fits_its_card(machines, family):
+def test_every_kernel_fits_its_card(inspected, family):
     faults = []
     shared = next(c for c in cards.KNOWN.values() if c.family == family).shared_bytes
-    for kernel, label, dtypes, machine in machines[family]:
-        where = f"{kernel} {label} {dtypes}"
-        if isinstance(machine, str):
-            faults.append(f"{where}: {machine}")
+    for row in inspected[family]:
+        if isinstance(row.machine, str):
+            faults.append(f"{row} {row.machine}")
             continue
-        if machine.stack or machine.spills:
-            faults.append(f"{where}: stack {machine.stack}, spills {machine.spills}")
-        if machine.shared > shared:
-            faults.append(f"{where}: {machine.shared} bytes of shared memory, {shared} there")
-    assert not faults, "\n".join(faults)
+        if row.machine.stack:
+            faults.append(f"{row} stack of {row.machine.stack} bytes, so registers spill")
+        if row.machine.shared > shared:
+            faults.append(f"{row} {row.machine.shared} bytes of shared memory, {shared} there")
+    assert inspected[family] and not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("family", cards.FAMILIES)
-def test_base_products_run_on_matrix_units_with_wide_loads(machines, family):
+def test_base_products_run_on_matrix_units_with_wide_loads(inspected, family):
     expected = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(family, "HMMA")
+    rows = [
+        row for row in inspected[family] if row.wide and isinstance(row.machine, codegen.Machine)
+    ]
     faults = []
-    for kernel, label, dtypes, machine in machines[family]:
-        if kernel not in BASE_KERNELS or "fp32-R" in dtypes or isinstance(machine, str):
-            continue
-        if not machine.matrix.startswith(expected):
-            faults.append(f"{kernel} {label} {dtypes}: {machine.matrix or 'none'} in its loop")
-        if not machine.wide:
-            faults.append(f"{kernel} {label} {dtypes}: no 128-bit load in its loop")
-    assert not faults, "\n".join(faults)
+    for row in rows:
+        if not row.machine.matrix.startswith(expected):
+            faults.append(f"{row} {row.machine.matrix or 'no matrix instruction'} in its loop")
+        if row.machine.wide < row.wide:
+            faults.append(f"{row} {row.machine.wide} 128-bit loads in its loop, not {row.wide}")
+    assert rows and not faults, "\n".join(faults)
 
 
-def test_table(machines, capsys):
-    lines = [f"{'kernel':31} {'tile':22} {'dtypes':22} card    regs  shared  in loops"]
-    for family, rows in machines.items():
-        for kernel, label, dtypes, m in rows:
-            figures = (
-                m
-                if isinstance(m, str)
-                else (
-                    f"{m.registers:4} {m.shared / 1024:6.1f}K  {m.matrix} {m.wide} wide {m.narrow} narrow"
-                )
-            )
-            lines.append(f"{kernel:31} {label:22} {dtypes:22} {family:7} {figures}")
+def test_table(inspected, capsys):
+    lines = [f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops"]
+    for family, rows in inspected.items():
+        for row in rows:
+            figures = m = row.machine
+            if not isinstance(m, str):
+                figures = f"{m.registers:4} {m.shared / 1024:6.1f}K"
+                figures += f"  {m.matrix}, {m.wide} wide loads, {m.narrow} others" * (row.wide > 0)
+            lines.append(f"{row} {family:7} {figures}")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
-    assert len(lines) > len(cards.FAMILIES)
+    assert len(lines) == 1 + sum(map(len, inspected.values()))

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from . import reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (Tensor, Parameter)
+_Needs = tuple[bool, bool, bool, bool, bool]
 _forced: dict[str, Any] = {"forward": None, "backward": None, "descriptors": None}
 
 
@@ -122,7 +123,7 @@ def _backward(
     alpha: float,
     needs: Iterable[bool],
 ) -> tuple[Tensor | None, ...]:
-    needs = tuple(needs)
+    needs = cast(_Needs, tuple(needs))
     read = (x, weight) if needs[0] and needs[3] else (weight,) if needs[0] else (x,) * needs[3]
     if dy.numel() == 0 or any(tensor.numel() == 0 for tensor in read):
         return reference.backward(dy, x, weight, A, B, h, alpha, needs)

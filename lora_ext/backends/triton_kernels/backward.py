@@ -176,7 +176,7 @@ def strip_product(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = alpha * x.T @ t for strip `pid` of x's columns (and block of ranks), all M rows of it.
+    """Compute out = alpha * x.T @ t for strip `pid` of x's columns and block of ranks, all M rows.
 
     x (M, K), t (t_splits, M, R), out (K, R) by its strides. STRIP_M rows a step, in order; float32
     accumulator (STRIP, BLOCK_R), multiplied by alpha once.
@@ -194,9 +194,9 @@ def strip_product(
 
 @triton.jit
 def sum_parts(parts, out, alpha, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_N: tl.constexpr):
-    """out = alpha * sum of parts (count, R, N), in a fixed order, float32; SUM_N elements of it.
+    """Compute SUM_N elements of out = alpha * sum of parts (count, R, N), in a fixed order.
 
-    SUM_PARTS parts a step: independent loads, where one part a step would wait for each.
+    Float32. SUM_PARTS parts a step: independent loads, where one a step would wait for each.
     """
     size = tl.cast(N, tl.int64) * R
     offs = pid.to(tl.int64) * SUM_N + tl.arange(0, SUM_N)

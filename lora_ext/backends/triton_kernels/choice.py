@@ -44,8 +44,8 @@ def backward_tiles(name: str, p: Problem, card: Card, descriptors: bool) -> tupl
 def forward_candidates(p: Problem, card: Card, descriptors: bool) -> list[Candidate]:
     """Return what the library may choose among for a forward, cheapest first.
 
-    Never what moves more bytes than the plain layer; torch_base moves fewer but for large ranks over
-    few rows, where float32 h and t outweigh what it saves, and is what is left there.
+    Never what moves more bytes than the plain layer; torch_base moves fewer but for large ranks
+    over few rows, where float32 h and t outweigh what it saves, and is what is left there.
     """
     most = cost_model.bytes_of(cost_model.plain_forward(p))
     found = []

@@ -85,10 +85,11 @@ def lora_linear_decode_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y = sum of y_parts + bias + scale * alpha * h @ b, h = sum of h_parts, first part to last.
+    """Compute y = sum of y_parts + bias + scale * alpha * h @ b and h = sum of h_parts.
 
     y_parts (splits, M, N) and h_parts (splits, M, R) float32, b (R, N), bias (N,); y (M, N) and
-    h_out (M, R) contiguous. Program (i, j): the tile (BLOCK_M, BLOCK_N) of y; float32 throughout.
+    h_out (M, R) contiguous. Program (i, j): the tile (BLOCK_M, BLOCK_N) of y; float32 throughout,
+    parts summed first to last.
     """
     m0 = tl.program_id(0) * BLOCK_M
     n0 = tl.program_id(1) * BLOCK_N

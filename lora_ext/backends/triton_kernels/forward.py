@@ -48,7 +48,7 @@ def lora_linear_fwd_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x @ w + bias + scale * alpha * h @ b, with h at hand.
+    """Compute y = x @ w + bias + scale * alpha * h @ b, with h at hand.
 
     x (M, K), w (K, N), bias (N,), b (R, N), h (splits, M, R) float32; y (M, N) contiguous, h_out
     (M, R) contiguous, the sum of h. A program a tile (BLOCK_M, BLOCK_N) of y; float32 accumulator.
@@ -103,7 +103,7 @@ def lora_linear_fwd_in_loop_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x @ w + bias + scale * alpha * (x @ a) @ b, h = x @ a accumulated in the same loop.
+    """Compute y = x @ w + bias + scale * alpha * h @ b, h = x @ a accumulated in the same loop.
 
     x (M, K), w (K, N), bias (N,), a (K, R), b (R, N) with R <= BLOCK_R; y (M, N) and h_out (M, R)
     contiguous. A program a tile (BLOCK_M, BLOCK_N) of y; its h (BLOCK_M, BLOCK_R) is recomputed by

@@ -43,7 +43,7 @@ def lora_linear_h_first_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x @ w + bias + scale * alpha * h @ b, with h = x @ a computed by the first tiles.
+    """Compute y = x @ w + bias + scale * alpha * h @ b, h = x @ a done first by other programs.
 
     x (M, K), w (K, N), bias (N,), a (K, R), b (R, N), R <= BLOCK_R; h (M, R) and y (M, N)
     contiguous; ready (cdiv(M, BLOCK_M),) zeros. Program p takes row blocks p, p + P, ... of h,

@@ -95,7 +95,7 @@ def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
 
 
 def rank_options(R: int, A: Tensor | None) -> dict[str, int]:
-    """Return the constants by which a kernel knows the rank and how A (K, R) lies, if it reads A."""
+    """Return the constants by which a kernel knows the rank and, if it reads A, how that lies."""
     row, column = (0, 0) if A is None else A.stride()
     return {"R": R, "STRIDE_AK": row, "STRIDE_AR": column}
 

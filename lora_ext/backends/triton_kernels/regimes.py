@@ -64,7 +64,7 @@ class Forward:
 
 
 def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
-    """y and h in one launch: h accumulates in each tile's own loop, x is read once."""
+    """Return y and h in one launch: h accumulates in each tile's own loop, x is read once."""
     y, h = call.results()
     x, w, options = base_operands(call.x, call.w, tile, call.kind)
     launch(
@@ -80,7 +80,7 @@ def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def two_launches(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
-    """y and h in two launches: h, then the base product that ends with alpha * h @ B."""
+    """Return y and h in two launches: h, then the base product that ends with alpha * h @ B."""
     y, h = call.results()
     h_parts = shrink(call.x, call.A, call.kind, call.card)
     x, w, options = base_operands(call.x, call.w, tile, call.kind)
@@ -89,7 +89,7 @@ def two_launches(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def torch_base(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
-    """y and h with PyTorch's own base product, then one pass y += alpha * h @ B."""
+    """Return y and h with PyTorch's own base product, then one pass y += alpha * h @ B."""
     y = F.linear(call.x, call.weight, call.bias)
     h = call.x.new_empty(call.M, call.R)
     h_parts = shrink(call.x, call.A, call.kind, call.card)
@@ -112,7 +112,7 @@ def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
 
 
 def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
-    """y and h for few rows: K split over programs, the parts summed in a fixed order."""
+    """Return y and h for few rows: K split over programs, the parts summed in a fixed order."""
     M, N, K, R = call.M, call.N, call.K, call.R
     y, h = call.results()
     rank_block = configs.block_r(R)
@@ -127,7 +127,8 @@ def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         lora_linear_decode_kernel,
         (tiles_m, tiles_n + triton.cdiv(R, rank_block), splits),
         call.x, call.w, call.A, parts, h_parts, M, N, K, splits,
-        *call.x.stride(), *call.w.stride(), **rank_options(call.R, call.A), PRECISION=dot_precision(call.kind),
+        *call.x.stride(), *call.w.stride(),
+        **rank_options(call.R, call.A), PRECISION=dot_precision(call.kind),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -142,17 +143,17 @@ def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
-    """y and h in one persistent launch, a program an SM: h's row blocks, then y's tiles."""
+    """Return y and h in one persistent launch, a program an SM: h's row blocks, then y's tiles."""
     y, h = call.results()
     x, w, options = base_operands(call.x, call.w, tile, call.kind)
     tiles_m, tiles_n = triton.cdiv(call.M, tile.block_m), triton.cdiv(call.N, tile.block_n)
     # The interpreter runs programs one after the other: a second one would never be waited for.
     programs = 1 if call.card.interpreted else min(call.card.sms, tiles_m * tiles_n)
+    ready = torch.zeros(tiles_m, dtype=torch.int32, device=y.device)
     launch(
         lora_linear_h_first_kernel,
         (programs,),
-        x, w, call.bias, call.A, call.B, h, torch.zeros(tiles_m, dtype=torch.int32, device=y.device),
-        y, *split_alpha(call.alpha, y.dtype),
+        x, w, call.bias, call.A, call.B, h, ready, y, *split_alpha(call.alpha, y.dtype),
         call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
         **rank_options(call.R, call.A), HAS_BIAS=call.bias is not None,
         BLOCK_R=configs.block_r(call.R), **options,

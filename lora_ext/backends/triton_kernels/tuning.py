@@ -99,8 +99,10 @@ def _choose(
 
 
 def may_measure(card: Card) -> bool:
-    """Whether a call may stop to measure: not in a CUDA graph's capture, not when determinism is
-    asked for (another run could find another winner, and other bits), not with LORA_EXT_TUNE=0.
+    """Whether a call may stop to measure.
+
+    Not in a CUDA graph's capture, not with LORA_EXT_TUNE=0, and not where determinism is asked
+    for: another run could find another winner, and other bits.
     """
     return (
         not card.interpreted
