@@ -1,5 +1,6 @@
 """Which regimes and tiles a problem can run with, cheapest first by the cost model."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from . import configs, cost_model
@@ -70,6 +71,11 @@ def backward_candidates(p: Problem, card: Card, descriptors: bool) -> list[Candi
                 time_us = cost_model.time_us(kernels, card, p.kind)
                 found.append(Candidate(name, tile, time_us))
     return sorted(found, key=lambda candidate: candidate.time_us)
+
+
+def bucketed(p: Problem) -> Problem:
+    """Return a problem with M rounded up to the power of two, at least 16, that it is chosen by."""
+    return replace(p, M=max(16, 1 << (p.M - 1).bit_length()))
 
 
 def decode_splits(p: Problem, tile: Tile, card: Card) -> int:

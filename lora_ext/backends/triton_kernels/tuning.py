@@ -67,8 +67,8 @@ def choose_backward(call: Backward, name: str | None, descriptors: bool | None) 
 
 def problem(call: Forward | Backward, x: torch.Tensor, A: torch.Tensor, *, bias: bool) -> Problem:
     """Return a call's sizes, M rounded up to its bucket."""
-    M = max(16, 1 << (call.M - 1).bit_length())
-    return Problem(M, call.K, call.N, call.R, call.kind, x.element_size(), A.element_size(), bias)
+    sizes = x.element_size(), A.element_size()
+    return choice.bucketed(Problem(call.M, call.K, call.N, call.R, call.kind, *sizes, bias))
 
 
 def _with(tiles: tuple[Tile, ...], descriptors: bool | None) -> Tile:
