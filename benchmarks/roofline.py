@@ -24,10 +24,7 @@ from .grids import GRIDS, Shape
 
 # PyTorch's dtype as the model sees it: kind of product, bytes an element.
 DTYPES = {"bf16": ("half", 2), "fp16": ("half", 2), "tf32": ("tf32", 4), "fp32": ("fp32", 4)}
-REGIMES = {
-    "forward": ("in_loop", "two_launches", "decode", "torch_base", "h_first"),
-    "backward": ("two_launches", "torch_base"),
-}
+REGIMES = {"forward": choice.FORWARD, "backward": choice.BACKWARD}
 PLAIN = "plain"
 
 

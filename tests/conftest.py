@@ -64,16 +64,24 @@ VARIANTS: dict[str, list[Backend]] = {
 }
 
 
-def backends_that_run_here() -> list[Backend]:
-    """Return the backends that take CPU tensors on this machine, with their variants."""
-    one = torch.ones(1, 1)
+def backends_that_run_on(device: str) -> list[Backend]:
+    """Return the backends that take a device's tensors on this machine, with their variants."""
+    one = torch.ones(1, 1, device=device)
     names = [name for name, b in BACKENDS.items() if b.unsupported(one, one, one) is None]
     return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --backends, by which test_triton_interpreter.py shares the tests out."""
+    """Add --backends, by which test_triton_interpreter.py shares the tests out, and --device."""
     parser.addoption("--backends", help="only tests over these, e.g. triton,triton-decode")
+    parser.addoption("--device", default="cpu", help="where the tests over backends run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for `backend` over each backend that runs on --device."""
+    if "backend" in metafunc.fixturenames:
+        backends = backends_that_run_on(metafunc.config.getoption("--device"))
+        metafunc.parametrize("backend", backends, ids=str, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,10 +96,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ]
 
 
-@pytest.fixture(params=backends_that_run_here(), ids=str)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend that runs here, set up."""
-    with request.param.around():
+    """Each backend that runs on --device, set up; new tensors lie there."""
+    device = request.config.getoption("--device")
+    on_device = contextlib.nullcontext() if device == "cpu" else torch.device(device)
+    with request.param.around(), on_device:
         yield request.param
 
 

@@ -11,6 +11,7 @@ from .cost_model import Problem
 # h_first waits for other programs and no GPU has run it: by name only.
 AUTOMATIC_FORWARD = ("in_loop", "two_launches", "decode", "torch_base")
 AUTOMATIC_BACKWARD = ("two_launches", "torch_base")
+FORWARD, BACKWARD = (*AUTOMATIC_FORWARD, "h_first"), AUTOMATIC_BACKWARD
 
 
 class Candidate(NamedTuple):
