@@ -79,7 +79,7 @@ def test_a_warm_call_does_not_wait_for_the_device(way, mode):
 
 @pytest.mark.parametrize("shape", [(2**17 + 5, 64, 2**14, 16), (2**17 + 5, 2**14, 64, 16)], ids=str)
 def test_offsets_past_2_to_the_31_elements(shape):
-    """First y and dy, then x and dx, of 2.15e9 elements: the last rows must be those of a small call."""
+    """First y and dy, then x and dx, of 2.15e9 elements: the last rows are a small call's."""
     M, K, N, R = shape
     if torch.cuda.mem_get_info()[0] < 24 * GIB:
         pytest.skip("needs 24 GiB of free GPU memory")

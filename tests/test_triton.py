@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.grids import GRIDS
+from lora_ext.backends import choose
 from lora_ext.backends import triton as backend
 
 pytest.importorskip("triton")
@@ -75,6 +77,44 @@ def test_reasons_are_words(monkeypatch):
     assert backend.unsupported(x, x, x) == "runs on cuda tensors, x is on cpu"
 
 
+def test_reason_on_an_amd_card_other_than_gfx942(monkeypatch):
+    arch = SimpleNamespace(gcnArchName="gfx1100:sramecc+")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: arch)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    backend.why_not_here.cache_clear()
+    reason = backend.why_not_here(torch.device("cuda", 0))
+    backend.why_not_here.cache_clear()
+    assert reason == "takes gfx942 of the AMD GPUs, this one is gfx1100"
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference(monkeypatch):
+    """As on a GPU: the interpreter's switch makes the backend take CPU tensors."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.ones(1, 1)
+    assert backend.unsupported(x, x, x) is None and choose(None, x, x, x) == "triton"
+    d = x.double()
+    reason = backend.unsupported(d, d, d)
+    assert reason == "takes float16, bfloat16 and float32, x is torch.float64"
+    assert choose(None, d, d, d) != "triton"
+    with pytest.raises(ValueError, match="backend 'triton' can't run.*float64"):
+        choose("triton", d, d, d)
+    sparse = x.to_sparse()
+    assert "weight is Tensor, torch.sparse_coo" in backend.unsupported(x, sparse, x)
+
+
+def test_tf32_only_where_torch_says_so():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        for allowed, kind in ((True, "tf32"), (False, "fp32")):
+            matmul.allow_tf32 = allowed
+            assert launch.kind_of(torch.float32) == kind
+            assert launch.kind_of(torch.bfloat16) == launch.kind_of(torch.float16) == "half"
+    finally:
+        matmul.allow_tf32 = before
+    assert launch.dot_precision("fp32") == "ieee" and launch.dot_precision("tf32") == "tf32"
+
+
 @pytest.mark.parametrize("family", cards.FAMILIES)
 @pytest.mark.parametrize("shape", GRIDS["cuda"]["standard"], ids=str)
 def test_the_choice_never_moves_more_bytes_than_the_plain_layer(family, shape):
@@ -127,15 +167,15 @@ def specialisations(monkeypatch, M, K, N, alpha=0.5, R=16) -> list:
     for module in (launch, regimes, gradients):
         monkeypatch.setattr(module, "launch", record)
     f = forward_of(M, K, N, R, alpha)
-    p = Problem(M, K, N, R)
+    p, can = Problem(M, K, N, R), launch.describable_product(f.x, f.w)
     for name in ("in_loop", "two_launches", "h_first", "torch_base"):
-        regimes.FORWARD[name](f, choice.forward_tiles(name, p, H100, True)[0])
+        regimes.FORWARD[name](f, choice.forward_tiles(name, p, H100, can)[0])
     f16 = forward_of(16, K, N, R, alpha)
-    regimes.decode(f16, choice.forward_tiles("decode", Problem(16, K, N, R), H100, True)[0])
+    regimes.decode(f16, choice.forward_tiles("decode", Problem(16, K, N, R), H100, can)[0])
     dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
     call = gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, alpha, (True,) * 5, H100)
     for name in gradients.BACKWARD:
-        gradients.BACKWARD[name](call, choice.backward_tiles(name, p, H100, True)[0])
+        gradients.BACKWARD[name](call, choice.backward_tiles(name, p, H100, can)[0])
     return found
 
 
@@ -149,6 +189,30 @@ def test_a_new_size_or_alpha_does_not_recompile(monkeypatch):
     assert specialisations(monkeypatch, 8192, 4096, 4096, alpha=1.0) == first
     assert specialisations(monkeypatch, 8192, 4097, 4096) != first
     assert specialisations(monkeypatch, 8192, 4096, 4096, R=32) != first
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        ("dx", [{"WANT_T": 1, "WANT_DB": 0}, {"WANT_DX": 1, "WANT_DA": 0, "WANT_DB": 0}]),
+        ("dA", [{"WANT_T": 1, "WANT_DB": 0}, {"WANT_DX": 0, "WANT_DA": 1, "WANT_DB": 0}]),
+        ("dB", [{"WANT_T": 0, "WANT_DB": 1}, {"WANT_DX": 0, "WANT_DA": 0, "WANT_DB": 1}]),
+        ("dweight", []),
+    ],
+)
+def test_backward_launches_only_what_needs_asks_for(monkeypatch, needs, expected):
+    launched = []
+    monkeypatch.setattr(gradients, "launch", lambda k, grid, *args, **opts: launched.append(opts))
+    f = forward_of(8192, 4096, 4096)
+    asked = tuple(needs == name for name in ("dx", "dweight", "dbias", "dA", "dB"))
+    dy, h = f.x.new_empty(8192, 4096), f.x.new_empty(8192, 16)
+    call = gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, 0.5, asked, H100)
+    tile = choice.backward_tiles("two_launches", Problem(8192, 4096, 4096, 16), H100, True)[0]
+    dx, dA, dB = gradients.two_launches(call, tile)
+    assert [dx is not None, dA is not None, dB is not None] == [asked[i] for i in (0, 3, 4)]
+    assert [
+        {k: int(opts[k]) for k in opts if k.startswith("WANT_")} for opts in launched
+    ] == expected
 
 
 def test_alpha_is_split_exactly_for_float16_alone():
