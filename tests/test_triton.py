@@ -112,7 +112,9 @@ def test_tf32_only_where_torch_says_so():
             assert launch.kind_of(torch.bfloat16) == launch.kind_of(torch.float16) == "half"
     finally:
         matmul.allow_tf32 = before
-    assert launch.dot_precision("fp32") == "ieee" and launch.dot_precision("tf32") == "tf32"
+    A = torch.empty(1, 1)
+    for kind, precision in (("fp32", "ieee"), ("tf32", "tf32")):
+        assert launch.product_options(kind, A, H100)["PRECISION"] == precision
 
 
 @pytest.mark.parametrize("family", cards.FAMILIES)

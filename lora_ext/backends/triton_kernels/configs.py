@@ -6,7 +6,7 @@ within the card, matrix instructions in the loop. What failed there is not here.
 
 from dataclasses import dataclass
 
-from .cards import Card
+from .cards import KIB, Card
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,12 @@ _GEMM = {
     "sm_86": (Tile(128, 128, 32, 8, 3), _SMALL),
     "sm_89": (Tile(128, 128, 32, 8, 3), _SMALL),
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
-    "sm_120": (Tile(128, 128, 64, 8, 2), _SMALL),
+    "sm_100": (
+        Tile(128, 128, 64, 8, 4, descriptors=True),
+        Tile(64, 128, 64, 4, 4, descriptors=True),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    "sm_120": (Tile(128, 128, 32, 8, 3), _SMALL),
     "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
 }
 # tf32: twice the bytes an element. fp32 has no matrix units, and none here: the base product is
@@ -76,8 +80,11 @@ def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return (Tile(block_m, 32, 32, 4, 3),) if kind == "tf32" else ()
-    stages = 2 if card.family == "gfx942" else 4
-    return (Tile(block_m, 32, 128, 8, stages), Tile(block_m, 64, 64, 4, stages))
+    if card.family == "gfx942":
+        return (Tile(block_m, 32, 128, 8, 2), Tile(block_m, 64, 64, 4, 2))
+    # 48 KB a stage with 64 ranks of a float32 A: two stages of loads fit in 99 KB, three do not.
+    stages = 3 if card.shared_bytes < 128 * KIB else 4
+    return (Tile(block_m, 32, 128, 8, stages), Tile(block_m, 64, 64, 4, 4))
 
 
 def delta_tile(card: Card) -> Tile:
@@ -103,7 +110,9 @@ def dy_tile(card: Card, kind: str, M: int) -> Tile:
     """
     if card.interpreted:
         return Tile(32, 64, 0, 4, 2)
-    if kind != "half":
+    if kind == "fp32":  # without matrix units a product holds more of its tiles in registers
+        return Tile(32 if M <= 2048 else 64, 32, 0, 4, 2)
+    if kind == "tf32":
         return Tile(32 if M <= 2048 else 64, 64, 0, 4, 2)
     block_m = 32 if M <= 2048 else 64 if M <= 4096 else 128
     warps = 8 if block_m == 128 else 4

@@ -17,12 +17,12 @@ from .cards import Card
 from .configs import Tile
 from .launch import (
     base_operands,
-    dot_precision,
     kind_of,
     launch,
-    plain_options,
+    product_options,
     rank_options,
     split_alpha,
+    tile_options,
 )
 
 _SUM_PARTS, _SUM_N = 16, 256
@@ -60,9 +60,9 @@ def two_launches(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
     """Return (dx, dA, dB) in two launches; in one, or none, where fewer are needed."""
     dx = call.dy.new_empty(call.M, call.K) if call.need_dx else None
     t, dB_parts = _pass_over_dy(call)
-    dy, w, options = None, None, plain_options(tile, call.kind)
+    dy, w, options = None, None, tile_options(tile)
     if call.need_dx:
-        dy, w, options = base_operands(call.dy, call.weight, tile, call.kind)
+        dy, w, options = base_operands(call.dy, call.weight, tile)
     return _finish(call, tile, dy, w, t, dB_parts, dx, BASE_DONE=False, **options)
 
 
@@ -70,7 +70,7 @@ def torch_base(call: Backward, tile: Tile) -> tuple[Tensor | None, ...]:
     """Return (dx, dA, dB) with dx's base product by PyTorch."""
     t, dB_parts = _pass_over_dy(call)
     dx = call.dy @ call.weight if call.need_dx else None
-    options = plain_options(tile, call.kind)
+    options = tile_options(tile)
     return _finish(call, tile, None, None, t, dB_parts, dx, BASE_DONE=True, **options)
 
 
@@ -102,7 +102,7 @@ def _pass_over_dy(call: Backward) -> tuple[Tensor | None, Tensor | None]:
         (parts, blocks_r, splits),
         dy, call.B if want_t else None, call.h if want_parts else None, t, dB_parts,
         M, N, splits, *dy.stride(), *(call.B.stride() if want_t else (0, 0)),
-        R=R, WANT_T=want_t, WANT_DB=want_parts, PRECISION=dot_precision(call.kind),
+        R=R, WANT_T=want_t, WANT_DB=want_parts, **product_options(call.kind, call.A, call.card),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -140,6 +140,7 @@ def _finish(
         WANT_DX=call.need_dx, WANT_DA=call.need_dA, WANT_DB=call.need_dB,
         DB_IN_PARTS=dB_parts is not None, BLOCK_R=configs.block_r(R, configs.EPILOGUE_R),
         STRIP=strip.block_k, STRIP_M=strip.block_m, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N,
+        **product_options(call.kind, call.A, call.card),
         # The twin of the forward sums over N and has its columns in K.
         **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
     )  # fmt: skip

@@ -28,9 +28,16 @@ def kind_of(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
-def dot_precision(kind: str) -> str:
-    """Return tl.dot's input_precision for a kind; halves are exact in either."""
-    return "ieee" if kind == "fp32" else "tf32"
+def product_options(kind: str, A: Tensor, card: Card) -> dict[str, Any]:
+    """Return the options by which a kernel multiplies: tl.dot's input_precision, and registers.
+
+    Halves are exact in either precision. Around float32 adapters ptxas would spill a few bytes of
+    its own accord, for one block more an SM (8 bytes at 64 registers): it may take them all there.
+    """
+    options: dict[str, Any] = {"PRECISION": "ieee" if kind == "fp32" else "tf32"}
+    if A.dtype == torch.float32 and card.family != "gfx942":
+        options["maxnreg"] = 255
+    return options
 
 
 def split_alpha(alpha: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -59,7 +66,7 @@ def describable_product(x: Tensor, w: Tensor) -> bool:
     return describable(x) and (describable(w) or describable(w.T))
 
 
-def base_operands(x: Tensor, w: Tensor, tile: Tile, kind: str) -> tuple[Any, Any, dict[str, Any]]:
+def base_operands(x: Tensor, w: Tensor, tile: Tile) -> tuple[Any, Any, dict[str, Any]]:
     """Return x and w as the kernels take them under `tile`, and the options that go with it."""
     transposed = False
     if tile.descriptors:
@@ -69,22 +76,17 @@ def base_operands(x: Tensor, w: Tensor, tile: Tile, kind: str) -> tuple[Any, Any
             w = TensorDescriptor.from_tensor(w.T, [tile.block_n, tile.block_k])
         else:
             w = TensorDescriptor.from_tensor(w, [tile.block_k, tile.block_n])
-    return (
-        x,
-        w,
-        {"DESCRIPTORS": tile.descriptors, "W_TRANSPOSED": transposed} | tile_options(tile, kind),
-    )
+    return x, w, tile_options(tile, transposed)
 
 
-def plain_options(tile: Tile, kind: str) -> dict[str, Any]:
-    """Return base_operands' options where there is no base product, or none by descriptors."""
-    return tile_options(tile, kind) | {"DESCRIPTORS": False, "W_TRANSPOSED": False}
+def tile_options(tile: Tile, transposed: bool = False) -> dict[str, Any]:
+    """Return the options by which every kernel around a base product gets its tile.
 
-
-def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
-    """Return the options by which every kernel around a base product gets its tile."""
+    `transposed`: w is a descriptor of its transpose.
+    """
     return {
-        "PRECISION": dot_precision(kind),
+        "DESCRIPTORS": tile.descriptors,
+        "W_TRANSPOSED": transposed,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -115,7 +117,7 @@ def shrink(x: Tensor, A: Tensor, kind: str, card: Card) -> Tensor:
         lora_shrink_kernel,
         (triton.cdiv(M, tile.block_m), triton.cdiv(R, rank_block), splits),
         x, A, parts, M, K, splits, *x.stride(),
-        **rank_options(R, A), PRECISION=dot_precision(kind),
+        **rank_options(R, A), **product_options(kind, A, card),
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -8,6 +8,7 @@ h_first       one persistent launch, h before the rest; by name only, see h_firs
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,13 @@ from .forward import lora_linear_fwd_in_loop_kernel, lora_linear_fwd_kernel
 from .h_first import lora_linear_h_first_kernel
 from .launch import (
     base_operands,
-    dot_precision,
     kind_of,
     launch,
-    plain_options,
+    product_options,
     rank_options,
     shrink,
     split_alpha,
+    tile_options,
 )
 
 
@@ -58,6 +59,10 @@ class Forward:
         if self.bias is not None:
             self.bias = self.bias.contiguous()
 
+    def product_options(self) -> dict[str, Any]:
+        """Return launch.product_options of this call."""
+        return product_options(self.kind, self.A, self.card)
+
     def results(self) -> tuple[Tensor, Tensor]:
         """Return y (M, N) and h (M, R), to be filled."""
         return self.x.new_empty(self.M, self.N), self.x.new_empty(self.M, self.R)
@@ -66,7 +71,7 @@ class Forward:
 def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """Return y and h in one launch: h accumulates in each tile's own loop, x is read once."""
     y, h = call.results()
-    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    x, w, options = base_operands(call.x, call.w, tile)
     launch(
         lora_linear_fwd_in_loop_kernel,
         (triton.cdiv(call.M, tile.block_m) * triton.cdiv(call.N, tile.block_n),),
@@ -74,7 +79,7 @@ def in_loop(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
         **rank_options(call.R, call.A), HAS_BIAS=call.bias is not None,
         BLOCK_R=configs.block_r(call.R, tile.max_r),
-        **options,
+        **call.product_options(), **options,
     )  # fmt: skip
     return y, h
 
@@ -83,7 +88,7 @@ def two_launches(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """Return y and h in two launches: h, then the base product that ends with alpha * h @ B."""
     y, h = call.results()
     h_parts = shrink(call.x, call.A, call.kind, call.card)
-    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    x, w, options = base_operands(call.x, call.w, tile)
     _finish(call, tile, x, w, call.bias, h_parts, h, y, BASE_DONE=False, **options)
     return y, h
 
@@ -93,7 +98,7 @@ def torch_base(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     y = F.linear(call.x, call.weight, call.bias)
     h = call.x.new_empty(call.M, call.R)
     h_parts = shrink(call.x, call.A, call.kind, call.card)
-    options = plain_options(tile, call.kind)
+    options = tile_options(tile)
     _finish(call, tile, y, y, None, h_parts, h, y, BASE_DONE=True, **options)
     return y, h
 
@@ -107,7 +112,7 @@ def _finish(call, tile, x, w, bias, h_parts, h, y, **options) -> None:
         call.M, call.N, call.K, len(h_parts), *call.x.stride(), *call.w.stride(), *call.B.stride(),
         R=call.R, HAS_BIAS=bias is not None,
         BLOCK_R=configs.block_r(call.R, configs.EPILOGUE_R),
-        **options,
+        **call.product_options(), **options,
     )  # fmt: skip
 
 
@@ -128,7 +133,7 @@ def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         (tiles_m, tiles_n + triton.cdiv(R, rank_block), splits),
         call.x, call.w, call.A, parts, h_parts, M, N, K, splits,
         *call.x.stride(), *call.w.stride(),
-        **rank_options(call.R, call.A), PRECISION=dot_precision(call.kind),
+        **rank_options(call.R, call.A), **call.product_options(),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -136,7 +141,7 @@ def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         lora_linear_decode_sum_kernel,
         (tiles_m, triton.cdiv(N, 128)),
         parts, h_parts, call.bias, call.B, h, y, *split_alpha(call.alpha, y.dtype), M, N, splits,
-        *call.B.stride(), R=R, HAS_BIAS=call.bias is not None, PRECISION=dot_precision(call.kind),
+        *call.B.stride(), R=R, HAS_BIAS=call.bias is not None, **call.product_options(),
         BLOCK_M=tile.block_m, BLOCK_N=128, BLOCK_R=rank_block, num_warps=4, num_stages=1,
     )  # fmt: skip
     return y, h
@@ -145,7 +150,7 @@ def decode(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
 def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
     """Return y and h in one persistent launch, a program an SM: h's row blocks, then y's tiles."""
     y, h = call.results()
-    x, w, options = base_operands(call.x, call.w, tile, call.kind)
+    x, w, options = base_operands(call.x, call.w, tile)
     tiles_m, tiles_n = triton.cdiv(call.M, tile.block_m), triton.cdiv(call.N, tile.block_n)
     # The interpreter runs programs one after the other: a second one would never be waited for.
     programs = 1 if call.card.interpreted else min(call.card.sms, tiles_m * tiles_n)
@@ -156,7 +161,7 @@ def h_first(call: Forward, tile: Tile) -> tuple[Tensor, Tensor]:
         x, w, call.bias, call.A, call.B, h, ready, y, *split_alpha(call.alpha, y.dtype),
         call.M, call.N, call.K, *call.x.stride(), *call.w.stride(), *call.B.stride(),
         **rank_options(call.R, call.A), HAS_BIAS=call.bias is not None,
-        BLOCK_R=configs.block_r(call.R), **options,
+        BLOCK_R=configs.block_r(call.R), **call.product_options(), **options,
     )  # fmt: skip
     return y, h
 
