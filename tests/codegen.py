@@ -25,6 +25,7 @@ TARGETS = {
 }
 NVIDIA_LOAD, AMD_LOAD = r"\b(?:UTMALDG|LDGSTS|LDG)\b[.\w]*", r"\b(?:global|buffer)_load_\w+"
 NVIDIA_MATRIX, AMD_MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA)\b", r"\bv_mfma(?=_)"
+ATOMIC = r"\b(?:atom|red)\.|\b(?:global|flat|buffer)_atomic"
 NVIDIA_PLAIN, AMD_PLAIN = r"\bFFMA2?\b", r"\bv_(?:pk_)?fma\w*"
 
 
@@ -52,6 +53,7 @@ class Machine:
         registers: a thread.
         stack: bytes of a thread's stack, where a spilled register goes.
         shared: bytes of shared memory.
+        atomics: atomic reads and writes of memory.
         matrix: the matrix instruction in its loops, or else the multiply-add; "" if not asked for.
         wide: loads in its loops of 128 bits from global memory, or by the copy engine.
         narrow: loads in its loops of fewer bits.
@@ -61,6 +63,7 @@ class Machine:
     registers: int
     stack: int
     shared: int
+    atomics: int
     matrix: str = ""
     wide: int = 0
     narrow: int = 0
@@ -86,14 +89,15 @@ def read(compiled, *, loops: bool) -> Machine:
     """Read a compiled kernel's figures and, with `loops`, the instructions in its loops."""
     amd = compiled.metadata.target.backend == "hip"
     figures, code = _amd(compiled) if amd else _nvidia(compiled, loops)
+    atomics = len(re.findall(ATOMIC, compiled.asm["amdgcn" if amd else "ptx"]))
+    figures = (*figures, compiled.metadata.shared, atomics)
     if not loops:
-        return Machine(*figures, compiled.metadata.shared)
+        return Machine(*figures)
     loads = re.findall(AMD_LOAD if amd else NVIDIA_LOAD, code)
     wide = sum(bool(re.search(r"UTMALDG|\.128|dwordx4", load)) for load in loads)
     matrix, plain = (AMD_MATRIX, AMD_PLAIN) if amd else (NVIDIA_MATRIX, NVIDIA_PLAIN)
     return Machine(
         *figures,
-        compiled.metadata.shared,
         _most(matrix, code) or _most(plain, code),
         wide,
         len(loads) - wide,
