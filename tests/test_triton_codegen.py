@@ -227,12 +227,12 @@ def test_base_products_run_on_matrix_units_with_wide_loads(inspected, family):
 
 @pytest.mark.parametrize("family", cards.FAMILIES)
 def test_no_result_is_summed_by_atomics(inspected, family):
-    """Their order changes from run to run. h_first has two of another kind, on its flags."""
+    """Their order changes from run to run. h_first raises flags by one, may read them so."""
     counts = {row.kernel: set() for row in inspected[family]}
     for row in inspected[family]:
         if isinstance(row.machine, codegen.Machine):
             counts[row.kernel].add(row.machine.atomics)
-    assert counts.pop("lora_linear_h_first_kernel") == {2}
+    assert counts.pop("lora_linear_h_first_kernel") in ({1}, {2})
     assert all(found == {0} for found in counts.values()), counts
 
 

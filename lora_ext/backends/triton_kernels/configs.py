@@ -40,6 +40,9 @@ MAX_BLOCK_R = 64
 EPILOGUE_R = 32
 
 _SMALL = Tile(64, 64, 64, 4, 3)
+_SMALL_99K = Tile(
+    64, 64, 64, 4, 3, max_r=32
+)  # 64 float32 ranks spill 4 bytes on sm_86, 12 on sm_120
 _HOPPER = (
     Tile(128, 256, 64, 8, 3, descriptors=True),
     Tile(64, 128, 64, 4, 4, descriptors=True),
@@ -47,15 +50,15 @@ _HOPPER = (
 )
 _GEMM = {
     "sm_80": (Tile(128, 128, 32, 8, 4), _SMALL),
-    "sm_86": (Tile(128, 128, 32, 8, 3), _SMALL),
-    "sm_89": (Tile(128, 128, 32, 8, 3), _SMALL),
+    "sm_86": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
+    "sm_89": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
     "sm_90": _HOPPER,
     "sm_100": (
         Tile(128, 128, 64, 8, 4, descriptors=True),
         Tile(64, 128, 64, 4, 4, descriptors=True),
         Tile(128, 128, 64, 8, 3),
     ),
-    "sm_120": (Tile(128, 128, 32, 8, 3), _SMALL),
+    "sm_120": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
     "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
 }
 # tf32: twice the bytes an element. fp32 has no matrix units, and none here: the base product is

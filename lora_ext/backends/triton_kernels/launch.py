@@ -31,11 +31,13 @@ def kind_of(dtype: torch.dtype) -> str:
 def product_options(kind: str, A: Tensor, card: Card) -> dict[str, Any]:
     """Return the options by which a kernel multiplies: tl.dot's input_precision, and registers.
 
-    Halves are exact in either precision. Around float32 adapters ptxas would spill a few bytes of
-    its own accord, for one block more an SM (8 bytes at 64 registers): it may take them all there.
+    Halves are exact in either precision. Around float32 adapters, and on sm_100, ptxas would spill
+    a few bytes of its own accord for one block more an SM (8 bytes at 64 registers): there it may
+    take them all.
     """
     options: dict[str, Any] = {"PRECISION": "ieee" if kind == "fp32" else "tf32"}
-    if A.dtype == torch.float32 and card.family != "gfx942":
+    wanting = A.dtype == torch.float32 or card.family == "sm_100"
+    if wanting and card.family != "gfx942":
         options["maxnreg"] = 255
     return options
 
