@@ -130,6 +130,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--grid", choices=("standard", "quick"), default="standard")
     which.add_argument("--shape", type=_shape, metavar="M,K,N,R", help="this shape alone")
+    add("--last-first", action="store_true", help="the grid backwards, its largest shapes first")
     add(
         "--providers",
         type=_providers,
@@ -150,7 +151,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
-    args.shapes = [args.shape] if args.shape else GRIDS[args.device][args.grid]
+    args.shapes = [args.shape] if args.shape else list(GRIDS[args.device][args.grid])
+    if args.last_first:
+        args.shapes.reverse()
     return args
 
 
