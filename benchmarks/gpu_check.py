@@ -2,7 +2,7 @@
 
 Needs what the stages themselves need and no network; a stage whose tools are missing says so and
 the others run. Under --out: gpu_check.json (each stage's outcome, written after each),
-gpu_check.log (all output), and a JSON file and a table for each benchmark.
+gpu_check.log (all output, the benchmarks' tables in it), and a JSON file for each benchmark.
 """
 
 import argparse
@@ -40,43 +40,27 @@ def stages(out: Path) -> list[Stage]:
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
     workers = ["-n", "12"] if find_spec("xdist") else []
     suite = [f"tests/test_{name}.py" for name in ("backends", "backward", "extremes")]
-    no_h_first = [*pytest, "tests/test_cuda.py", "-k", "not h_first"]
-    sanitized = "test_every_regime and (two_launches or decode) and 300 and bfloat16"
+    suite += ["--device", "cuda"]
+    cuda = [*pytest, "tests/test_cuda.py"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1"]
+    few = "test_every_regime and (two_launches or decode) and 300 and bfloat16"
 
-    def bench(name: str, mode: str, *arguments: str) -> list[str]:
-        file = str(out / f"cuda-bf16-{name}.json")
+    def bench(name: str, mode: str, seconds: str, providers: str) -> list[str]:
         # The largest shapes first: those a run that is cut short should have.
-        always = ["--device", "cuda", "--dtype", "bf16", "--mode", mode, "--last-first"]
-        always += ["--json", file]
-        return [*python, "-m", "benchmarks.bench_linear", *always, *arguments]
+        command = [*python, "-m", "benchmarks.bench_linear", "--device", "cuda", "--last-first"]
+        command += ["--dtype", "bf16", "--mode", mode, "--seconds", seconds]
+        return [*command, "--providers", providers, "--json", str(out / f"cuda-bf16-{name}.json")]
 
     return [
         Stage("build", 45, [*python, "setup.py", "-q", "build_ext", "--inplace"], "pybind11"),
         Stage("report", 25, [*python, "-m", "lora_ext"]),
-        Stage("cuda tests", 70, [*no_h_first, *workers], "pytest"),
-        Stage(
-            "fwd", 110, bench("fwd", "fwd", "--seconds", "1.5", "--providers", PROVIDERS), "rich"
-        ),
-        Stage(
-            "fwd_bwd",
-            150,
-            bench("fwd_bwd", "fwd_bwd", "--seconds", "2", "--providers", PROVIDERS),
-            "rich",
-        ),
-        Stage("suite", 70, [*pytest, *suite, "--device", "cuda", *workers], "pytest"),
-        Stage(
-            "sanitizer",
-            25,
-            ["compute-sanitizer", "--error-exitcode", "1", *no_h_first[:-1], sanitized],
-            "compute-sanitizer",
-        ),
-        Stage("h_first tests", 15, [*no_h_first[:-1], "h_first"], "pytest"),
-        Stage(
-            "h_first",
-            20,
-            bench("h_first", "fwd", "--seconds", "0.5", "--providers", "linear,triton.h_first"),
-            "rich",
-        ),
+        Stage("cuda tests", 70, [*cuda, "-k", "not h_first", *workers], "pytest"),
+        Stage("fwd", 110, bench("fwd", "fwd", "1.5", PROVIDERS), "rich"),
+        Stage("fwd_bwd", 150, bench("fwd_bwd", "fwd_bwd", "2", PROVIDERS), "rich"),
+        Stage("suite", 70, [*pytest, *suite, "-k", "not h_first", *workers], "pytest"),
+        Stage("sanitizer", 25, [*sanitizer, *cuda, "-k", few], "compute-sanitizer"),
+        Stage("h_first tests", 15, [*cuda, "-k", "h_first"], "pytest"),
+        Stage("h_first", 20, bench("h_first", "fwd", "0.5", "linear,triton.h_first"), "rich"),
     ]
 
 
