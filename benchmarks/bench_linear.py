@@ -32,15 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = make_header(args.device, f"python -m benchmarks.bench_linear {shlex.join(argv)}")
     console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
-    rows, not_timed = _run_all(args)
+    rows, not_timed = _run_all(args, header)
     title = f"{args.dtype} {args.mode} on {args.device}, threads {header['threads']}"
     print_report(console, rows, args.providers, title)
     for entry in not_timed:
         where = ",".join(str(entry[size]) for size in Shape._fields)
         text = f"not timed: {entry['provider']} at {where}: {entry['reason']}"
         console.print(text, style="red" if entry["failed"] else None, highlight=False)
-    if args.json:
-        write_json(args.json, header, rows, not_timed)
     regressed = False
     if args.compare:
         changes = compare(args.compare["rows"], rows)
@@ -98,7 +96,8 @@ def _checked(name: str, case: Case, gate: Gate) -> Step:
     return step
 
 
-def _run_all(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row]]:
+    """Run every shape; --json is written anew after each, so that a run cut short leaves it."""
     rows: list[Row] = []
     not_timed: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -110,6 +109,8 @@ def _run_all(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
             )
             rows += timed
             not_timed += refused
+            if args.json:
+                write_json(args.json, header, rows, not_timed)
             progress.advance(task)
     return rows, not_timed
 
@@ -125,6 +126,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--grid", choices=tuple(GRIDS["cpu"]), default="standard")
     which.add_argument("--shape", type=arguments.shape, metavar="M,K,N,R", help="this shape alone")
+    add("--last-first", action="store_true", help="the grid backwards, its largest shapes first")
     add(
         "--providers",
         type=arguments.provider_names,
@@ -155,7 +157,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
-    args.shapes = [args.shape] if args.shape else GRIDS[args.device][args.grid]
+    args.shapes = [args.shape] if args.shape else list(GRIDS[args.device][args.grid])
+    if args.last_first:
+        args.shapes.reverse()
     return args
 
 

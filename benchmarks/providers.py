@@ -14,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 import lora_ext
 from lora_ext.backends import BACKENDS
+from lora_ext.backends.triton import regime
+from lora_ext.backends.triton_kernels import choice
+from lora_ext.backends.triton_kernels.cards import card_of
+from lora_ext.backends.triton_kernels.cost_model import Problem
 
 from .cases import Case
 
@@ -167,6 +171,28 @@ def _backend(name: str) -> Callable[[Case], Step]:
     return build
 
 
+def _regime(name: str) -> Callable[[Case], Step]:
+    """Return a provider: the backend "triton", its regime forced by name, forward and backward."""
+
+    def build(case: Case) -> Step:
+        step = _backend("triton")(case)
+        from lora_ext.backends.triton_kernels.launch import kind_of
+
+        kind, size = kind_of(case.x.dtype), case.x.element_size()
+        problem = Problem(*case.shape, kind, size, size)
+        if not choice.forward_tiles(name, problem, card_of(case.x.device), False):
+            raise Unavailable(f"regime {name} does not take these sizes in {case.x.dtype}")
+        forced = {"forward": name, "backward": name if name in choice.BACKWARD else None}
+
+        def run() -> tuple[Tensor, ...]:
+            with regime(**forced):
+                return step.run()
+
+        return step._replace(run=run)
+
+    return build
+
+
 def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tensor]) -> Step:
     x, dy = case.x, case.dy
     held = (x, case.weight, case.bias, case.A, case.B, *inputs.values())
@@ -204,4 +230,5 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}
+PROVIDERS |= {f"triton.{name}": _regime(name) for name in choice.FORWARD}
 DEFAULT = ("linear", "reference", "lora_ext")

@@ -12,6 +12,7 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
+from lora_ext.backends.triton import regime
 
 from .numerics import Linear
 
@@ -31,36 +32,76 @@ class Backend:
 
     @property
     def linear(self) -> Linear:
-        """`lora_linear` with this backend asked for by name."""
-        return partial(lora_linear, backend=self.name)
+        """`lora_linear` with this backend asked for by name; skips a dtype it does not take."""
+
+        def linear(x, weight, bias, A, B, alpha):
+            if self.name == "triton" and x.dtype == torch.float64:
+                pytest.skip("the Triton kernels leave float64 to the reference")
+            return lora_linear(x, weight, bias, A, B, alpha, backend=self.name)
+
+        return linear
 
 
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the time of a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield
+# The one list of what the tests run over: all backends, and here the further variants of one. The
+# instruction sets of "cpp" are chosen once a process: test_isa.py. Those of "triton" run on a GPU,
+# and in the interpreter: test_triton_interpreter.py.
+VARIANTS: dict[str, list[Backend]] = {
+    "triton": [
+        Backend("triton", name, partial(regime, **forced), slow=True)
+        for name, forced in {
+            "in_loop": {"forward": "in_loop", "descriptors": False},
+            "two_launches": {"forward": "two_launches", "backward": "two_launches"},
+            "descriptors": {
+                "forward": "two_launches",
+                "backward": "two_launches",
+                "descriptors": True,
+            },
+            "decode": {"forward": "decode"},
+            "torch_base": {"forward": "torch_base", "backward": "torch_base"},
+            "h_first": {"forward": "h_first"},
+        }.items()
+    ],
+}
 
 
-# The one list of what the tests run over: all backends, and here the further variants of one, e.g.
-# "triton": [Backend("triton", "small_m", partial(environment, LORA_EXT_REGIME="small_m"))]. The
-# instruction sets of "cpp" are chosen once a process: test_isa.py.
-VARIANTS: dict[str, list[Backend]] = {}
-
-
-def backends_that_run_here() -> list[Backend]:
-    """Return the backends that take CPU tensors on this machine, with their variants."""
-    one = torch.ones(1, 1)
+def backends_that_run_on(device: str) -> list[Backend]:
+    """Return the backends that take a device's tensors on this machine, with their variants."""
+    one = torch.ones(1, 1, device=device)
     names = [name for name, b in BACKENDS.items() if b.unsupported(one, one, one) is None]
     return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
 
 
-@pytest.fixture(params=backends_that_run_here(), ids=str)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --backends, by which test_triton_interpreter.py shares the tests out, and --device."""
+    parser.addoption("--backends", help="only tests over these, e.g. triton,triton-decode")
+    parser.addoption("--device", default="cpu", help="where the tests over backends run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for `backend` over each backend that runs on --device."""
+    if "backend" in metafunc.fixturenames:
+        backends = backends_that_run_on(metafunc.config.getoption("--device"))
+        metafunc.parametrize("backend", backends, ids=str, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what --backends asks for."""
+    if asked := config.getoption("--backends"):
+        names = asked.split(",")
+        backends = [getattr(item, "callspec", None) for item in items]
+        items[:] = [
+            item
+            for item, spec in zip(items, backends, strict=True)
+            if spec is not None and str(spec.params.get("backend")) in names
+        ]
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend that runs here, set up."""
-    with request.param.around():
+    """Each backend that runs on --device, set up; new tensors lie there."""
+    device = request.config.getoption("--device")
+    on_device = contextlib.nullcontext() if device == "cpu" else torch.device(device)
+    with request.param.around(), on_device:
         yield request.param
 
 

@@ -94,11 +94,16 @@ def _unaligned(t: Tensor) -> Tensor:
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
-    """Return x, weight, bias, A, B and dy; each part of y has a variance of about 1."""
-    g = torch.Generator().manual_seed(seed)
+    """Return x, weight, bias, A, B and dy; each part of y has a variance of about 1.
+
+    On torch's default device, the same values on each.
+    """
+    g = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
 
     def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+        values = torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu")
+        return (values * scale).to(device, dtype)
 
     K, N, R = case.K, case.N, case.R
     adapter = {"dtype": case.adapter_dtype or case.dtype}
@@ -151,7 +156,7 @@ class Expected:
 def expected(case: Case) -> Expected:
     """Return the inputs, the oracle and the plain layer's results for a case."""
     inputs = make_inputs(case)
-    exact = {n: None if t is None else t.double() for n, t in inputs.items()}
+    exact = {n: None if t is None else t.cpu().double() for n, t in inputs.items()}
     magnitude = {n: None if t is None else t.abs() for n, t in exact.items()}
     return Expected(
         inputs,
@@ -179,8 +184,8 @@ def broken_rules(got: dict[str, Tensor], want: Expected) -> list[str]:
         if result.shape != exact.shape or result.dtype != like.dtype:
             lines.append(f"{name}: {tuple(result.shape)} {result.dtype}, not {tuple(exact.shape)}")
             continue
-        error = result.double() - exact
-        plain_error = want.plain[name].double() - exact
+        error = result.cpu().double() - exact
+        plain_error = want.plain[name].cpu().double() - exact
         luck = 1 + 1 / math.sqrt(max(min(M * R, exact.numel()), 1))
         luck *= 4 if dtype == torch.float64 else 1
         for norm_name, norm in NORMS.items():

@@ -1,12 +1,15 @@
 """Every backend against the oracle: forward and backward, shapes each for a reason."""
 
+import mmap
+
 import pytest
 import torch
+from torch import Tensor
 
 from lora_ext.backends import BACKENDS
 
 from .conftest import Backend
-from .numerics import LAYOUTS, Case, broken_rules, check, expected, plain_linear
+from .numerics import LAYOUTS, Case, broken_rules, check, expected, gradients, plain_linear
 from .reference import LinearWithLoRA as PlainLinearWithLoRA
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -59,6 +62,27 @@ def test_strides_keep_the_error_rule(backend: Backend, case):
 )
 def test_strides_without_bias_keep_the_error_rule(backend: Backend, case):
     check(backend.linear, case)
+
+
+def far_apart(matrix: Tensor) -> Tensor:
+    """Copy a matrix to where its last row begins past 2^31 elements; pages between stay unused."""
+    rows, cols = matrix.shape
+    stride = 2**31 // (rows - 1) // 16 * 16 + 16
+    size = ((rows - 1) * stride + cols) * matrix.element_size()
+    no_reserve = 0x4000  # Linux; Python names it from 3.13 on
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    far = torch.frombuffer(memory, dtype=matrix.dtype).as_strided((rows, cols), (stride, 1))
+    return far.copy_(matrix)
+
+
+def test_rows_past_2_to_the_31_elements(backend: Backend):
+    want = expected(TAILS.but(dtype=BF16))
+    if want.inputs["x"].device.type != "cpu":
+        pytest.skip("test_cuda.py does this in GPU memory")
+    far = {name: far_apart(want.inputs[name]) for name in ("x", "weight", "dy")}
+    assert all((len(t) - 1) * t.stride(0) > 2**31 for t in far.values())
+    got = gradients(backend.linear, want.inputs | far, TAILS.alpha)
+    assert broken_rules(got, want) == []
 
 
 @in_each_dtype(CROSSES_EVERY_BLOCK)

@@ -41,6 +41,23 @@ def run(*arguments):
     return bench_linear.main(["--shape", str(SHAPE), "--seconds", "0.02", *arguments])
 
 
+def test_last_first_runs_the_grid_backwards(monkeypatch, tmp_path):
+    """And what is done is on disk when the run ends early."""
+    file, seen = tmp_path / "run.json", []
+
+    def run_shape(shape, *rest):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(shape)
+        return [made_row("linear", 1.0, shape)], []
+
+    monkeypatch.setattr(bench_linear, "run_shape", run_shape)
+    with pytest.raises(KeyboardInterrupt):
+        bench_linear.main(["--last-first", "--json", str(file)])
+    assert seen == [GRIDS["cpu"]["standard"][-1]]
+    assert [row["M"] for row in json.loads(file.read_text())["rows"]] == [seen[0].M]
+
+
 def made_row(provider, ms, shape=SHAPE, spread=0.02, saved_mib=0.0):
     times = timing.Times(ms, ms * (1 - spread), ms * (1 + spread))
     return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib)

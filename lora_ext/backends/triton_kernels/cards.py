@@ -1,0 +1,117 @@
+"""What is known of a card: its limits, and the speeds that the cost model reckons with."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+KIB = 1024
+# Dense matrix FLOPs a clock and SM (CU on AMD): (half, tf32, fp32 without matrix units).
+_FLOPS_PER_CLOCK = {
+    "sm_80": (2048, 1024, 128),
+    "sm_86": (1024, 512, 256),
+    "sm_89": (1024, 512, 256),
+    "sm_90": (4096, 2048, 256),
+    "sm_100": (8192, 4096, 256),
+    "sm_120": (1024, 512, 256),
+    "gfx942": (2048, 1024, 256),
+}
+_SHARED = {
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
+FAMILIES = tuple(_SHARED)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as the kernels see it.
+
+    Attributes:
+        name: as the driver gives it.
+        family: the entry of FAMILIES whose configurations it takes.
+        sms: multiprocessors.
+        clock_ghz: of the multiprocessors.
+        bandwidth_gbs: of the memory, at its peak.
+        interpreted: kernels run on the CPU, in Triton's interpreter.
+
+    """
+
+    name: str
+    family: str
+    sms: int
+    clock_ghz: float
+    bandwidth_gbs: float
+    interpreted: bool = False
+
+    # A launch on a busy stream, and what kernels reach of the two peaks. [calc] for an H100:
+    # 700 of 989 TFLOP/s, 3.0 of 3.35 TB/s, see shared/kernels.md; no card of ours confirms them.
+    launch_us = 3.0
+    reached_flops = 0.7
+    reached_bandwidth = 0.9
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program may take."""
+        return _SHARED[self.family]
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor descriptors load by a copy engine (TMA) here."""
+        return self.interpreted or self.family in ("sm_90", "sm_100", "sm_120")
+
+    def flops_per_us(self, kind: str) -> float:
+        """Dense FLOPs a microsecond that a good kernel reaches, for kind half, tf32 or fp32."""
+        a_clock = _FLOPS_PER_CLOCK[self.family][("half", "tf32", "fp32").index(kind)]
+        return a_clock * self.sms * self.clock_ghz * 1e3 * self.reached_flops
+
+    @property
+    def bytes_per_us(self) -> float:
+        """Bytes a microsecond that a good kernel moves."""
+        return self.bandwidth_gbs * 1e3 * self.reached_bandwidth
+
+
+INTERPRETER = Card("interpreter", "sm_90", 4, 1.0, 100.0, interpreted=True)
+# Data sheets, for what is reckoned without a card at hand: benchmarks.roofline, the tests.
+KNOWN = {
+    "A100": Card("A100 SXM 80GB", "sm_80", 108, 1.41, 2039),
+    "RTX 3090": Card("GeForce RTX 3090", "sm_86", 82, 1.695, 936),
+    "L4": Card("L4", "sm_89", 58, 2.04, 300),
+    "H100": Card("H100 SXM", "sm_90", 132, 1.83, 3352),
+    "B200": Card("B200", "sm_100", 148, 1.85, 8000),
+    "RTX 5090": Card("GeForce RTX 5090", "sm_120", 170, 2.407, 1792),
+    "MI300X": Card("Instinct MI300X", "gfx942", 304, 2.1, 5300),
+}
+
+
+def family_of(major: int, minor: int) -> str:
+    """Return the family of a compute capability: its own, or the nearest that asks no more of it.
+
+    8.7 has sm_80's shared memory; what is newer than this file gets sm_86's tiles and no TMA.
+    """
+    own = f"sm_{major}{minor}"
+    if own in FAMILIES:
+        return own
+    return {(8, 7): "sm_80", (10, 3): "sm_100", (12, 1): "sm_120"}.get((major, minor), "sm_86")
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    """Return the card, its figures asked from the driver. Once a device; not a synchronisation."""
+    if device.type == "cpu":
+        return INTERPRETER
+    p = torch.cuda.get_device_properties(device)
+    family = "gfx942" if torch.version.hip else family_of(p.major, p.minor)
+    known = next(card for card in KNOWN.values() if card.family == family)
+    # kHz, and bits a transfer of double data rate. A virtual machine's driver may answer 0.
+    clock_ghz = getattr(p, "clock_rate", 0) / 1e6 or known.clock_ghz
+    pins_bytes = 2 * getattr(p, "memory_bus_width", 0) / 8
+    bandwidth_gbs = getattr(p, "memory_clock_rate", 0) * 1e3 * pins_bytes / 1e9
+    return Card(
+        p.name, family, p.multi_processor_count, clock_ghz, bandwidth_gbs or known.bandwidth_gbs
+    )

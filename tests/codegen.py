@@ -1,0 +1,147 @@
+"""Compile the library's own launches for a card that is not there, and read the machine code.
+
+A stand-in for Triton's driver names the card; the launchers get meta tensors and every launch
+becomes `warmup`, Triton's compilation without a run. What is inspected is what would be launched:
+the same specialisation, constants and options.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_LOAD, AMD_LOAD = r"\b(?:UTMALDG|LDGSTS|LDG)\b[.\w]*", r"\b(?:global|buffer)_load_\w+"
+NVIDIA_MATRIX, AMD_MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA)\b", r"\bv_mfma(?=_)"
+ATOMIC = r"\b(?:atom|red)\.|\b(?:global|flat|buffer)_atomic"
+NVIDIA_PLAIN, AMD_PLAIN = r"\bFFMA2?\b", r"\bv_(?:pk_)?fma\w*"
+
+
+class StandInDriver:
+    """What Triton asks of a driver to compile: the target, and one device number for each."""
+
+    def __init__(self, family: str):
+        self.family = family
+
+    def get_current_target(self):
+        return TARGETS[self.family]
+
+    def get_current_device(self):
+        return list(TARGETS).index(self.family)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine code of one kernel says.
+
+    Attributes:
+        registers: a thread.
+        stack: bytes of a thread's stack, where a spilled register goes.
+        shared: bytes of shared memory.
+        atomics: atomic reads and writes of memory.
+        matrix: the matrix instruction in its loops, or else the multiply-add; "" if not asked for.
+        wide: loads in its loops of 128 bits from global memory, or by the copy engine.
+        narrow: loads in its loops of fewer bits.
+
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    atomics: int
+    matrix: str = ""
+    wide: int = 0
+    narrow: int = 0
+
+
+def compile_launch(family: str, kernel, grid, args, options):
+    """Return Triton's compiled kernel for a launch on a card of `family`."""
+    driver.set_active(StandInDriver(family))
+    return kernel.warmup(*args, grid=grid, **options)
+
+
+def specialisation(family: str, kernel, args, options) -> str:
+    """Return what Triton would compile a launch for: equal ones share a kernel."""
+    driver.set_active(StandInDriver(family))
+    device = driver.active.get_current_device()
+    binder = kernel.device_caches[device][4]
+    options = {"debug": False, **options}
+    _, specialised, rest = binder(*args, **options)
+    return repr((specialised, rest))
+
+
+def read(compiled, *, loops: bool) -> Machine:
+    """Read a compiled kernel's figures and, with `loops`, the instructions in its loops."""
+    amd = compiled.metadata.target.backend == "hip"
+    figures, code = _amd(compiled) if amd else _nvidia(compiled, loops)
+    atomics = len(re.findall(ATOMIC, compiled.asm["amdgcn" if amd else "ptx"]))
+    figures = (*figures, compiled.metadata.shared, atomics)
+    if not loops:
+        return Machine(*figures)
+    loads = re.findall(AMD_LOAD if amd else NVIDIA_LOAD, code)
+    wide = sum(bool(re.search(r"UTMALDG|\.128|dwordx4", load)) for load in loads)
+    matrix, plain = (AMD_MATRIX, AMD_PLAIN) if amd else (NVIDIA_MATRIX, NVIDIA_PLAIN)
+    return Machine(
+        *figures,
+        _most(matrix, code) or _most(plain, code),
+        wide,
+        len(loads) - wide,
+    )
+
+
+def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str]:
+    """Return (registers, stack) and the machine code of all loops."""
+    cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
+    # To disassemble takes 0.4 s a kernel, nearly as long as to compile it.
+    sass = _tool("cuobjdump", "-res-usage", *["-sass"] * loops, cubin)
+    figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", sass)}
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
+    code = {int(at, 16): text for at, text in lines}
+    jumps = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code.items())
+    runs = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
+    looped = [text for at, text in code.items() if any(a <= at <= b for a, b in runs)]
+    return (figures["REG"], figures["STACK"]), "\n".join(looped)
+
+
+def _amd(compiled) -> tuple[tuple[int, int], str]:
+    """Return (registers, stack) and the assembly of all loops."""
+    text = compiled.asm["amdgcn"]
+
+    def figure(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    lines, labels, looped = text.splitlines(), {}, set()
+    for at, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = at
+        elif (jump := re.search(r"s_c?branch\w* (\.LBB\w+)", line)) and jump[1] in labels:
+            looped |= set(range(labels[jump[1]], at))
+    code = "\n".join(lines[at] for at in sorted(looped))
+    return (figure("vgpr_count"), figure("private_segment_fixed_size")), code
+
+
+def _most(pattern: str, code: str) -> str:
+    found = re.findall(pattern, code)
+    return max(sorted(set(found)), key=found.count, default="")
+
+
+def _tool(name: str, *args) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run(
+        [tool, *map(str, args)], check=True, text=True, capture_output=True
+    ).stdout

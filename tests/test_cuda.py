@@ -1,0 +1,111 @@
+"""What only a GPU shows: real sizes, CUDA graphs, no synchronisation, offsets past 2^31."""
+
+import pytest
+import torch
+
+from benchmarks.cases import make_case
+from benchmarks.gate import Gate
+from benchmarks.grids import Shape
+from benchmarks.providers import PROVIDERS, Unavailable
+from lora_ext import lora_linear
+from lora_ext.backends.triton import unsupported
+from lora_ext.backends.triton_kernels import choice
+
+WHY_NOT = "PyTorch finds no CUDA device"
+if torch.cuda.is_available():
+    WHY_NOT = unsupported(*[torch.ones(1, 1, device="cuda")] * 3)
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+WAYS = ["triton", *(f"triton.{name}" for name in choice.FORWARD)]
+SHAPES = [Shape(16, 4096, 4096, 16), Shape(1000, 1024, 2048, 64), Shape(300, 1000, 777, 12)]
+GIB = 2**30
+
+
+def step_of(way: str, shape: Shape, dtype: torch.dtype, mode: str):
+    case = make_case(shape, "cuda", dtype, mode)
+    try:
+        return case, PROVIDERS[way](case)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_regime_passes_the_benchmarks_gate_and_repeats_its_bits(way, shape, dtype, mode):
+    case, step = step_of(way, shape, dtype, mode)
+    with torch.set_grad_enabled(case.training):
+        first = step.results()
+        Gate(case, PROVIDERS["reference"](case).results()).check(first)
+        for _ in range(3):
+            assert all(torch.equal(first[name], t) for name, t in step.results().items())
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_captured_graph_replays_eager_bits(way, mode):
+    """Weights and x may change between replays: only their places are captured."""
+    case, step = step_of(way, Shape(64, 1024, 2048, 16), torch.bfloat16, mode)
+    with torch.set_grad_enabled(case.training):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step.results()  # warm: compiled, and measured where it measures
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step.results()
+        with torch.no_grad():
+            case.x.mul_(-0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(captured[name], t) for name, t in step.results().items())
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_warm_call_does_not_wait_for_the_device(way, mode):
+    case, step = step_of(way, SHAPES[1], torch.bfloat16, mode)
+    with torch.set_grad_enabled(case.training):
+        step.run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(2**17 + 5, 64, 2**14, 16), (2**17 + 5, 2**14, 64, 16)], ids=str)
+def test_offsets_past_2_to_the_31_elements(shape):
+    """First y and dy, then x and dx, of 2.15e9 elements: the last rows are a small call's."""
+    M, K, N, R = shape
+    if torch.cuda.mem_get_info()[0] < 24 * GIB:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    case = make_case(Shape(512, K, N, R), "cuda", torch.bfloat16, "fwd")
+    rest = (case.weight, case.bias, case.A.requires_grad_(), case.B.requires_grad_(), case.alpha)
+
+    def run(x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+        x = x.requires_grad_()
+        y = lora_linear(x, *rest, backend="triton")
+        y_last = y[-512:].detach().clone()
+        return [y_last, *torch.autograd.grad(y, (x, case.A, case.B), dy)]
+
+    large_x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
+    large_dy = torch.zeros(M, N, dtype=torch.bfloat16, device="cuda")
+    large_x[-512:], large_dy[-512:] = case.x, case.dy
+    y, dx, dA, dB = run(large_x, large_dy)
+    want_y, want_dx, want_dA, want_dB = run(case.x, case.dy)
+    # The rows before are zeros and add nothing; a sum in another order rounds differently.
+    for got, want in ((y, want_y), (dx[-512:], want_dx), (dA, want_dA), (dB, want_dB)):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * want.abs().max().item())
+
+
+def test_the_current_device_need_not_be_the_tensors():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make_case(SHAPES[1], "cuda:1", torch.bfloat16, "fwd")
+    arguments = (case.x, case.weight, case.bias, case.A, case.B, case.alpha)
+    y = lora_linear(*arguments, backend="triton")
+    assert y.device == case.x.device and y.isfinite().all()
