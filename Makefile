@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test bench gpu-check lint dist clean
+.PHONY: install demo test bench readme-results gpu-check lint dist clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,9 @@ test: install
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
+
+readme-results: install
+	$(RUN) -m benchmarks.readme $(ARGS)
 
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results

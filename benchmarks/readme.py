@@ -1,0 +1,136 @@
+"""Write the README's results section from the JSON files of benchmarks/results, and only from them.
+
+Every number there can so be traced to a row of a file and to the command that wrote it. A test
+runs `check`, so that neither can change alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .compare import read_run
+from .grids import GRIDS, Shape
+from .plot import draw, name_of
+from .report import FLOOR, OURS, PLAIN, Row, by_shape, geometric_mean, ratio
+
+ROOT = Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+PICTURE = RESULTS / "cpu.png"
+BEGIN, END = "<!-- results: made by `make readme-results` -->", "<!-- results end -->"
+Run = dict[str, Any]
+
+
+def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
+    """Return the runs of bench_linear kept there, float32 first, each with its file."""
+    found = [(path, read_run(path)) for path in sorted(folder.glob("*-*.json"))]
+    return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
+
+
+def section(kept: Sequence[tuple[Path, Run]]) -> str:
+    """Return the section's text: a table by shape, geometric means, conditions, commands.
+
+    Raises:
+        ValueError: no run of the standard grid.
+
+    """
+    grids = [(path, run) for path, run in kept if _is_standard(run)]
+    if not grids:
+        raise ValueError(f"no run of the standard grid among {len(kept)} files")
+    tables = [by_shape(run["rows"]) for _, run in grids]
+    heads = [name_of(run) for _, run in grids]
+    lines = [
+        "Plain layer's time over ours, by shape (above 1: ours is faster):",
+        "",
+        _line(["M,K,N,R", *heads]),
+        _line(["---", *("---:" for _ in heads)]),
+    ]
+    for shape in dict.fromkeys(shape for cells in tables for shape in cells):
+        lines.append(
+            _line([str(shape), *(_show(ratio(c.get(shape, {}), PLAIN, OURS)) for c in tables)])
+        )
+    lines.append(_line(["**geometric mean**", *(f"**{_mean(c, PLAIN, OURS)}**" for c in tables)]))
+    lines.append(_line(["ours over bare `F.linear`", *(_mean(c, OURS, FLOOR) for c in tables)]))
+    peers = dict.fromkeys(row["provider"] for _, run in grids for row in run["rows"])
+    for peer in (name for name in peers if name not in (FLOOR, PLAIN, OURS)):
+        lines.append(_line([f"`{peer}` over ours", *(_mean(c, peer, OURS) for c in tables)]))
+    lines += ["", f"![{PICTURE.stem}]({PICTURE.relative_to(ROOT)})", ""]
+    header = grids[0][1]["header"]
+    machines = dict.fromkeys(
+        f"{run['header']['device']}, torch {run['header']['torch']}" for _, run in kept
+    )
+    dates = sorted({run["header"]["date"][:10] for _, run in kept})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    commits = dict.fromkeys(str(run["header"]["commit"]) for _, run in kept)
+    lines += [
+        f"Measured on {'; '.join(machines)}, {when}, commit {', '.join(commits)}. Each file of",
+        f"`{RESULTS.relative_to(ROOT)}/` holds the command that wrote it; the first one's:",
+    ]
+    lines += ["", "```", header["command"], "```"]
+    return "\n".join(lines)
+
+
+def replaced(readme: str, text: str) -> str:
+    """Return the README with its section's text replaced.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the README must have {BEGIN!r} and {END!r} once each")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def check(readme: Path = README, folder: Path = RESULTS) -> str | None:
+    """Say where the README differs from what the files give; None if it does not."""
+    text = readme.read_text()
+    made = replaced(text, section(runs(folder)))
+    for number, (is_, should) in enumerate(
+        zip(text.splitlines(), made.splitlines(), strict=False), 1
+    ):
+        if is_ != should:
+            return f"{readme.name}:{number} is {is_!r}, the results give {should!r}"
+    return None if text == made else f"{readme.name} ends otherwise than the results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the section and its picture; with --check return 1 and say so if they differ."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    if args.check:
+        if why := check():
+            print(f"{why}\nwrite it anew: make readme-results", file=sys.stderr)
+        return int(why is not None)
+    kept = runs()
+    README.write_text(replaced(README.read_text(), section(kept)))
+    draw([run for _, run in kept], PICTURE)
+    return 0
+
+
+def _is_standard(run: Run) -> bool:
+    shapes = set(by_shape(run["rows"]))
+    return any(shapes == set(grids["standard"]) for grids in GRIDS.values())
+
+
+def _mean(cells: dict[Shape, dict[str, Row]], over: str, under: str) -> str:
+    ratios = [value for by in cells.values() if (value := ratio(by, over, under))]
+    return _show(geometric_mean(ratios)) if len(ratios) == len(cells) else "-"
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
