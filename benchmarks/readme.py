@@ -13,6 +13,7 @@ from typing import Any
 from .compare import read_run
 from .grids import GRIDS, Shape
 from .plot import draw, name_of
+from .providers import DEFAULT
 from .report import FLOOR, OURS, PLAIN, Row, by_shape, geometric_mean, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +36,12 @@ def section(kept: Sequence[tuple[Path, Run]]) -> str:
         ValueError: no run of the standard grid.
 
     """
-    grids = [(path, run) for path, run in kept if _is_standard(run)]
-    if not grids:
-        raise ValueError(f"no run of the standard grid among {len(kept)} files")
-    tables = [by_shape(run["rows"]) for _, run in grids]
-    heads = [name_of(run) for _, run in grids]
+    grids = [run for _, run in kept if _is_standard(run)]
+    main = [run for run in grids if _providers(run) <= set(DEFAULT)]
+    if not main:
+        raise ValueError(f"no run of the standard grid and default providers in {len(kept)} files")
+    tables = [by_shape(run["rows"]) for run in main]
+    heads = [name_of(run) for run in main]
     lines = [
         "Plain layer's time over ours, by shape (above 1: ours is faster):",
         "",
@@ -52,11 +54,10 @@ def section(kept: Sequence[tuple[Path, Run]]) -> str:
         )
     lines.append(_line(["**geometric mean**", *(f"**{_mean(c, PLAIN, OURS)}**" for c in tables)]))
     lines.append(_line(["ours over bare `F.linear`", *(_mean(c, OURS, FLOOR) for c in tables)]))
-    peers = dict.fromkeys(row["provider"] for _, run in grids for row in run["rows"])
-    for peer in (name for name in peers if name not in (FLOOR, PLAIN, OURS)):
-        lines.append(_line([f"`{peer}` over ours", *(_mean(c, peer, OURS) for c in tables)]))
+    if peers := [run for run in grids if run not in main]:
+        lines += ["", *_peers(peers)]
     lines += ["", f"![{PICTURE.stem}]({PICTURE.relative_to(ROOT)})", ""]
-    header = grids[0][1]["header"]
+    header = main[0]["header"]
     machines = dict.fromkeys(
         f"{run['header']['device']}, torch {run['header']['torch']}" for _, run in kept
     )
@@ -112,6 +113,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     README.write_text(replaced(README.read_text(), section(kept)))
     draw([run for _, run in kept], PICTURE)
     return 0
+
+
+def _peers(compared: Sequence[Run]) -> list[str]:
+    """Return the lines on runs with more providers: geometric means over the bare linear."""
+    tables = [by_shape(run["rows"]) for run in compared]
+    names = dict.fromkeys(row["provider"] for run in compared for row in run["rows"])
+    return [
+        "Time over bare `F.linear`, geometric means of the same shapes, all providers in turn in",
+        "one process (small shapes cost more so: each call finds the caches as another left them):",
+        "",
+        _line(["", *(name_of(run) for run in compared)]),
+        _line(["---", *("---:" for _ in compared)]),
+        *(
+            _line([f"`{name}`", *(_mean(cells, name, FLOOR) for cells in tables)])
+            for name in names
+            if name != FLOOR
+        ),
+    ]
+
+
+def _providers(run: Run) -> set[str]:
+    return {row["provider"] for row in run["rows"]}
 
 
 def _is_standard(run: Run) -> bool:

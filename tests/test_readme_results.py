@@ -26,20 +26,22 @@ def test_a_changed_number_is_found(tmp_path):
 
 def test_losing_shapes_and_peers_are_in_the_table(tmp_path):
     shapes = GRIDS["cpu"]["standard"]
-    run = made_run(shapes, providers=("linear", "lora_ext", "reference", "addmm"))
+    run = made_run(shapes, providers=("linear", "lora_ext", "reference"))
     slow = next(r for r in run["rows"] if r["provider"] == "lora_ext" and r["M"] == 2048)
     slow["ms_median"] *= 4
-    file = tmp_path / "cpu-made.json"
-    file.write_text(json.dumps(run))
+    (tmp_path / "cpu-made.json").write_text(json.dumps(run))
+    peers = made_run(shapes, "fwd_bwd", ("linear", "lora_ext", "reference", "addmm"))
+    (tmp_path / "cpu-peers.json").write_text(json.dumps(peers))
     text = readme.section(readme.runs(tmp_path))
     assert f"| {shapes[-1]} | 0.38 |" in text
     assert f"| {shapes[0]} | 1.50 |" in text
     assert "| **geometric mean** | **1.34** |" in text  # 1.5 and a twelfth of a quarter
-    assert "| `addmm` over ours | 1.78 |" in text
+    assert "| `addmm` | 4.00 |" in text
+    assert "| `lora_ext` | 2.00 |" in text
 
 
 def test_a_readme_without_marks_is_refused():
     with pytest.raises(ValueError, match="must have"):
         readme.replaced("no marks", "text")
-    with pytest.raises(ValueError, match="no run of the standard grid"):
+    with pytest.raises(ValueError, match="no run of the standard grid and default"):
         readme.section([])
