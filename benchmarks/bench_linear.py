@@ -16,7 +16,7 @@ from . import arguments
 from .cases import DTYPES, MODES, Case, make_case
 from .compare import compare, print_comparison
 from .gate import Gate, Wrong
-from .grids import GRIDS, Shape
+from .grids import GRIDS, Shape, random_shapes
 from .memory import peak_mib, saved_mib
 from .providers import DEFAULT, PROVIDERS, Step, Unavailable
 from .report import FLOOR, Row, make_header, make_row, print_report, wide_console, write_json
@@ -126,6 +126,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--grid", choices=tuple(GRIDS["cpu"]), default="standard")
     which.add_argument("--shape", type=arguments.shape, metavar="M,K,N,R", help="this shape alone")
+    which.add_argument(
+        "--random", type=arguments.positive(int), metavar="COUNT", help="shapes drawn by --seed"
+    )
+    add("--seed", type=int, default=0, help="of --random (default 0)")
     add("--last-first", action="store_true", help="the grid backwards, its largest shapes first")
     add(
         "--providers",
@@ -158,6 +162,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
     args.shapes = [args.shape] if args.shape else list(GRIDS[args.device][args.grid])
+    if args.random:
+        args.shapes = list(random_shapes(args.random, args.seed))
     if args.last_first:
         args.shapes.reverse()
     return args

@@ -1,5 +1,7 @@
 """The shapes that are timed: M rows of x, K in_features, N out_features, R rank."""
 
+import math
+import random
 from typing import NamedTuple
 
 
@@ -62,6 +64,18 @@ GRIDS: dict[str, dict[str, tuple[Shape, ...]]] = {
         "ranks": tuple(Shape(8192, 4096, 4096, R) for R in _POWERS_R),
     },
 }
+
+
+def random_shapes(count: int, seed: int) -> tuple[Shape, ...]:
+    """Draw shapes, evenly in their logs: M 1 to 4096, K and N 32 to 4096, R 1 to 128."""
+    draw = random.Random(seed)
+
+    def size(least: int, most: int) -> int:
+        return round(math.exp(draw.uniform(math.log(least), math.log(most))))
+
+    return tuple(
+        Shape(size(1, 4096), size(32, 4096), size(32, 4096), size(1, 128)) for _ in range(count)
+    )
 
 
 def parse_shape(text: str) -> Shape:

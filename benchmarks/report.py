@@ -20,6 +20,7 @@ from .timing import Times
 
 Row = dict[str, Any]
 OURS, FLOOR, PLAIN = "lora_ext", "linear", "reference"
+LOSES = 0.97  # of the plain layer's speed: below it a shape is named as lost
 _TABLE_PROVIDERS = 4  # side by side in one table of about 120 columns
 
 
@@ -128,6 +129,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
             f"worst shape: {worst}: {PLAIN} / {OURS} {_times(gains[worst])}, "
             f"{OURS} / {FLOOR} {floor}"
         )
+    if losers := [f"{shape} ({gain:.2f})" for shape, gain in gains.items() if gain < LOSES]:
+        lines.append(f"slower than {PLAIN} by more than 3 %: {', '.join(losers)}")
     return lines
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import bench_linear, compare, gate, memory, providers, report, timing
 from benchmarks.cases import DTYPES, flops, make_case
-from benchmarks.grids import GRIDS, Shape, parse_shape
+from benchmarks.grids import GRIDS, Shape, parse_shape, random_shapes
 
 from .reference import LinearWithLoRA
 
@@ -211,6 +211,7 @@ def test_ratios_means_and_worst_shape_come_from_the_rows():
         "geometric means over linear: reference 4.00, addmm 3.00 (1 of 2 shapes)",
         "geometric means: lora_ext / linear 2.00, reference / lora_ext 2.00",
         "worst shape: 1,2,3,4: reference / lora_ext 0.50, lora_ext / linear 4.00",
+        "slower than reference by more than 3 %: 1,2,3,4 (0.50)",
     ]
 
 
@@ -249,6 +250,15 @@ def test_bad_arguments_are_named(capsys, arguments, message):
         bench_linear.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_random_shapes_follow_from_their_seed():
+    shapes = random_shapes(200, 1)
+    assert shapes == random_shapes(200, 1) != random_shapes(200, 2)
+    for values, least, most in zip(
+        zip(*shapes, strict=True), (1, 32, 32, 1), (4096, 4096, 4096, 128), strict=True
+    ):
+        assert least <= min(values) < 4 * least and most / 2 < max(values) <= most
 
 
 def test_grids_hold_twelve_shapes_and_work_is_counted():
