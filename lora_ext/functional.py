@@ -11,6 +11,11 @@ from torch.autograd.function import once_differentiable
 from .backends import BACKENDS, choose
 from .checks import HALF, check_arguments, fit
 
+_NO_TRANSFORM = (
+    "lora_linear has no rule for the transforms of torch.func (vmap, grad, jvp, ...): call a "
+    "LinearWithLoRA, by torch.func.functional_call where the parameters are arguments"
+)
+
 
 def lora_linear(
     x: Tensor,
@@ -60,7 +65,12 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+        try:
+            return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+        except RuntimeError as error:
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise RuntimeError(_NO_TRANSFORM) from error
     y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
     return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
