@@ -66,7 +66,7 @@ def batches(steps: int = STEPS, rows: int = 8, width: int = 16) -> list[tuple[Te
 
 def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Return the mean cross entropy, in float32 or wider, x cast to the model's dtype."""
-    dtype = next(p.dtype for n, p in model.named_parameters() if n.endswith("linear.weight"))
+    dtype = next(p.dtype for n, p in model.named_parameters() if "lora" not in n)
     logits = model(x.to(dtype)).flatten(0, -2)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return nn.functional.cross_entropy(logits.to(wide), target.flatten())
