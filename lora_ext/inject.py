@@ -127,6 +127,8 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
         raise ValueError("model is itself a LinearWithLoRA: merge_(model), then use model.linear")
     for name, layer in layers.items():
         why = why_composed(layer.linear, layer.lora, layer.weight)
+        if why is None and type(layer.weight) is not Parameter:
+            why = f"its weight is a {type(layer.weight).__name__}, a part of it on each rank"
         if why is not None:
             raise ValueError(f"{name or 'model'} can't be merged: {why}")
     for layer in layers.values():

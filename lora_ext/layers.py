@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
-from .backends import NAMES
+from .backends import NAMES, dtensor
 from .checks import HALF, SCALINGS, check_backend, check_hyperparameters, check_linear
 from .functional import lora_delta, lora_linear
 
@@ -198,7 +198,7 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         is type(factors.get("B"))
         is Parameter
         and type(parameters.get("bias")) in (Parameter, type(None))
-    ):
+    ) and not _all_sharded(x, parameters, factors):
         return "weight, bias, A or B is not a plain Parameter"
     if (
         own["_forward_hooks"]
@@ -220,6 +220,16 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     return None
+
+
+def _all_sharded(x: Tensor, parameters: dict[str, Any], factors: dict[str, Any]) -> bool:
+    """Whether all are DTensors that the operators have rules for."""
+    if type(x) not in dtensor.TYPES:
+        return False
+    weight, bias = (parameters.get(name) for name in ("weight", "bias"))
+    A, B = (factors.get(name) for name in "AB")
+    alike = all(type(t) is type(x) for t in (weight, A, B)) and type(bias) in (type(x), type(None))
+    return alike and dtensor.unsupported(x, cast(Tensor, weight), cast(Tensor, A)) is None
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
