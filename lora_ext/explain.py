@@ -31,6 +31,9 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     if (why := why_composed(layer.linear, layer.lora, x)) is not None:
         return f"runs linear(x) + lora(x), composed: {why}"
     reasons = unsupported_reasons(x, weight, layer.lora.A)
+    if layer.lora.dropout and layer.lora.training:
+        no_mask = "takes no dropout mask, as this layer has in training"
+        reasons = {n: None if n == "reference" else r or no_mask for n, r in reasons.items()}
     chosen = layer.backend or next(name for name, reason in reasons.items() if reason is None)
     lines = [f"{chosen}: {'asked for, but ' + r if (r := reasons.pop(chosen)) else 'runs'}"]
     for name, reason in reasons.items():

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import BACKENDS, choose
-from .checks import HALF, check_arguments, fit
+from .checks import HALF, check_arguments, check_dropout, fit
+from .dropout import linear_with_dropout
 
 _NO_TRANSFORM = (
     "lora_linear has no rule for the transforms of torch.func (vmap, grad, jvp, ...): call a "
@@ -26,6 +27,7 @@ def lora_linear(
     alpha: float,
     *,
     backend: str | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Linear layer with a low-rank update: `y = x @ weight.T + bias + alpha * (x @ A @ B)`.
 
@@ -39,13 +41,16 @@ def lora_linear(
         B: (rank, out_features), likewise.
         alpha: factor of the low-rank part, applied as it is: not divided by the rank.
         backend: name of the backend to run; None takes the first that can.
+        dropout: probability with which an element of x is zero for the low-rank part, which is
+            scaled by 1 / (1 - dropout) in return; from 0 to below 1. The mask comes from torch's
+            default generator by way of a seed. By plain PyTorch: backend None or "reference".
 
     Returns:
         y, (..., out_features), of the dtype that `F.linear(x, weight, bias)` gives.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit, or a backend that can't run here.
+        ValueError: a shape, device or dropout that does not fit, or a backend that can't run here.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -57,6 +62,8 @@ def lora_linear(
     if not fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
         alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
+    if dropout:
+        return _with_dropout(x, weight, bias, A, B, alpha, backend, dropout)
     name = choose(backend, x, weight, A)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -73,6 +80,23 @@ def lora_linear(
             raise RuntimeError(_NO_TRANSFORM) from error
     y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
     return _with_shape(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _with_dropout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    backend: str | None,
+    p: float,
+) -> Tensor:
+    check_dropout(p)
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend {backend!r} can't run with dropout: its kernels take no mask")
+    y = linear_with_dropout(_rows(x), weight, bias, A, B, alpha, p)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .checks import check_hyperparameters
+from .checks import check_dropout, check_hyperparameters
 from .layers import LinearWithLoRA, lora_layers, why_composed
 
 
@@ -20,6 +20,7 @@ def replace_linear_with_lora(
     exclude_modules: str | Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
     scaling: str = "alpha",
+    dropout: float = 0.0,
 ) -> None:
     """Replace every `nn.Linear` in a model by a `LinearWithLoRA` around it, in place.
 
@@ -36,16 +37,19 @@ def replace_linear_with_lora(
         exclude_modules: which of these not to, in the same form.
         dtype: of A and B, see `LinearWithLoRA`.
         scaling: "alpha" (default), "alpha/rank", or "alpha/sqrt(rank)".
+        dropout: on the low-rank part's input, in training only, see `lora_linear`.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is itself a linear, nothing matches, a rank, scaling or pattern out of
-            range, or a linear whose owner would not call it. The model is then unchanged.
+        ValueError: the model is itself a linear, nothing matches, a rank, scaling, dropout or
+            pattern out of range, or a linear whose owner would not call it. The model is then
+            unchanged.
 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_hyperparameters(rank, alpha, scaling)
+    check_dropout(dropout)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(model, nn.Linear):
@@ -74,7 +78,9 @@ def replace_linear_with_lora(
     wrapped: dict[nn.Module, LinearWithLoRA] = {}  # a linear with two owners keeps one adapter
     for _, _, _, linear in places:
         if linear not in wrapped:
-            wrapped[linear] = LinearWithLoRA(linear, rank, alpha, scaling=scaling, dtype=dtype)
+            wrapped[linear] = LinearWithLoRA(
+                linear, rank, alpha, scaling=scaling, dtype=dtype, dropout=dropout
+            )
     for parent, attribute, _, linear in places:
         setattr(parent, attribute, wrapped[linear])
 
