@@ -46,8 +46,7 @@ def replace_linear_with_lora(
             unchanged.
 
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
     check_hyperparameters(rank, alpha, scaling)
     check_dropout(dropout)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -171,12 +170,17 @@ def unmerge_(model: nn.Module) -> None:
 
 def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     """Return the model's LinearWithLoRA layers by dotted name; ValueError if there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model must have LinearWithLoRA layers: call replace_linear_with_lora")
     return layers
+
+
+def require_module(model: object) -> None:
+    """Raise TypeError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def linears(module: nn.Module, prefix: str = "") -> Iterable[tuple[nn.Module, str, str, nn.Module]]:
