@@ -203,6 +203,8 @@ def _check_factor(key: str, A: Tensor, linear: nn.Linear, rank: int) -> None:
     if (want := (linear.in_features, rank)) != A.shape:
         raise ValueError(f"{key} must have shape {want}, the file has {tuple(A.shape)}")
     base = linear.weight.dtype
+    if not base.is_floating_point:  # quantised: x decides, and A and B are cast to it
+        base = A.dtype
     if A.dtype != base and not (base in HALF and A.dtype == torch.float32):
         raise ValueError(f"{key} must have the model's dtype {base}, the file has {A.dtype}")
 

@@ -1,5 +1,6 @@
 """explain(): which backend a layer runs on an input, and why the others don't."""
 
+import torch
 from torch import Tensor
 
 from .backends import unsupported_reasons
@@ -25,7 +26,7 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     weight = layer.weight
     if x is None:
         like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
-        x = like.new_empty(1, layer.in_features)
+        x = torch.empty(1, layer.in_features, dtype=like.dtype, device=like.device)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
     if (why := why_composed(layer.linear, layer.lora, x)) is not None:
