@@ -21,10 +21,7 @@ class MLP(nn.Module):
 
     def __init__(self, width: int = 16, classes: int = 8):
         super().__init__()
-        self.blocks = nn.ModuleList()
-        for _ in range(2):
-            layers = {"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)}
-            self.blocks.append(Block(layers))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
         self.head = nn.Linear(width, classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,11 +30,15 @@ class MLP(nn.Module):
         return self.head(x)
 
 
-class Block(nn.ModuleDict):
+class Block(nn.Module):
     """x + down(gelu(up(x)))."""
 
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + self["down"](nn.functional.gelu(self["up"](x)))
+        return x + self.down(nn.functional.gelu(self.up(x)))
 
 
 def make_models(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:

@@ -76,7 +76,7 @@ def test_replace_keeps_adapters_of_a_half_model_in_float32_under_autocast(backen
         y = model(batches()[0][0])  # float32 in
     assert y.dtype == half
     y.float().square().sum().backward()
-    lora = model.blocks[0]["up"].lora
+    lora = model.blocks[0].up.lora
     assert lora.A.grad.dtype == lora.B.grad.dtype == torch.float32
     assert lora.B.grad.any() and model.head.weight.grad.dtype == half
 

@@ -77,7 +77,7 @@ def counted_calls() -> Iterator[list[int]]:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    return [m for block in model.blocks for m in block.values()] + [model.head]
+    return [m for block in model.blocks for m in (block.up, block.down)] + [model.head]
 
 
 def ddp_trains_as_one_process() -> None:

@@ -273,4 +273,4 @@ def test_errors_name_the_argument():
     head.__class__ = type("FSDPAcceleratedLinear", (AcceleratedLinear,), {})
     with pytest.raises(ValueError, match="head must be an AcceleratedLinear .* got a FSDPAcc"):
         restore(model)
-    assert type(model.base_model.model.blocks[0]["up"]) is AcceleratedLinear
+    assert type(model.base_model.model.blocks[0].up) is AcceleratedLinear

@@ -128,7 +128,7 @@ def test_training_is_that_of_the_plain_class_over_the_same_base(kind):
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_reaches_the_input_through_base_and_low_rank_part(kind, dtype):
-    layer = adapted(kind, dtype).blocks[0]["up"]
+    layer = adapted(kind, dtype).blocks[0].up
     assert layer.lora.A.dtype == torch.float32
     assert explain(layer).startswith("runs linear(x) + lora(x), composed: ")
     A, B = (p.detach().to(dtype) for p in (layer.lora.A, layer.lora.B))

@@ -63,7 +63,7 @@ def everything_trains_as_one_process() -> None:
     for name in MODELS:
         models[name].requires_grad_(True)
         for key in ("up", "down"):
-            models[name].blocks[0][key].linear.bias.requires_grad_(False)
+            getattr(models[name].blocks[0], key).linear.bias.requires_grad_(False)
     split(models["ours"], one_dimension())
     trained, want = train(models["ours"]), train(models["exact"])
     assert len(want.state) == 2 * (5 * 3 + 2)

@@ -104,7 +104,7 @@ def test_exported_model_trains():
 def test_compiled_training_takes_any_batch_without_a_recompile(compiler):
     """dynamic=True: one graph for every batch size, forward and backward."""
     models = make_models(torch.float64)
-    model, plain = (models[name].blocks[0]["up"] for name in ("ours", "plain"))
+    model, plain = (models[name].blocks[0].up for name in ("ours", "plain"))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=compiler)
     for number, rows in enumerate((4, 7, 2, 11)):
         x = batches(rows=rows)[number][0].double()
