@@ -26,8 +26,6 @@ except ImportError as error:
     needs = f"lora_ext.integrations.peft needs PEFT ({error}): pip install 'peft>=0.21'"
     raise ImportError(needs) from None
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 @dataclass
 class Report:
@@ -60,15 +58,19 @@ class AcceleratedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns, (..., out_features) for x (..., in_features)."""
-        if args or kwargs or self.disable_adapters or self.merged or why_own_forward(self):
-            return super().forward(x, *args, **kwargs)
-        name = _active(self)[0]
-        layer: Any = self  # with the types that why_own_forward has seen to
-        base, A, B = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-        drops = layer.lora_dropout[name].training and _dropout_of(layer, name) != 0
-        if drops or not _takes(x, base.weight, A):
-            return super().forward(x)
-        return lora_linear(x, base.weight, base.bias, A.T, B.T, layer.scaling[name])
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            parts = _parts(self)
+            if not isinstance(parts, str):
+                base, low_A, low_B, dropout, name = parts
+                own, A, B = (
+                    base._parameters,
+                    low_A._parameters["weight"],
+                    low_B._parameters["weight"],
+                )
+                weight = own["weight"]
+                if _takes(x, weight, A) and not (dropout.training and _probability(dropout)):
+                    return lora_linear(x, weight, own["bias"], A.T, B.T, self.scaling[name])
+        return super().forward(x, *args, **kwargs)
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -95,13 +97,13 @@ def accelerate(model: nn.Module) -> Report:
     report = Report()
     for name, layer in _tuner_layers(model).items():
         why = None if type(layer) is AcceleratedLinear else _why_never(layer)
-        why = why or why_own_forward(layer)
-        if why is not None:
-            report.left[name] = why
+        parts = why or _parts(layer)
+        if isinstance(parts, str):
+            report.left[name] = parts
             continue
         layer.__class__ = AcceleratedLinear
         report.accelerated.append(name)
-        if p := _dropout_of(layer, _active(layer)[0]):
+        if p := _probability(parts[3]):
             report.eval_only[name] = f"in training its lora_dropout of {p} draws PEFT's own mask"
     return report
 
@@ -136,26 +138,41 @@ def why_own_forward(layer: Any) -> str | None:
         layer: a `peft.tuners.lora.Linear`.
 
     """
-    active = _active(layer)
+    parts = _parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def _parts(layer: Any) -> tuple[Any, Any, Any, Any, str] | str:
+    """Return base, lora_A, lora_B and dropout of the active adapter, and its name; or why not."""
+    modules = layer._modules  # by attribute each would cost 1 us
+    lora_A = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in lora_A]
     if len(active) != 1:
         return f"{len(active)} adapters are active, our operation takes one"
     name = active[0]
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    A, B = layer.lora_A[name], layer.lora_B[name]
-    for part, module in (("base_layer", layer.base_layer), ("lora_A", A), ("lora_B", B)):
+    base, A, B = modules["base_layer"], lora_A[name], modules["lora_B"]._modules[name]
+    for part, module in (("base_layer", base), ("lora_A", A), ("lora_B", B)):
         if type(module) is not nn.Linear:
             return f"its {part} is a {type(module).__name__}, not an nn.Linear"
-        if type(module._parameters.get("weight")) is not Parameter:
-            return f"the weight of its {part} is not a plain Parameter"
         own = module.__dict__
-        if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+        if type(own["_parameters"].get("weight")) is not Parameter:
+            return f"the weight of its {part} is not a plain Parameter"
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
             return f"its {part} has hooks or a forward of its own"
     if B._parameters["bias"] is not None:
         return f"adapter {name!r} has a bias (lora_bias)"
-    if _dropout_of(layer, name) is None:
-        return f"its dropout is a {type(layer.lora_dropout[name]).__name__}"
-    return None
+    dropout = modules["lora_dropout"]._modules[name]
+    if _probability(dropout) is None:
+        return f"its dropout is a {type(dropout).__name__}"
+    return base, A, B, dropout, name
 
 
 def _why_never(layer: BaseTunerLayer) -> str | None:
@@ -176,22 +193,17 @@ def _takes(x: Tensor, weight: Tensor, A: Tensor) -> bool:
     )
     if hooked or x.is_nested or torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return True
     fits = A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF)
     return fits and weight.dtype is x.dtype
 
 
-def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _dropout_of(layer: Any, name: str) -> float | None:
-    """Return the probability of an adapter's dropout; None for a module that is no plain one."""
-    module = layer.lora_dropout[name]
-    if type(module) is nn.Identity:
+def _probability(dropout: nn.Module) -> float | None:
+    """Return with what probability a module drops; None for one that is no plain dropout."""
+    if type(dropout) is nn.Identity:
         return 0.0
-    return module.p if type(module) is nn.Dropout else None
+    return dropout.p if type(dropout) is nn.Dropout else None
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
