@@ -6,6 +6,7 @@ from .explain import explain
 from .functional import lora_linear
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
+from .peft_files import load_peft_adapter, save_peft_adapter
 
 __all__ = [
     "__version__",
@@ -13,11 +14,13 @@ __all__ = [
     "LoRALayer",
     "explain",
     "load_adapter",
+    "load_peft_adapter",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_",
     "replace_linear_with_lora",
     "save_adapter",
+    "save_peft_adapter",
     "unmerge_",
 ]

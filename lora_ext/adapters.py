@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checks import HALF, check_hyperparameters
-from .inject import linears, require_lora_layers
+from .inject import linears, require_lora_layers, require_module
 from .layers import LinearWithLoRA, lora_layers
 
 _FORMAT = "lora_ext.adapter"
@@ -76,9 +76,13 @@ def save_adapter(
         "scaling": _one_or_each({n: layer.lora.scaling for n, layer in layers.items()}),
         "modules_to_save": json.dumps(extra),
     }
+    write_whole(Path(path), tensors, metadata)
+
+
+def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
     # A copy of each: safetensors refuses tensors that share memory, as tied adapters do.
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     try:
@@ -108,9 +112,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             alphas or scalings does not fit the model.
 
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    tensors, metadata = _read(Path(path))
+    require_module(model)
+    install(model, *_read(Path(path)))
+
+
+def install(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Put the contents of an adapter file into a model, once all of it is found to fit."""
     extra = _field(metadata, "modules_to_save", [])
     if not isinstance(extra, list) or not all(isinstance(name, str) for name in extra):
         raise ValueError(f"the adapter file's modules_to_save must be names, got {extra!r}")
@@ -196,6 +203,8 @@ def _check_factor(key: str, A: Tensor, linear: nn.Linear, rank: int) -> None:
     if (want := (linear.in_features, rank)) != A.shape:
         raise ValueError(f"{key} must have shape {want}, the file has {tuple(A.shape)}")
     base = linear.weight.dtype
+    if not base.is_floating_point:  # quantised: x decides, and A and B are cast to it
+        base = A.dtype
     if A.dtype != base and not (base in HALF and A.dtype == torch.float32):
         raise ValueError(f"{key} must have the model's dtype {base}, the file has {A.dtype}")
 

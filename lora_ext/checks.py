@@ -115,6 +115,14 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
         )
 
 
+def check_dropout(p: Any) -> None:
+    """Raise TypeError or ValueError unless `p` is a probability below 1."""
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"dropout must be a number, got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {p}")
+
+
 def check_backend(name: Any, known: tuple[str, ...]) -> None:
     """Raise ValueError unless `name` is None or a backend's."""
     if name is not None and name not in known:

@@ -1,5 +1,6 @@
 """explain(): which backend a layer runs on an input, and why the others don't."""
 
+import torch
 from torch import Tensor
 
 from .backends import unsupported_reasons
@@ -25,12 +26,15 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     weight = layer.weight
     if x is None:
         like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
-        x = like.new_empty(1, layer.in_features)
+        x = torch.empty(1, layer.in_features, dtype=like.dtype, device=like.device)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
     if (why := why_composed(layer.linear, layer.lora, x)) is not None:
         return f"runs linear(x) + lora(x), composed: {why}"
     reasons = unsupported_reasons(x, weight, layer.lora.A)
+    if layer.lora.dropout and layer.lora.training:
+        no_mask = "takes no dropout mask, as this layer has in training"
+        reasons = {n: None if n == "reference" else r or no_mask for n, r in reasons.items()}
     chosen = layer.backend or next(name for name, reason in reasons.items() if reason is None)
     lines = [f"{chosen}: {'asked for, but ' + r if (r := reasons.pop(chosen)) else 'runs'}"]
     for name, reason in reasons.items():

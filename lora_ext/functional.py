@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import BACKENDS, choose
-from .checks import HALF, check_arguments, fit
+from .checks import HALF, check_arguments, check_dropout, fit
+from .dropout import linear_with_dropout
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_TRANSFORM = (
+    "lora_linear has no rule for the transforms of torch.func (vmap, grad, jvp, ...): call a "
+    "LinearWithLoRA, by torch.func.functional_call where the parameters are arguments"
+)
 
 
 def lora_linear(
@@ -21,6 +28,7 @@ def lora_linear(
     alpha: float,
     *,
     backend: str | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Linear layer with a low-rank update: `y = x @ weight.T + bias + alpha * (x @ A @ B)`.
 
@@ -34,13 +42,16 @@ def lora_linear(
         B: (rank, out_features), likewise.
         alpha: factor of the low-rank part, applied as it is: not divided by the rank.
         backend: name of the backend to run; None takes the first that can.
+        dropout: probability with which an element of x is zero for the low-rank part, which is
+            scaled by 1 / (1 - dropout) in return; from 0 to below 1. The mask comes from torch's
+            default generator by way of a seed. By plain PyTorch: backend None or "reference".
 
     Returns:
         y, (..., out_features), of the dtype that `F.linear(x, weight, bias)` gives.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit, or a backend that can't run here.
+        ValueError: a shape, device or dropout that does not fit, or a backend that can't run here.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -52,6 +63,8 @@ def lora_linear(
     if not fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
         alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
+    if dropout:
+        return _with_dropout(x, weight, bias, A, B, alpha, backend, dropout)
     name = choose(backend, x, weight, A)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -60,9 +73,31 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+        try:
+            return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+        except RuntimeError as error:
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise RuntimeError(_NO_TRANSFORM) from error
     y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
     return _with_shape(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _with_dropout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    backend: str | None,
+    p: float,
+) -> Tensor:
+    check_dropout(p)
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend {backend!r} can't run with dropout: its kernels take no mask")
+    y = linear_with_dropout(_rows(x), weight, bias, A, B, alpha, p)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -103,10 +138,11 @@ _gradients_once = once_differentiable(_gradients)
 
 
 def lora_delta(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
-    """Low-rank part alone, by PyTorch's own operators: `alpha * (x @ A @ B)`.
+    """Low-rank part alone, by PyTorch's own products: `alpha * (x @ A @ B)`.
 
     What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
-    cast to x's dtype where it differs; gradients are PyTorch's own.
+    cast to x's dtype where it differs. The gradient is written by hand for plain tensors; nested
+    and sharded ones, transforms of torch.func and torch.export get PyTorch's own.
 
     Args:
         x: input, (..., in_features); a nested tensor too.
@@ -118,9 +154,45 @@ def lora_delta(x: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
         (..., out_features), in x's dtype (autocast's inside an autocast region).
 
     """
+    plain = type(x) is Tensor and type(A) in _PLAIN and type(B) in _PLAIN and not x.is_nested
+    if plain and not torch._C._are_functorch_transforms_active():
+        if not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
+            x, _, _, A, B = _autocast(x, B, None, A, B)
+        y = _LoRADelta.apply(_rows(x), A, B, alpha)
+        return y.view(*x.shape[:-1], y.shape[1])
     # F.linear and not `@`: the same product, and defined on nested tensors too.
     h = F.linear(x, A.to(x.dtype).T)
     return alpha * F.linear(h, B.to(x.dtype).T)
+
+
+class _LoRADelta(torch.autograd.Function):
+    """The low-rank part's gradient: dx = alpha * t @ A.T, dA = alpha * x.T @ t, t = dy @ B.T."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, alpha):
+        need_dx, need_dA, need_dB = ctx.needs_input_grad[:3]
+        h = x @ A.to(x.dtype)  # (M, R)
+        ctx.save_for_backward(x if need_dA else None, A, B, h if need_dB else None)
+        ctx.alpha = alpha
+        return alpha * (h @ B.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (_delta_gradients_once if torch.is_grad_enabled() else _delta_gradients)(ctx, dy)
+
+
+def _delta_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each argument of _LoRADelta."""
+    x, A, B, h = ctx.saved_tensors
+    need_dx, need_dA, need_dB = ctx.needs_input_grad[:3]
+    t = dy @ B.to(dy.dtype).T if need_dx or need_dA else None  # (M, R)
+    dx = ctx.alpha * (t @ A.to(dy.dtype).T) if need_dx else None
+    dA = ctx.alpha * (x.T @ t).to(A.dtype) if need_dA else None
+    dB = ctx.alpha * (h.T @ dy).to(B.dtype) if need_dB else None
+    return dx, dA, dB, None
+
+
+_delta_gradients_once = once_differentiable(_delta_gradients)
 
 
 def _autocast(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .checks import check_hyperparameters
+from .checks import check_dropout, check_hyperparameters
 from .layers import LinearWithLoRA, lora_layers, why_composed
 
 
@@ -20,6 +20,7 @@ def replace_linear_with_lora(
     exclude_modules: str | Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
     scaling: str = "alpha",
+    dropout: float = 0.0,
 ) -> None:
     """Replace every `nn.Linear` in a model by a `LinearWithLoRA` around it, in place.
 
@@ -36,16 +37,18 @@ def replace_linear_with_lora(
         exclude_modules: which of these not to, in the same form.
         dtype: of A and B, see `LinearWithLoRA`.
         scaling: "alpha" (default), "alpha/rank", or "alpha/sqrt(rank)".
+        dropout: on the low-rank part's input, in training only, see `lora_linear`.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is itself a linear, nothing matches, a rank, scaling or pattern out of
-            range, or a linear whose owner would not call it. The model is then unchanged.
+        ValueError: the model is itself a linear, nothing matches, a rank, scaling, dropout or
+            pattern out of range, or a linear whose owner would not call it. The model is then
+            unchanged.
 
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
     check_hyperparameters(rank, alpha, scaling)
+    check_dropout(dropout)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(model, nn.Linear):
@@ -74,7 +77,9 @@ def replace_linear_with_lora(
     wrapped: dict[nn.Module, LinearWithLoRA] = {}  # a linear with two owners keeps one adapter
     for _, _, _, linear in places:
         if linear not in wrapped:
-            wrapped[linear] = LinearWithLoRA(linear, rank, alpha, scaling=scaling, dtype=dtype)
+            wrapped[linear] = LinearWithLoRA(
+                linear, rank, alpha, scaling=scaling, dtype=dtype, dropout=dropout
+            )
     for parent, attribute, _, linear in places:
         setattr(parent, attribute, wrapped[linear])
 
@@ -127,6 +132,8 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
         raise ValueError("model is itself a LinearWithLoRA: merge_(model), then use model.linear")
     for name, layer in layers.items():
         why = why_composed(layer.linear, layer.lora, layer.weight)
+        if why is None and type(layer.weight) is not Parameter:
+            why = f"its weight is a {type(layer.weight).__name__}, a part of it on each rank"
         if why is not None:
             raise ValueError(f"{name or 'model'} can't be merged: {why}")
     for layer in layers.values():
@@ -163,12 +170,17 @@ def unmerge_(model: nn.Module) -> None:
 
 def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     """Return the model's LinearWithLoRA layers by dotted name; ValueError if there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model must have LinearWithLoRA layers: call replace_linear_with_lora")
     return layers
+
+
+def require_module(model: object) -> None:
+    """Raise TypeError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def linears(module: nn.Module, prefix: str = "") -> Iterable[tuple[nn.Module, str, str, nn.Module]]:

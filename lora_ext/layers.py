@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
-from .backends import NAMES
-from .checks import HALF, SCALINGS, check_backend, check_hyperparameters, check_linear
+from .backends import NAMES, dtensor
+from .checks import (
+    HALF,
+    SCALINGS,
+    check_backend,
+    check_dropout,
+    check_hyperparameters,
+    check_linear,
+)
+from .dropout import drop
 from .functional import lora_delta, lora_linear
 
 
@@ -28,15 +36,19 @@ class LoRALayer(nn.Module):
         scaling: the scale's rule: "alpha" (as it is), "alpha/rank", or "alpha/sqrt(rank)".
         dtype: of A and B; None takes torch's default.
         device: of A and B; None takes torch's default.
+        dropout: probability with which an element of x is taken as zero in training, see
+            `lora_linear`.
 
     Raises:
-        TypeError: a rank that is not an integer, an alpha that is not a number.
-        ValueError: rank below 1, an unknown scaling.
+        TypeError: a rank that is not an integer, an alpha or dropout that is not a number.
+        ValueError: rank below 1, an unknown scaling, a dropout below 0 or not below 1.
 
     Source:
         Hu et al., arXiv:2106.09685; "alpha/sqrt(rank)": Kalajdzievski, arXiv:2312.03732.
 
     """
+
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -48,14 +60,17 @@ class LoRALayer(nn.Module):
         scaling: str = "alpha",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_hyperparameters(rank, alpha, scaling)
+        check_dropout(dropout)
         self.A = Parameter(torch.empty(in_dim, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.B = Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
         self.alpha = alpha
         self.scaling = scaling
+        self.dropout = dropout
         self.register_forward_pre_hook(_part_of_the_output)
 
     @property
@@ -72,6 +87,9 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `scale * (x @ A @ B)`, (..., out_dim)."""
+        if self.dropout and self.training:
+            scale = self.scale / (1 - self.dropout)
+            return lora_delta(drop(x, self.dropout), self.A, self.B, scale)
         return lora_delta(x, self.A, self.B, self.scale)
 
     def extra_repr(self) -> str:
@@ -79,6 +97,7 @@ class LoRALayer(nn.Module):
         return (
             f"in_dim={self.A.shape[0]}, out_dim={self.B.shape[1]}, rank={self.rank}, "
             f"alpha={self.alpha}, scaling={self.scaling!r}"
+            + (f", dropout={self.dropout}" if self.dropout else "")
         )
 
 
@@ -98,10 +117,11 @@ class LinearWithLoRA(nn.Module):
         dtype: of A and B; None takes torch's default where the kernels take it over the base's
             dtype (float32 over bfloat16 and float16), else the base's dtype.
         backend: name of the backend to use; None lets each call choose.
+        dropout: of the low-rank part's input, in training only, see `lora_linear`.
 
     Raises:
-        TypeError: `linear` is no linear layer, rank is no integer, alpha is no number.
-        ValueError: rank below 1, an unknown scaling or backend.
+        TypeError: `linear` is no linear layer, rank is no integer, alpha or dropout is no number.
+        ValueError: rank below 1, an unknown scaling or backend, a dropout out of range.
 
     """
 
@@ -117,6 +137,7 @@ class LinearWithLoRA(nn.Module):
         scaling: str = "alpha",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_linear(linear)
@@ -135,6 +156,7 @@ class LinearWithLoRA(nn.Module):
             scaling=scaling,
             dtype=_adapter_dtype(weight.dtype) if dtype is None else dtype,
             device="meta" if weight.is_meta else None,
+            dropout=dropout,
         ).to(weight.device)
         self.backend = backend
         self._unmerged_weight: list[Parameter] = []  # a list, so that it is no parameter of ours
@@ -149,6 +171,9 @@ class LinearWithLoRA(nn.Module):
         if why is None:
             base, low = linear._parameters, lora._parameters
             weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
+            if lora.dropout and lora.training:
+                options = {"backend": self.backend, "dropout": lora.dropout}
+                return lora_linear(x, weight, bias, A, B, lora.scale, **options)
             return lora_linear(x, weight, bias, A, B, lora.scale, backend=self.backend)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -198,7 +223,7 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
         is type(factors.get("B"))
         is Parameter
         and type(parameters.get("bias")) in (Parameter, type(None))
-    ):
+    ) and not _all_sharded(x, parameters, factors):
         return "weight, bias, A or B is not a plain Parameter"
     if (
         own["_forward_hooks"]
@@ -220,6 +245,16 @@ def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     return None
+
+
+def _all_sharded(x: Tensor, parameters: dict[str, Any], factors: dict[str, Any]) -> bool:
+    """Whether all are DTensors that the operators have rules for."""
+    if type(x) not in dtensor.TYPES:
+        return False
+    weight, bias = (parameters.get(name) for name in ("weight", "bias"))
+    A, B = (factors.get(name) for name in "AB")
+    alike = all(type(t) is type(x) for t in (weight, A, B)) and type(bias) in (type(x), type(None))
+    return alike and dtensor.unsupported(x, cast(Tensor, weight), cast(Tensor, A)) is None
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:

@@ -71,7 +71,25 @@ def test_import_asks_no_device_and_makes_no_threads_or_output():
     assert torch.equal(state, torch.get_rng_state())
     assert threads == (torch.get_num_threads(), torch.get_default_dtype())
     assert set(lora_ext.__all__) <= set(dir(lora_ext))
+    import sys
+    heavy = {"peft", "transformers", "accelerate", "torchao", "torch.distributed.tensor"}
+    assert not heavy & set(sys.modules)
     """
     result = run(code, "-W", "ignore")
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
+
+
+def test_integration_without_its_library_says_what_to_install():
+    code = """
+    import sys
+    sys.modules["peft.tuners.lora"] = sys.modules["peft"] = None
+    try:
+        import lora_ext.integrations.peft
+    except ImportError as error:
+        assert "needs PEFT" in str(error) and "pip install 'peft>=" in str(error), error
+    else:
+        raise AssertionError("it was imported")
+    """
+    result = run(code, "-W", "ignore")
+    assert result.returncode == 0, result.stderr

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_backend
 
-NAMES = ("triton", "cpp", "reference")
+NAMES = ("triton", "cpp", "dtensor", "reference")
 BACKENDS: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in NAMES}
 _BEFORE_REFERENCE = tuple((name, BACKENDS[name]) for name in NAMES if name != "reference")
 

@@ -23,15 +23,17 @@ from .triton_kernels import choice
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (Tensor, Parameter)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself: when it is imported
+_ON_CPU = "runs on cuda tensors, x is on cpu"
 _Needs = tuple[bool, bool, bool, bool, bool]
 _forced: dict[str, Any] = {"forward": None, "backward": None, "descriptors": None}
 
 
 def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
     """Say why the Triton kernels can't run on these tensors; None when they can."""
-    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type != "cuda" and not interpreted:
-        return f"runs on cuda tensors, x is on {x.device.type}"
+    if not x.is_cuda and not (_INTERPRETED and x.is_cpu):
+        # Asked first at every call on a CPU, where device.type makes its string anew (4 us cold).
+        return _ON_CPU if x.is_cpu else f"runs on cuda tensors, x is on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"takes float16, bfloat16 and float32, x is {x.dtype}"
     for name, tensor in (("x", x), ("weight", weight), ("A", A)):

@@ -146,7 +146,7 @@ class Sms:
         return f"{100 * score:.1f} %"
 
     def shortfall(self, before: float, after: float) -> str | None:
-        """Say so if a full run ends below 95 %; an epoch reached 96 to 98 on five splits."""
+        """Say so if a full run ends below 95 %; an epoch reaches 96 to 98 (five splits)."""
         if after >= 0.95:
             return None
         return f"test accuracy is {self.show(after)}, expected 95 % or more"

@@ -1,0 +1,1 @@
+"""Our operation inside other libraries: a module each, which alone imports that library."""

@@ -1,0 +1,215 @@
+"""PEFT models on our operation: `accelerate(model)` and back with `restore(model)`.
+
+A LoRA linear of PEFT keeps its parameters, adapters and configuration. Only its class changes, to a
+subclass whose forward makes one operation of what PEFT composes:
+
+    y = base(x) + lora_B(lora_A(x)) * scaling
+    x (..., in), lora_A.weight (rank, in), lora_B.weight (out, rank), y (..., out)
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules import module as every_module
+
+from ..checks import HALF
+from ..functional import lora_linear
+
+try:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError as error:
+    needs = f"lora_ext.integrations.peft needs PEFT ({error}): pip install 'peft>=0.21'"
+    raise ImportError(needs) from None
+
+
+@dataclass
+class Report:
+    """What `accelerate` did: names of layers, and for those left as they are the reason.
+
+    Attributes:
+        accelerated: layers that run our operation.
+        eval_only: those of them that run it in eval only, and why.
+        left: layers that keep PEFT's own forward, and why.
+
+    """
+
+    accelerated: list[str] = field(default_factory=list)
+    eval_only: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Counts, and a line for each reason."""
+        lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
+        for title, reasons in (("in eval only", self.eval_only), ("left", self.left)):
+            for reason in dict.fromkeys(reasons.values()):
+                names = [name for name, its in reasons.items() if its == reason]
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                lines.append(f"{title} {len(names)}: {reason} ({shown})")
+        return "\n".join(lines)
+
+
+class AcceleratedLinear(PeftLinear):
+    """PEFT's LoRA linear, run as one operation wherever that computes the same."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT's forward returns, (..., out_features) for x (..., in_features)."""
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            parts = _parts(self)
+            if not isinstance(parts, str):
+                base, low_A, low_B, dropout, name = parts
+                own, A, B = (
+                    base._parameters,
+                    low_A._parameters["weight"],
+                    low_B._parameters["weight"],
+                )
+                weight = own["weight"]
+                if _takes(x, weight, A) and not (dropout.training and _probability(dropout)):
+                    return lora_linear(x, weight, own["bias"], A.T, B.T, self.scaling[name])
+        return super().forward(x, *args, **kwargs)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Run a PEFT model's LoRA linears on our operation, in place.
+
+    Parameters, keys, adapters and configuration stay PEFT's: scaling (rsLoRA too), merging,
+    switching and disabling adapters, `save_pretrained` work as before. A layer goes back to PEFT's
+    own forward, call by call, where ours would compute something else: several active adapters,
+    `adapter_names`, hooks on its parts, dropout in training (the mask is PEFT's). Calling it again
+    takes layers that were added since. A model pickled whole names our class: `restore` it first
+    if it is to load without this package.
+
+    Args:
+        model: a PeftModel, or any module with PEFT LoRA layers in it.
+
+    Returns:
+        The layers accelerated, and those left with the reason; `print` it.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: no PEFT layer in the model.
+
+    """
+    report = Report()
+    for name, layer in _tuner_layers(model).items():
+        why = None if type(layer) is AcceleratedLinear else _why_never(layer)
+        parts = why or _parts(layer)
+        if isinstance(parts, str):
+            report.left[name] = parts
+            continue
+        layer.__class__ = AcceleratedLinear
+        report.accelerated.append(name)
+        if p := _probability(parts[3]):
+            report.eval_only[name] = f"in training its lora_dropout of {p} draws PEFT's own mask"
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo `accelerate`: every layer is PEFT's own class again.
+
+    Returns:
+        How many layers were restored.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: no PEFT layer in the model, or one that something else has subclassed since, as
+            `fully_shard` does. Nothing is then changed.
+
+    """
+    layers = _tuner_layers(model)
+    ours = {n: m for n, m in layers.items() if isinstance(m, AcceleratedLinear)}
+    for name, layer in ours.items():
+        if type(layer) is not AcceleratedLinear:
+            got = type(layer).__name__
+            raise ValueError(f"{name} must be an AcceleratedLinear to be restored, got a {got}")
+    for layer in ours.values():
+        layer.__class__ = PeftLinear  # type: ignore[assignment]
+    return len(ours)
+
+
+def why_own_forward(layer: Any) -> str | None:
+    """Say why a LoRA linear must run PEFT's own forward now; None if our operation can.
+
+    Args:
+        layer: a `peft.tuners.lora.Linear`.
+
+    """
+    parts = _parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def _parts(layer: Any) -> tuple[Any, Any, Any, Any, str] | str:
+    """Return base, lora_A, lora_B and dropout of the active adapter, and its name; or why not."""
+    modules = layer._modules  # by attribute each would cost 1 us
+    lora_A = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active, our operation takes one"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    base, A, B = modules["base_layer"], lora_A[name], modules["lora_B"]._modules[name]
+    for part, module in (("base_layer", base), ("lora_A", A), ("lora_B", B)):
+        if type(module) is not nn.Linear:
+            return f"its {part} is a {type(module).__name__}, not an nn.Linear"
+        own = module.__dict__
+        if type(own["_parameters"].get("weight")) is not Parameter:
+            return f"the weight of its {part} is not a plain Parameter"
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return f"its {part} has hooks or a forward of its own"
+    if B._parameters["bias"] is not None:
+        return f"adapter {name!r} has a bias (lora_bias)"
+    dropout = modules["lora_dropout"]._modules[name]
+    if _probability(dropout) is None:
+        return f"its dropout is a {type(dropout).__name__}"
+    return base, A, B, dropout, name
+
+
+def _why_never(layer: BaseTunerLayer) -> str | None:
+    kind = type(layer)
+    if kind is PeftLinear:
+        return None
+    where = "" if isinstance(layer, LoraLayer) else f" of {kind.__module__}"
+    return f"is a {kind.__name__}{where}, not PEFT's plain LoRA Linear"
+
+
+def _takes(x: Tensor, weight: Tensor, A: Tensor) -> bool:
+    """Whether lora_linear takes this call; nested tensors, transforms, odd dtypes are PEFT's."""
+    hooked = (
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
+    if hooked or x.is_nested or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return True
+    fits = A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF)
+    return fits and weight.dtype is x.dtype
+
+
+def _probability(dropout: nn.Module) -> float | None:
+    """Return with what probability a module drops; None for one that is no plain dropout."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    return dropout.p if type(dropout) is nn.Dropout else None
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    if not layers:
+        raise ValueError("model must have PEFT layers: make it with peft.get_peft_model")
+    return layers
