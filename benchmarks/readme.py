@@ -5,6 +5,7 @@ runs `check`, so that neither can change alone.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,17 @@ def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
-def section(kept: Sequence[tuple[Path, Run]]) -> str:
+def model_runs(folder: Path = RESULTS / "models") -> list[Run]:
+    """Return the runs of bench_model kept there."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def section(kept: Sequence[tuple[Path, Run]], models: Sequence[Run] = ()) -> str:
     """Return the section's text: a table by shape, geometric means, conditions, commands.
+
+    Args:
+        kept: runs of bench_linear with their files.
+        models: runs of bench_model.
 
     Raises:
         ValueError: no run of the standard grid.
@@ -56,6 +66,8 @@ def section(kept: Sequence[tuple[Path, Run]]) -> str:
     lines.append(_line(["ours over bare `F.linear`", *(_mean(c, OURS, FLOOR) for c in tables)]))
     if peers := [run for run in grids if run not in main]:
         lines += ["", *_peers(peers)]
+    for run in models:
+        lines += ["", *_steps(run)]
     lines += ["", f"![{PICTURE.stem}]({PICTURE.relative_to(ROOT)})", ""]
     header = main[0]["header"]
     machines = dict.fromkeys(
@@ -89,7 +101,7 @@ def replaced(readme: str, text: str) -> str:
 def check(readme: Path = README, folder: Path = RESULTS) -> str | None:
     """Say where the README differs from what the files give; None if it does not."""
     text = readme.read_text()
-    made = replaced(text, section(runs(folder)))
+    made = replaced(text, section(runs(folder), model_runs(folder / "models")))
     for number, (is_, should) in enumerate(
         zip(text.splitlines(), made.splitlines(), strict=False), 1
     ):
@@ -110,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{why}\nwrite it anew: make readme-results", file=sys.stderr)
         return int(why is not None)
     kept = runs()
-    README.write_text(replaced(README.read_text(), section(kept)))
+    README.write_text(replaced(README.read_text(), section(kept, model_runs())))
     draw([run for _, run in kept], PICTURE)
     return 0
 
@@ -131,6 +143,24 @@ def _peers(compared: Sequence[Run]) -> list[str]:
             if name != FLOOR
         ),
     ]
+
+
+def _steps(run: Run) -> list[str]:
+    """Return the lines on whole fine-tuning steps: tokens per second by model and provider."""
+    cells = {(row["model"], row["provider"]): row for row in run["rows"]}
+    names, models = ([*dict.fromkeys(key[i] for key in cells)] for i in (1, 0))
+    threads = run["header"]["threads"]
+    lines = [
+        f"Tokens a second of a whole fine-tuning step in float32, {threads} thread"
+        f"{'s' * (threads != 1)} (over the plain layer's):",
+        "",
+        _line(["", *(f"`{name}`" for name in names)]),
+        _line(["---", *("---:" for _ in names)]),
+    ]
+    for model in models:
+        rates = [cells[model, name]["tokens_per_s"] for name in names]
+        lines.append(_line([model, *(f"{r:.0f} ({r / rates[0]:.2f})" for r in rates)]))
+    return [*lines, "", f"By `{run['header']['command']}`."]
 
 
 def _providers(run: Run) -> set[str]:

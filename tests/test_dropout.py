@@ -273,8 +273,9 @@ def test_vmap_needs_its_randomness_said():
 
 def test_explain_says_that_the_kernels_take_no_mask():
     layer = make()
-    lines = explain(layer).splitlines()
-    assert lines[0] == "reference: runs" and "cpp: takes no dropout mask" in lines[1]
+    first, *others = explain(layer).splitlines()
+    assert first == "reference: runs"
+    assert any("cpp: takes no dropout mask" in line for line in others)
     assert explain(layer.eval()) == explain(make(0.0))
 
 
