@@ -45,10 +45,11 @@ def test_results_and_last_lines(run):
 
 def test_a_stage_is_cut_at_its_limit_with_all_it_started(run, tmp_path):
     """One that would catch the interrupt, and whose child would write on after it."""
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(3)"
+    child += f"; open({str(tmp_path / 'late')!r}, 'w')"
     code = f"""
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", {child!r}])
+subprocess.Popen([sys.executable, "-c", {child!r}], stderr=subprocess.DEVNULL)
 print("kept", flush=True)
 while True:
     try: time.sleep(60)
