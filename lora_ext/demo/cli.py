@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require(*LIBRARIES)
         from .compare import compare
+        from .compare_sharded import compare_sharded, world_size
 
-        compare(settings, out)
+        (compare if world_size() == 1 else compare_sharded)(settings, out)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

@@ -28,8 +28,8 @@ def compare(settings: Settings, out: Path) -> None:
         DemoError: something is missing, or a check failed.
 
     """
-    console = _console()
-    _make_folder(out)
+    console = make_console()
+    make_folder(out)
     torch.set_num_threads(settings.threads)
     task = make_task(settings)
     console.print(f"[bold]{task.title}[/]")
@@ -40,9 +40,9 @@ def compare(settings: Settings, out: Path) -> None:
     del base
     plain, ours = runs[-2:]
     check_same_start(plain.model, ours.model)
-    console.print(_conditions(ours, settings, len(batches)))
+    console.print(conditions(ours, settings, len(batches)))
 
-    _train(runs, task, batches, settings.seed, console)
+    train_and_score(runs, task, batches, settings.seed, console)
     with console.status("timing the LoRA'd linears"):
         repeats = QUICK_REPEATS if settings.quick else REPEATS
         time_linears([plain, ours], task, typical(batches), repeats)
@@ -60,7 +60,7 @@ def compare(settings: Settings, out: Path) -> None:
     _check(plain, ours, task, settings, out, console)
 
 
-def _train(
+def train_and_score(
     runs: Sequence[Run], task: Task, batches: Sequence[Batch], seed: int, console: Console
 ) -> None:
     """Score, train with a progress bar, and score again: the baseline alone, then the two."""
@@ -107,7 +107,8 @@ def _check(
     console.print("[green]all checks passed[/]")
 
 
-def _conditions(ours: Run, settings: Settings, steps: int) -> str:
+def conditions(ours: Run, settings: Settings, steps: int) -> str:
+    """Return a line on the layers, their backend and the steps."""
     layers = [m for m in ours.model.modules() if isinstance(m, lora_ext.LinearWithLoRA)]
     backend = lora_ext.explain(layers[0]).partition(":")[0]
     return (
@@ -121,13 +122,14 @@ def _machine(settings: Settings) -> str:
     return f"torch {torch.__version__}, CPU, {threads}, float32"
 
 
-def _console() -> Console:
+def make_console(quiet: bool = False) -> Console:
     """Return a console; where the output is no terminal, one wide enough for the table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=110, highlight=False)
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(width=110, highlight=False, quiet=quiet)
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make the output folder; raise DemoError if it can't be made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
