@@ -133,7 +133,7 @@ def _peers(compared: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(row["provider"] for run in compared for row in run["rows"])
     return [
         "Time over bare `F.linear`, geometric means of the same shapes, all providers in turn in",
-        "one process (small shapes cost more so: each call finds the caches as another left them):",
+        "one process (so ours over the plain layer differs from the table above):",
         "",
         _line(["", *(name_of(run) for run in compared)]),
         _line(["---", *("---:" for _ in compared)]),
@@ -142,6 +142,7 @@ def _peers(compared: Sequence[Run]) -> list[str]:
             for name in names
             if name != FLOOR
         ),
+        _line(["plain layer over ours", *(_mean(cells, PLAIN, OURS) for cells in tables)]),
     ]
 
 

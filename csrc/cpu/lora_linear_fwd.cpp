@@ -1,10 +1,10 @@
 // Forward on the CPU: y = x @ weight.T + bias + alpha * h @ B, h = x @ A.
 //
-// Three ways to the base product, all ending in one pass over y:
+// Three ways to the base product, the low-rank part and the rest in one pass over y:
 // - few rows: dot products with the weight's rows as they lie, the low-rank part added to each
-//   block of columns;
-// - where PyTorch's GEMM runs at the CPU's rate, it makes the base product, and row blocks of y
-//   take the low-rank part while they are in cache;
+//   block of columns before it is stored;
+// - where PyTorch's GEMM runs at the CPU's rate, it makes the whole base product first, and a
+//   second pass over row blocks of y adds the low-rank part: y is read and written once more;
 // - where it does not (16-bit dtypes without hardware for them), strips of our own, with the
 //   low-rank part as R more steps of the summed dimension.
 #include "cpu/tensors.h"
