@@ -9,6 +9,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -71,15 +72,14 @@ class Machine:
 
 def compile_launch(family: str, kernel, grid, args, options):
     """Return Triton's compiled kernel for a launch on a card of `family`."""
-    driver.set_active(StandInDriver(family))
-    return kernel.warmup(*args, grid=grid, **options)
+    with mock.patch.object(driver, "_active", StandInDriver(family)):
+        return kernel.warmup(*args, grid=grid, **options)
 
 
 def specialisation(family: str, kernel, args, options) -> str:
     """Return what Triton would compile a launch for: equal ones share a kernel."""
-    driver.set_active(StandInDriver(family))
-    device = driver.active.get_current_device()
-    binder = kernel.device_caches[device][4]
+    with mock.patch.object(driver, "_active", StandInDriver(family)):
+        binder = kernel.device_caches[driver.active.get_current_device()][4]
     options = {"debug": False, **options}
     _, specialised, rest = binder(*args, **options)
     return repr((specialised, rest))

@@ -1,14 +1,11 @@
 """Every (kernel, configuration) the library can launch, compiled for every card and inspected.
 
-No GPU is asked: see codegen.py. One table at the end.
+No GPU is asked: see codegen.py. `pytest -rP` shows the tables of what was compiled.
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import pytest
@@ -53,13 +50,13 @@ class Types(NamedTuple):
 # Registers and shared memory grow with the rank, of which a kernel takes at most 64 at once, and
 # float16 has the longer epilogue: the second is the hardest of the halves. The first is drawn where
 # it alone takes other kernels (dB in parts), and float32 A and B where most is in flight; both have
-# the second's loops over x and weight.
+# the second's loops over x and weight. Without tf32 a float32 base product is PyTorch's.
 DTYPES = {
     "bf16-R16": Types(torch.bfloat16, torch.bfloat16, 16, loops=False, rows=(8192,)),
     "fp16-R64": Types(torch.float16, torch.float16, 64),
     "fp16-R64-fp32-AB": Types(torch.float16, torch.float32, 64, loops=False, rows=(64, 8192)),
     "tf32-R64": Types(torch.float32, torch.float32, 64, "tf32", rows=(16, 8192)),
-    "fp32-R64": Types(torch.float32, torch.float32, 64, "fp32", rows=(16, 8192)),
+    "fp32-R64": Types(torch.float32, torch.float32, 64, "fp32", loops=False, rows=(16, 8192)),
 }
 Launch = tuple[Any, tuple, tuple, dict]
 
@@ -77,12 +74,19 @@ class Inspected(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kernel:31} {self.tile:22} {self.types:17}"
 
+    def figures(self) -> str:
+        """Return the rest of its line in the table."""
+        m = self.machine
+        if isinstance(m, str):
+            return m
+        figures = f"{m.registers:4} {m.shared / 1024:6.1f}K"
+        return figures + f"  {m.matrix}, {m.wide} wide loads, {m.narrow} others" * (self.wide > 0)
+
 
 def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and what runs it, for every regime and tile of a card."""
     card = next(card for card in cards.KNOWN.values() if card.family == family)
-    dtype, adapter, R, kind, _, rows = DTYPES[dtypes]
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    dtype, adapter, R, _, _, rows = DTYPES[dtypes]
 
     def forward_of(M: int) -> regimes.Forward:
         tensors = [(M, K), (N, K), (N,), (K, R), (R, N)]
@@ -121,6 +125,8 @@ def launches(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     """Return a label and the launch for each different kernel that the problems end in."""
     found: dict[str, tuple[str, Launch]] = {}
     with pytest.MonkeyPatch.context() as patch:
+        for module in (regimes, gradients):
+            patch.setattr(module, "kind_of", lambda dtype: DTYPES[dtypes].kind)
         for label, run in problems(family, dtypes):
 
             def record(kernel, grid, *args, label=label, **options):
@@ -176,75 +182,41 @@ def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
     return max(1, m * k * size // (threads * 16)) + max(1, n * k * size // (threads * 16))
 
 
-@pytest.fixture(scope="module")
-def inspected() -> dict[str, list[Inspected]]:
-    """Everything that each card can be given."""
-    jobs = [(f, t, i) for f in cards.FAMILIES for t in DTYPES for i in range(len(launches(f, t)))]
-    # Compiled anew whatever the machine has compiled before, and only read here.
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("TRITON_CACHE_DIR", cache)
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
-    table: dict[str, list[Inspected]] = {family: [] for family in cards.FAMILIES}
-    for (family, *_), result in zip(jobs, results, strict=True):
-        table[family].append(result)
-    return table
-
-
-@pytest.mark.parametrize("family", cards.FAMILIES)
-def test_every_kernel_fits_its_card(inspected, family):
-    faults = []
+def faults_of(row: Inspected, family: str) -> Iterator[str]:
+    """Yield what is wrong with a kernel."""
+    machine, amd = row.machine, family == "gfx942"
+    if isinstance(machine, str):
+        yield machine
+        return
     shared = next(c for c in cards.KNOWN.values() if c.family == family).shared_bytes
-    for row in inspected[family]:
-        if isinstance(row.machine, str):
-            faults.append(f"{row} {row.machine}")
-            continue
-        if row.machine.stack:
-            faults.append(f"{row} stack of {row.machine.stack} bytes, so registers spill")
-        if row.machine.shared > shared:
-            faults.append(f"{row} {row.machine.shared} bytes of shared memory, {shared} there")
-    assert inspected[family] and not faults, "\n".join(faults)
-
-
-@pytest.mark.parametrize("family", cards.FAMILIES)
-def test_base_products_run_on_matrix_units_with_wide_loads(inspected, family):
+    if machine.stack:
+        yield f"stack of {machine.stack} bytes, so registers spill"
+    if machine.shared > shared:
+        yield f"{machine.shared} bytes of shared memory, {shared} there"
+    # Atomic sums change their order from run to run. h_first raises flags by one, may read them so.
+    if machine.atomics not in ((1, 2) if row.kernel == "lora_linear_h_first_kernel" else (0,)):
+        yield f"{machine.atomics} atomics"
+    if not row.wide:
+        return
     expected = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(family, "HMMA")
-    rows = [
-        row for row in inspected[family] if row.wide and isinstance(row.machine, codegen.Machine)
-    ]
-    amd, faults = family == "gfx942", []
-    for row in rows:
-        # wgmma and tcgen05 take 64 rows at least.
-        if not row.machine.matrix.startswith(expected if row.rows >= 64 or amd else "HMMA"):
-            faults.append(f"{row} {row.machine.matrix or 'no matrix instruction'} in its loop")
-        if row.machine.wide < row.wide:
-            faults.append(f"{row} {row.machine.wide} 128-bit loads in its loop, not {row.wide}")
-    assert rows and not faults, "\n".join(faults)
+    # wgmma and tcgen05 take 64 rows at least.
+    if not machine.matrix.startswith(expected if row.rows >= 64 or amd else "HMMA"):
+        yield f"{machine.matrix or 'no matrix instruction'} in its loop"
+    if machine.wide < row.wide:
+        yield f"{machine.wide} 128-bit loads in its loop, not {row.wide}"
 
 
+@pytest.mark.parametrize("types", DTYPES)
 @pytest.mark.parametrize("family", cards.FAMILIES)
-def test_no_result_is_summed_by_atomics(inspected, family):
-    """Their order changes from run to run. h_first raises flags by one, may read them so."""
-    counts = {row.kernel: set() for row in inspected[family]}
-    for row in inspected[family]:
-        if isinstance(row.machine, codegen.Machine):
-            counts[row.kernel].add(row.machine.atomics)
-    assert counts.pop("lora_linear_h_first_kernel") in ({1}, {2})
-    assert all(found == {0} for found in counts.values()), counts
-
-
-def test_table(inspected, capsys):
-    lines = [f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops"]
-    for family, rows in inspected.items():
-        for row in rows:
-            figures = m = row.machine
-            if not isinstance(m, str):
-                figures = f"{m.registers:4} {m.shared / 1024:6.1f}K"
-                figures += f"  {m.matrix}, {m.wide} wide loads, {m.narrow} others" * (row.wide > 0)
-            lines.append(f"{row} {family:7} {figures}")
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    assert len(lines) == 1 + sum(map(len, inspected.values()))
+def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeypatch):
+    """No spills, shared memory that is there, no atomic sums, matrix units fed by wide loads."""
+    # Compiled anew whatever the machine has compiled before, and only read here.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
+    rows = [inspect(family, types, index) for index in range(len(launches(family, types)))]
+    print(f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops")
+    for row in rows:
+        print(f"{row} {family:7} {row.figures()}")
+    faults = [f"{row} {fault}" for row in rows for fault in faults_of(row, family)]
+    assert rows and not faults, "\n".join(faults)
+    assert any(row.wide for row in rows) == DTYPES[types].loops
