@@ -1,8 +1,8 @@
 """Wrong C++ kernels that the checks must refuse: csrc built anew with one line of it changed.
 
 The libraries are built without optimisation by one ninja run (a mutant of a header builds the
-files that include it, the rest is shared) and run on AVX2, where every way is taken. Each is loaded
-by a process of its own in place of lora_ext._C, since an operator takes one kernel a process.
+files that include it, the rest and torch's headers are shared) and run on AVX2, where every way is
+taken. Each is loaded by a process of its own in place of lora_ext._C.
 """
 
 import os
@@ -10,11 +10,14 @@ import subprocess
 import sys
 import types
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
+
+import lora_ext
 
 from .numerics import Case
 from .test_mutants import CASES, refused
@@ -30,6 +33,12 @@ FORWARD, BACKWARD, BLOCKS = (
     ["cpu/lora_linear_bwd"],
     ["cpu/blocks_avx2"],
 )
+TORCH_HEADERS = [
+    "inductor/aoti_torch/c/shim.h",
+    "inductor/aoti_torch/generated/c_shim_cpu.h",
+    "stable/ops.h",
+    "stable/tensor.h",
+]
 # Past one block of each kind: 256 of a summed dimension, 256 columns and 192 rows of a strip.
 LONG = Case((300,), 300, 264, 8)
 CPP_CASES = [*CASES, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
@@ -110,15 +119,18 @@ def libraries(tmp_path_factory):
     library_folder = Path(torch.__file__).parent / "lib"
     rules = [
         f"includes = {includes}",
+        "flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000",
+        "rule precompile",
+        "  command = c++ $flags $includes -x c++-header $in -o $out",
+        "build torch.h.gch: precompile torch.h",
         "rule compile",
-        "  command = c++ -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000"
-        " -I$sources $includes -c $in -o $out",
+        "  command = c++ $flags -I$sources $includes -include ./torch.h -c $in -o $out",
         "rule link",
         f"  command = c++ -shared $in -o $out -L{library_folder} -ltorch -ltorch_cpu -lc10",
     ]
 
     def compile_to(target: str, sources: Path, source: str) -> str:
-        rules.append(f"build {target}: compile {sources / source}.cpp\n  sources = {sources}")
+        rules.append(f"build {target}: compile {sources / source}.cpp | torch.h.gch\n  sources = {sources}")
         return target
 
     shared = {source: compile_to(f"none/{source}.o", ROOT / "csrc", source) for source in SOURCES}
@@ -128,6 +140,7 @@ def libraries(tmp_path_factory):
         copy_changed(sources, file, old, new)
         objects = shared | {user: compile_to(f"{name}/{user}.o", sources, user) for user in users}
         rules.append(f"build {name}.so: link {' '.join(objects.values())}")
+    (folder / "torch.h").write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS))
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout
@@ -148,32 +161,41 @@ def copy_changed(target: Path, file: str, old: str, new: str) -> None:
         (target / name).write_text(text)
 
 
-def verdict(library: Path) -> str:
-    """Return what the checks say of a library, in a process of its own."""
+@pytest.fixture(scope="module")
+def verdicts(libraries):
+    """Return what the checks say of each library."""
     ran = subprocess.run(
-        [sys.executable, "-m", __name__, str(library)],
+        [sys.executable, "-m", __name__, *map(str, libraries.values())],
         env=os.environ | {"LORA_EXT_CPU_ISA": "avx2", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()[-1]
+    return dict(zip(libraries, ran.stdout.splitlines(), strict=True))
 
 
-def test_right_kernels_are_accepted(libraries):
-    assert verdict(libraries["none"]) == "accepted"
+def test_right_kernels_are_accepted(verdicts):
+    assert verdicts["none"] == "accepted"
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_wrong_kernel_is_refused(libraries, name):
-    assert verdict(libraries[name]).startswith("refused: ")
+def test_wrong_kernel_is_refused(verdicts, name):
+    assert verdicts[name].startswith("refused: ")
+
+
+def print_verdict(library: str) -> None:
+    torch.ops.load_library(library)
+    why = refused(partial(lora_ext.lora_linear, backend="cpp"), CPP_CASES)
+    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 
 if __name__ == "__main__":
+    # An operator takes one kernel a process: each library has its own, of one that has imported all.
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
-    torch.ops.load_library(sys.argv[1])
-    import lora_ext
-
-    why = refused(partial(lora_ext.lora_linear, backend="cpp"), CPP_CASES)
-    print("accepted" if why is None else f"refused: {why}")
+    for library in sys.argv[1:]:
+        process = get_context("fork").Process(target=print_verdict, args=[library])
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            print(f"ended by {process.exitcode}", flush=True)
