@@ -130,7 +130,8 @@ def libraries(tmp_path_factory):
     ]
 
     def compile_to(target: str, sources: Path, source: str) -> str:
-        rules.append(f"build {target}: compile {sources / source}.cpp | torch.h.gch\n  sources = {sources}")
+        rules.append(f"build {target}: compile {sources / source}.cpp | torch.h.gch")
+        rules.append(f"  sources = {sources}")
         return target
 
     shared = {source: compile_to(f"none/{source}.o", ROOT / "csrc", source) for source in SOURCES}
@@ -191,7 +192,7 @@ def print_verdict(library: str) -> None:
 
 
 if __name__ == "__main__":
-    # An operator takes one kernel a process: each library has its own, of one that has imported all.
+    # An operator takes one kernel a process: each library gets a fork of this one.
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
     for library in sys.argv[1:]:
         process = get_context("fork").Process(target=print_verdict, args=[library])

@@ -2,8 +2,8 @@
 
 Its bfloat16 is uint16 to NumPy: `tl.dot` multiplies the bit patterns, and a cast from float32 cuts
 the low half off instead of rounding to the nearest. And it patches `triton.language` anew for each
-call of a device function: nearly half of its time in kernels made of small functions. A third of the
-rest goes into building the same few types and shapes for every value.
+call of a device function: nearly half of its time in kernels made of small functions. A third of
+the rest goes into building the same few types and shapes for every value.
 """
 
 import functools
