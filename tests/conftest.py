@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ class Backend:
     def __str__(self) -> str:
         """As in a test id."""
         return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether its kernels run in Triton's interpreter, one program after the other."""
+        return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+    @property
+    def default_backward(self) -> bool:
+        """Whether it is a variant of the forward alone: its backward is the unvaried one's."""
+        return bool(self.variant) and "backward" not in self.around.keywords
 
     @property
     def linear(self) -> Linear:

@@ -89,6 +89,8 @@ def test_rows_past_2_to_the_31_elements(backend: Backend):
 def test_many_blocks_keep_the_error_rule(backend: Backend, case):
     if backend.slow:
         pytest.skip(f"{backend} is too slow for a problem of this size")
+    if backend.interpreted:  # no block is larger than 64, a sum of dB's parts 256
+        case = case.but(lead=(150,), K=330, N=270)
     check(backend.linear, case)
 
 
@@ -101,6 +103,8 @@ def test_any_alpha_keeps_the_error_rule(backend: Backend, case):
 
 
 def test_any_number_of_threads_keeps_the_error_rule(backend: Backend):
+    if backend.interpreted:
+        pytest.skip("the interpreter runs on one thread")
     threads = torch.get_num_threads()
     try:
         for torch_threads in (1, 2, 3, 7):  # more than rows in the second case

@@ -23,9 +23,16 @@ def leaves(inputs, needs=(True,) * 5):
     return [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
 
 
+def skip_what_another_variant_runs(backend: Backend, needs: tuple[bool, ...]) -> None:
+    """Keep one backward, of what all need, for variants of the forward: it does not see `needs`."""
+    if backend.default_backward and not all(n or i == 2 for i, n in enumerate(needs)):
+        pytest.skip(f"{backend} has triton's backward, run without a variant")
+
+
 @pytest.mark.parametrize("needs", EVERY_NEED, ids=named)
 @pytest.mark.parametrize("case", [CASE, CASE.but(dtype=torch.bfloat16)], ids=str)
 def test_only_gradients_asked_for_are_computed_and_saved(backend: Backend, case, needs):
+    skip_what_another_variant_runs(backend, needs)
     want = expected(case)
     x, weight, bias, A, B = tensors = leaves(want.inputs, needs)
     saved = []
@@ -49,6 +56,7 @@ def test_only_gradients_asked_for_are_computed_and_saved(backend: Backend, case,
 
 @pytest.mark.parametrize("needs", [n for n in EVERY_NEED if not n[2]], ids=named)
 def test_without_a_bias_only_what_is_asked_for_comes(backend: Backend, needs):
+    skip_what_another_variant_runs(backend, needs)
     case = CASE.but(bias=False)
     want = expected(case)
     tensors = leaves(want.inputs, needs)
@@ -73,7 +81,7 @@ def test_without_a_bias_only_what_is_asked_for_comes(backend: Backend, needs):
 def test_same_inputs_give_the_same_bits(backend: Backend, case):
     inputs = make_inputs(case)
     first = gradients(backend.linear, inputs, case.alpha)
-    for _ in range(3):
+    for _ in range(1 if backend.interpreted else 3):  # programs in one order: nothing to race
         again = gradients(backend.linear, inputs, case.alpha)
         assert all(torch.equal(first[name], again[name]) for name in first)
 

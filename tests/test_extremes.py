@@ -53,6 +53,8 @@ def test_alpha_zero_gives_the_linear_alone(backend: Backend):
 
 @pytest.mark.parametrize("alpha", [2, np.float32(2), np.int64(2), Fraction(2), True], ids=repr)
 def test_any_real_number_is_an_alpha(backend: Backend, alpha):
+    if backend.variant:
+        pytest.skip("alpha is a float before a variant sees it")
     inputs = make_inputs(CASE)
     got = gradients(backend.linear, inputs, alpha)
     want = gradients(backend.linear, inputs, float(alpha))
