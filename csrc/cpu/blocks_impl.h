@@ -37,37 +37,57 @@ void load(View<const T> src, Acc<T>* dst, int64_t ld) {
   }
 }
 
-// Turns kPanel rows of up to kDepth columns into that many panel rows.
+// One panel of a matrix whose columns are dense, of up to kPanel columns.
 template <typename T>
 void pack_transposed(View<const T> src, Acc<T>* dst) {
-  constexpr int64_t panel = kPanel<Acc<T>>, kDepth = 64;
-  Acc<T> rows[panel][kDepth];
-  for (int64_t p0 = 0; p0 < src.rows; p0 += kDepth) {
-    const int64_t depth = src.rows - p0 < kDepth ? src.rows - p0 : kDepth;
-    for (int64_t j = 0; j < src.cols; ++j) {
-      load_row(src.data + p0 * src.row_stride + j * src.col_stride, src.row_stride, depth, rows[j]);
+  using A = Acc<T>;
+  constexpr int64_t lanes = kLanes<A>, panel = kPanel<A>;
+  // A cache line of each column at a time, of `lanes` columns: 16 of them, a power of two apart,
+  // would meet in one set of a first-level cache.
+  const int64_t whole = src.rows / panel * panel;
+  for (int64_t line = 0; line < whole; line += panel) {
+    for (int64_t j = 0; j < panel; j += lanes) {
+      for (int64_t p = line; p < line + panel; p += lanes) {
+        Vector<A> square[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          square[i] =
+              j + i < src.cols ? widen(src.data + p + (j + i) * src.col_stride) : Vector<A>{};
+        }
+        transpose<A>(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) write(dst + (p + i) * panel + j, square[i]);
+      }
     }
-    for (int64_t p = 0; p < depth; ++p) {
-      for (int64_t j = 0; j < src.cols; ++j) dst[(p0 + p) * panel + j] = rows[j][p];
-      for (int64_t j = src.cols; j < panel; ++j) dst[(p0 + p) * panel + j] = 0;
-    }
+  }
+  for (int64_t p = whole; p < src.rows; ++p) {
+    load_row(src.data + p, src.col_stride, src.cols, dst + p * panel);
+    for (int64_t j = src.cols; j < panel; ++j) dst[p * panel + j] = 0;
   }
 }
 
 template <typename T>
 void pack(View<const T> src, Acc<T>* dst) {
   constexpr int64_t panel = kPanel<Acc<T>>;
-  for (int64_t j = 0; j < src.cols; j += panel, dst += src.rows * panel) {
-    const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
-    const View<const T> strip = src.block(0, j, src.rows, cols);
-    if (strip.col_stride != 1 && strip.row_stride == 1) {
-      pack_transposed(strip, dst);
-      continue;
+  const int64_t panel_size = src.rows * panel;
+  if (src.col_stride != 1 && src.row_stride == 1) {
+    for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
+      const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
+      pack_transposed(src.block(0, j, src.rows, cols), dst);
     }
-    for (int64_t p = 0; p < strip.rows; ++p) {
-      Acc<T>* to = dst + p * panel;
-      load_row(strip.data + p * strip.row_stride, strip.col_stride, cols, to);
-      for (int64_t pad = cols; pad < panel; ++pad) to[pad] = 0;
+    return;
+  }
+  // Row by row, so that the rows are read from end to end.
+  for (int64_t p = 0; p < src.rows; ++p) {
+    const T* row = src.data + p * src.row_stride;
+    Acc<T>* to = dst + p * panel;
+    int64_t j = 0;
+    for (; j + panel <= src.cols; j += panel, to += panel_size) {
+      load_row(row + j * src.col_stride, src.col_stride, panel, to);
+    }
+    if (j < src.cols) {
+      load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
+      for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
     }
   }
 }
@@ -103,79 +123,85 @@ void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, View<T> d
 
 // ---- multiply ----
 
-// c (kRows, one panel) = or += a (kRows, depth) @ b (depth, one panel), c in registers throughout.
+// c (kRows, one panel) = a (kRows, depth) @ b (depth, one panel) + addend, the sums in registers.
 template <int kRows, typename A>
-inline void multiply_tile(const A* a, int64_t row_stride, int64_t col_stride, const A* b,
-                          int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
+inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                          Addend<A> addend) {
   using V = Vector<A>;
   V acc[kRows][kVectors] = {};
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int64_t p = 0; p < a.cols; ++p) {
     V row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = read<V>(b + p * ldb + v * kLanes<A>);
-    const A* column = a + p * col_stride;
+    const A* column = a.data + p * a.col_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] += column[i * row_stride] * row[v];
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += column[i * a.row_stride] * row[v];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      A* to = c + i * ldc + v * kLanes<A>;
-      // c comes in last: sums of kDepth terms that are then summed round a third as much as one sum
-      // (largest error of h at K = 1100 in float: 2.1e-6 for 5.9e-6).
-      write(to, add ? read<V>(to) + acc[i][v] : acc[i][v]);
+      // The addend comes in last: sums of kDepth terms that are then summed round a third as much
+      // as one sum (largest error of h at K = 1100 in float, kDepth = 256: 2.1e-6 for 5.9e-6).
+      const int64_t at = v * kLanes<A>;
+      V sum = acc[i][v];
+      if (addend.data != nullptr) sum += read<V>(addend.data + i * addend.row_stride + at);
+      write(c + i * ldc + at, sum);
     }
   }
 }
 
-// The same for the last rows of a block: `rows` <= kRows.
+// The same for the last rows of a block: a.rows <= kRows.
 template <int kRows, typename A>
-inline void multiply_rows(int64_t rows, const A* a, int64_t row_stride, int64_t col_stride,
-                          const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
-  if (rows == kRows) {
-    multiply_tile<kRows>(a, row_stride, col_stride, b, ldb, depth, c, ldc, add);
+inline void multiply_rows(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                          Addend<A> addend) {
+  if (a.rows == kRows) {
+    multiply_tile<kRows>(a, b, ldb, c, ldc, addend);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(rows, a, row_stride, col_stride, b, ldb, depth, c, ldc, add);
+    multiply_rows<kRows - 1>(a, b, ldb, c, ldc, addend);
   }
 }
 
 // And for the last columns: through a tile of whole width, since c's neighbours are not ours.
 template <typename A>
-void multiply_edge(int64_t rows, int64_t cols, const A* a, int64_t row_stride, int64_t col_stride,
-                   const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
+void multiply_edge(View<const A> a, const A* b, int64_t ldb, int64_t cols, A* c, int64_t ldc,
+                   Addend<A> addend) {
   A tile[kTileRows * kPanel<A>];
-  multiply_rows<kTileRows>(rows, a, row_stride, col_stride, b, ldb, depth, tile, kPanel<A>, false);
-  for (int64_t i = 0; i < rows; ++i) {
+  multiply_rows<kTileRows>(a, b, ldb, tile, kPanel<A>, Addend<A>{});
+  for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
-      A& to = c[i * ldc + j];
-      to = (add ? to : 0) + tile[i * kPanel<A> + j];
+      const A start = addend.data != nullptr ? addend.data[i * addend.row_stride + j] : 0;
+      c[i * ldc + j] = start + tile[i * kPanel<A> + j];
     }
   }
 }
 
 template <typename A>
-void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add) {
+void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
+              Addend<A> addend) {
+  // Tiles of even height: 8 rows as 4 and 4, since 2 of the sums in flight of 6 and 2 wait.
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  const int64_t tile_rows = tiles > 0 ? (a.rows + tiles - 1) / tiles : 0;
   // A panel serves the rows of a strip before the next is read. With many steps between two touches
   // of c that saves reading b again; with few (h @ B) c is most of the traffic, and one tile's
   // rows, passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
-  const int64_t strip_rows = a.cols < 64 ? kTileRows : 8 * kTileRows;
+  const int64_t strip_rows = (a.cols < 64 ? 1 : 8) * tile_rows;
   for (int64_t strip = 0; strip < a.rows; strip += strip_rows) {
     const int64_t end = strip + strip_rows < a.rows ? strip + strip_rows : a.rows;
     for (int64_t j = 0; j < cols; j += kPanel<A>) {
       const A* panel = b.from(0, j).data;
-      for (int64_t i = strip; i < end; i += kTileRows) {
-        const int64_t rows = end - i < kTileRows ? end - i : kTileRows;
-        const A* from = a.data + i * a.row_stride;
+      for (int64_t i = strip; i < end; i += tile_rows) {
+        const View<const A> rows = a.block(i, 0, end - i < tile_rows ? end - i : tile_rows, a.cols);
+        A* to = c + i * ldc + j;
+        Addend<A> from = addend;
+        if (from.data != nullptr) from.data += i * from.row_stride + j;
         if (cols - j >= kPanel<A>) {
-          multiply_rows<kTileRows>(rows, from, a.row_stride, a.col_stride, panel, b.row_stride,
-                                   a.cols, c + i * ldc + j, ldc, add);
+          multiply_rows<kTileRows>(rows, panel, b.row_stride, to, ldc, from);
         } else {
-          multiply_edge(rows, cols - j, from, a.row_stride, a.col_stride, panel, b.row_stride,
-                        a.cols, c + i * ldc + j, ldc, add);
+          multiply_edge(rows, panel, b.row_stride, cols - j, to, ldc, from);
         }
       }
     }

@@ -71,7 +71,7 @@ class Backward {
       const RightFactor<Sum> right(dy_view_, R);
       const View<const Sum> left_t = {left.get(), R, M, 1, ld_};
       blocks().products<Sum>().multiply(left_t, right.from(0, 0), N,
-                                        static_cast<Sum*>(out.data_ptr()), N, false);
+                                        static_cast<Sum*>(out.data_ptr()), N, {});
       return;
     }
     adapter_gradient<T>(left.get(), ld_, R, dy_view_, alpha_, out, false);
@@ -83,7 +83,8 @@ class Backward {
   }
 
   void dweight(const Tensor& x, const Tensor& out) const {
-    if (library_gemm_is_fast<T>()) {
+    // Ours reads dy down its columns: 14.9 ms for 12.1 at 960 x 768 x 768 in float.
+    if (sizeof(T) > 2 || library_product_is_faster<T>()) {
       mm_out(transposed(dy_), x, out);
       return;
     }
@@ -110,7 +111,7 @@ class Backward {
       const auto x_t = matrix<const Sum>(x).transposed();
       const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
       blocks().products<Sum>().multiply(x_t, right.from(0, 0), R, static_cast<Sum*>(out.data_ptr()),
-                                        R, false);
+                                        R, {});
       return;
     }
     adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);
@@ -120,8 +121,8 @@ class Backward {
           const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    const bool few = M > kMaxRowsOfDot && M <= own_product_rows();
-    const bool ours = few || !library_gemm_is_fast<T>();
+    const bool ours = (sizeof(T) == 2 || M > kMaxRowsOfDot) &&
+                      (M <= rows_of_dots() || !library_product_is_faster<T>());
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {

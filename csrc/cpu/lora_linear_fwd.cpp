@@ -32,7 +32,7 @@ class Forward {
     if (bias.has_value()) dense_bias_.emplace(torch::stable::contiguous(*bias));
   }
 
-  bool suits_dots() const { return shape_.M <= own_product_rows() && has_dense_rows(weight_); }
+  bool suits_dots() const { return shape_.M <= rows_of_dots() && has_dense_rows(weight_); }
 
   void by_dots(View<T> y, View<T> h) const {
     constexpr int64_t kCols = 256;
@@ -48,7 +48,7 @@ class Forward {
         const LowRank<Sum> low = low_rank(0, col);
         blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
         blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
-                                          kCols, true);
+                                          kCols, {sum.get(), kCols});
         blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col), y.block(0, col, M, cols));
       }
     });
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
     const cpu::View<T> y_view = cpu::matrix<T>(y), h_view = cpu::matrix<T>(h);
     if (forward.suits_dots()) {
       forward.by_dots(y_view, h_view);
-    } else if (cpu::library_gemm_is_fast<T>()) {
+    } else if (cpu::library_product_is_faster<T>()) {
       cpu::linear_out(x, weight, bias, y);
       forward.onto_base(y_view, h_view);
     } else {

@@ -104,22 +104,26 @@ void with_storage_type(ScalarType dtype, const F& f) {
   }
 }
 
-// Split (rows, cols) into strips of columns, and those into parts of rows where the strips alone do
-// not come out even among the threads. body(row, n_rows, col, n_cols).
+// Split (rows, cols) into strips of columns, as many for each thread, and where they would get too
+// narrow for that into parts of rows as well. body(row, n_rows, col, n_cols).
 template <typename F>
 void for_each_strip(int64_t rows, int64_t cols, const F& body) {
   if (rows == 0 || cols == 0) return;
+  constexpr int64_t kNarrow = 64;
   const auto parts = [](int64_t size, int64_t most) { return (size + most - 1) / most; };
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t across = parts(cols, kStripCols);
+  int64_t across = parts(cols, kStripCols);
+  if (const int64_t even = parts(across, threads) * threads; cols >= even * kNarrow) across = even;
+  const int64_t strip_cols = round_up_to_panel<float>(parts(cols, across));
+  across = parts(cols, strip_cols);
   int64_t down = 1;
   while (down * across % threads != 0 && rows / (down + 1) >= kStripRows) ++down;
   const int64_t part_rows = parts(rows, down);
   down = parts(rows, part_rows);
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part / across * part_rows, col = part % across * kStripCols;
-      body(row, std::min(part_rows, rows - row), col, std::min(kStripCols, cols - col));
+      const int64_t row = part / across * part_rows, col = part % across * strip_cols;
+      body(row, std::min(part_rows, rows - row), col, std::min(strip_cols, cols - col));
     }
   });
 }
