@@ -51,8 +51,8 @@ inline constexpr int64_t kPanel = 64 / sizeof(A);
 
 template <typename A>
 struct Panels {
-  A* data;
-  int64_t row_stride, panel_stride;  // in elements
+  A* data = nullptr;
+  int64_t row_stride = 0, panel_stride = 0;  // in elements
 
   static Panels packed(A* data, int64_t depth) { return {data, kPanel<A>, depth * kPanel<A>}; }
   // The panels from `row` and from the one that begins with column `col` on; col % kPanel == 0.

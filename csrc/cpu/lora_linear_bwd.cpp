@@ -118,11 +118,12 @@ class Backward {
   }
 
   void dx(const Scratch<Sum>& alpha_t, const Tensor& weight, const Tensor& A,
-          const Tensor& out) const {
+          const std::optional<Tensor>& packed, const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    const bool ours = (sizeof(T) == 2 || M > kMaxRowsOfDot) &&
-                      (M <= rows_of_dots() || !library_product_is_faster<T>());
+    const bool ours =
+        (sizeof(T) == 2 || M > kMaxRowsOfDot) &&
+        (packed.has_value() || M <= rows_of_dots() || !library_product_is_faster<T>());
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
@@ -134,7 +135,7 @@ class Backward {
       }
       const RightFactor<Sum> right(view.transposed(), M);
       if (ours) {
-        product_with_weight(alpha_t, weight, right, out_view);
+        product_with_weight(alpha_t, weight, packed, right, out_view);
         return;
       }
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
@@ -174,13 +175,14 @@ class Backward {
   }
 
   void product_with_weight(const Scratch<Sum>& alpha_t, const Tensor& weight,
-                           const RightFactor<Sum>& A_t, View<T> out) const {
+                           const std::optional<Tensor>& packed, const RightFactor<Sum>& A_t,
+                           View<T> out) const {
     const auto [M, K, N, R] = shape_;
     const View<const T> weight_view = matrix<const T>(weight);
     for_each_strip(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
       product_strip<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
-                       out.block(row, col, rows, cols), &low);
+                       out.block(row, col, rows, cols), &low, panels_of<Sum>(packed, N, col));
     });
   }
 
@@ -196,11 +198,19 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-    const Tensor& h, double alpha, const std::vector<bool>& asked) {
+    const Tensor& h, double alpha, const std::vector<bool>& needs) {
+  return lora_linear_bwd_packed_cpu(dy, x, weight, A, B, h, alpha, needs, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_packed_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& asked,
+    const std::optional<Tensor>& packed) {
   const Needs needs = {asked.at(0), asked.at(1), asked.at(2), asked.at(3), asked.at(4)};
   const Shape shape = check_backward(dy, x, weight, A, B, h, needs);
   const cpu::NoGradGuard no_grad;
   const auto [M, K, N, R] = shape;
+  if (packed.has_value() && needs.dx) cpu::check_packed(*packed, weight, N, K);
   const auto result = [](bool need, const Tensor& like, std::initializer_list<int64_t> sizes) {
     return need ? cpu::empty(like, sizes) : cpu::empty(like, {0});
   };
@@ -215,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     if (!needs.dx && !needs.dA) return;
     const auto alpha_t = backward.alpha_t(B);
     if (needs.dA) backward.dA(alpha_t, x, dA);
-    if (needs.dx) backward.dx(alpha_t, weight, A, dx);
+    if (needs.dx) backward.dx(alpha_t, weight, A, packed, dx);
   });
   return {dx, dweight, dbias, dA, dB};
 }

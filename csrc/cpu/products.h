@@ -48,10 +48,16 @@ class Scratch {
 // where it lies is.
 inline constexpr int64_t kFewRows = 32;
 
+// A matrix as panels where it lies, if it can be read so and that is worth it for a left factor of
+// `uses` rows; else none.
 template <typename A, typename T>
-bool reads_where_it_lies(View<const T> matrix, int64_t uses) {
-  return std::is_same_v<T, A> && uses <= kFewRows && matrix.col_stride == 1 &&
-         matrix.cols % kPanel<A> == 0;
+Panels<const A> panels_where_it_lies(View<const T> matrix, int64_t uses) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (uses <= kFewRows && matrix.col_stride == 1 && matrix.cols % kPanel<A> == 0) {
+      return {matrix.data, matrix.row_stride, kPanel<A>};
+    }
+  }
+  return {};
 }
 
 // A right-hand factor in panels, for a left factor of `uses` rows.
@@ -59,13 +65,8 @@ template <typename A>
 class RightFactor {
  public:
   template <typename T>
-  RightFactor(View<const T> matrix, int64_t uses) {
-    if constexpr (std::is_same_v<T, A>) {
-      if (reads_where_it_lies<A>(matrix, uses)) {
-        panels_ = {matrix.data, matrix.row_stride, kPanel<A>};
-        return;
-      }
-    }
+  RightFactor(View<const T> matrix, int64_t uses) : panels_(panels_where_it_lies<A>(matrix, uses)) {
+    if (panels_.data != nullptr) return;
     memory_ = Scratch<A>(matrix.rows * round_up_to_panel<A>(matrix.cols));
     blocks().storage<T>().pack(matrix, memory_.get());
     panels_ = Panels<const A>::packed(memory_.get(), matrix.rows);
@@ -77,31 +78,30 @@ class RightFactor {
   Panels<const A> panels_;
 };
 
-// The right-hand factor of a large product, packed by blocks of kDepth rows when the first tile of
-// the left factor asks for them, so that it finds them in cache; the tiles after it find them
-// packed.
+// The right-hand factor of a large product: in `panels` already (see pack_weight), or read where it
+// lies, or packed by blocks of kDepth rows when the first tile of the left factor asks for them, so
+// that it finds them in cache; the tiles after it find them packed.
 template <typename T>
 class BlockedFactor {
   using A = Acc<T>;
 
  public:
-  BlockedFactor(View<const T> matrix, int64_t uses)
+  BlockedFactor(View<const T> matrix, int64_t uses, Panels<const A> panels)
       : matrix_(matrix),
         width_(round_up_to_panel<A>(matrix.cols)),
-        lies_in_panels_(reads_where_it_lies<A>(matrix, uses)),
+        ready_(panels.data != nullptr ? panels : panels_where_it_lies<A>(matrix, uses)),
         keeps_blocks_(uses > kStripRows),
-        memory_(lies_in_panels_
+        memory_(ready_.data != nullptr
                     ? 0
                     : width_ * (keeps_blocks_ ? matrix.rows : std::min(kDepth, matrix.rows))) {}
 
   // Rows k to k + depth, k a multiple of kDepth; until the next call.
   Panels<const A> block(int64_t k, int64_t depth) {
-    const View<const T> rows = matrix_.block(k, 0, depth, matrix_.cols);
-    if constexpr (std::is_same_v<T, A>) {
-      if (lies_in_panels_) return {rows.data, rows.row_stride, kPanel<A>};
-    }
+    if (ready_.data != nullptr) return ready_.from(k, 0);
     A* packed = memory_.get() + (keeps_blocks_ ? k * width_ : 0);
-    if (k >= rows_packed_) blocks().storage<T>().pack(rows, packed);
+    if (k >= rows_packed_) {
+      blocks().storage<T>().pack(matrix_.block(k, 0, depth, matrix_.cols), packed);
+    }
     if (keeps_blocks_) rows_packed_ = std::max(rows_packed_, k + depth);
     return Panels<const A>::packed(packed, depth);
   }
@@ -109,7 +109,8 @@ class BlockedFactor {
  private:
   const View<const T> matrix_;
   const int64_t width_;
-  const bool lies_in_panels_, keeps_blocks_;
+  const Panels<const A> ready_;
+  const bool keeps_blocks_;
   const Scratch<A> memory_;
   int64_t rows_packed_ = 0;
 };
@@ -159,15 +160,16 @@ struct LowRank {
 };
 
 // out = left @ right + low.left @ low.right + bias, for a strip of columns that one thread has;
-// `low` and `bias` may be null. `out` has dense rows.
+// `low` and `bias` may be null, `panels` are right's where it is packed already. `out` has dense
+// rows.
 template <typename T>
 void product_strip(View<const T> left, View<const T> right, const T* bias, View<T> out,
-                   const LowRank<Acc<T>>* low) {
+                   const LowRank<Acc<T>>* low, Panels<const Acc<T>> panels = {}) {
   using A = Acc<T>;
   constexpr bool sums_in_place = std::is_same_v<T, A>;
   const int64_t cols = out.cols, tile_rows = std::min(kStripRows, left.rows);
   const MultiplyOps<A>& products = blocks().products<A>();
-  BlockedFactor<T> factor(right, left.rows);
+  BlockedFactor<T> factor(right, left.rows, panels);
   const Scratch<A> copy(tile_rows * std::min(kDepth, left.cols)),
       tile_sum(sums_in_place ? 0 : tile_rows * cols), wide_bias(cols);
   if (bias != nullptr) blocks().storage<T>().load({bias, 1, cols, cols, 1}, wide_bias.get(), cols);

@@ -27,17 +27,21 @@ View<T> matrix(const Tensor& tensor) {
 
 // Uninitialised, on the CPU. Not by new_empty: going through the dispatcher, with boxed arguments,
 // costs a microsecond a tensor.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
   std::array<int64_t, 2> strides{};
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(dtype, sizes);
 }
 
 // PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no
@@ -63,6 +67,16 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const std::optiona
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), weight_t.get(), 1, 1));
 }
+
+// The panels of a weight that pack_weight laid out, from column `col` on; none without one.
+template <typename A>
+Panels<const A> panels_of(const std::optional<Tensor>& packed, int64_t depth, int64_t col) {
+  if (!packed.has_value()) return {};
+  return Panels<const A>::packed(static_cast<const A*>(packed->data_ptr()), depth).from(0, col);
+}
+
+// Throw unless `packed` is what pack_weight makes of the weight, as a factor (depth, cols).
+void check_packed(const Tensor& packed, const Tensor& weight, int64_t depth, int64_t cols);
 
 class NoGradGuard {
  public:
