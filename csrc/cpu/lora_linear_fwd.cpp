@@ -37,7 +37,8 @@ class Forward {
   bool suits_dots() const {
     // Up to 16 rows dot products keep pace with a packed weight, and up to 4 they are faster.
     const int64_t most = packed_.has_value() ? 16 : rows_of_dots();
-    return shape_.M <= most && has_dense_rows(weight_);
+    // Each dot product ends in a sum over lanes, about what packing 20 elements costs.
+    return shape_.M <= most && shape_.K >= 20 * shape_.M && has_dense_rows(weight_);
   }
 
   void by_dots(View<T> y, View<T> h) const {
