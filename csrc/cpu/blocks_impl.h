@@ -256,20 +256,28 @@ inline void dot_tile(const Acc<T>* left, int64_t left_stride, const T* right, in
   }
 }
 
-// kRight rows of the right factor against all of the left one's, kLeft at a time.
+// The same for a left factor of up to kLeft rows.
+template <int kLeft, int kRight, typename T>
+inline void dot_tile_of(View<const Acc<T>> left, const T* right, int64_t right_stride, Acc<T>* out,
+                        int64_t ld, bool add) {
+  if (left.rows == kLeft) {
+    dot_tile<kLeft, kRight>(left.data, left.row_stride, right, right_stride, left.cols, out, ld,
+                            add);
+  } else if constexpr (kLeft > 1) {
+    dot_tile_of<kLeft - 1, kRight>(left, right, right_stride, out, ld, add);
+  }
+}
+
+// kRight rows of the right factor against all of the left one's, at most kLeft at a time and
+// evenly: 9 rows as 3, 3 and 3, since a tile of few sums waits for each.
 template <int kLeft, int kRight, typename T>
 inline void dot_rows(View<const Acc<T>> left, const T* right, int64_t right_stride, Acc<T>* out,
                      int64_t ld, bool add) {
-  int64_t i = 0;
-  for (; i + kLeft <= left.rows; i += kLeft) {
-    dot_tile<kLeft, kRight>(left.data + i * left.row_stride, left.row_stride, right, right_stride,
-                            left.cols, out + i * ld, ld, add);
-  }
-  if constexpr (kLeft > 1) {
-    if (i < left.rows) {
-      dot_rows<kLeft / 2, kRight>(left.block(i, 0, left.rows - i, left.cols), right, right_stride,
-                                  out + i * ld, ld, add);
-    }
+  const int64_t tiles = (left.rows + kLeft - 1) / kLeft;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t i = left.rows * tile / tiles, end = left.rows * (tile + 1) / tiles;
+    dot_tile_of<kLeft, kRight>(left.block(i, 0, end - i, left.cols), right, right_stride,
+                               out + i * ld, ld, add);
   }
 }
 
@@ -280,7 +288,7 @@ void dot(View<const Acc<T>> left, View<const T> right, Acc<T>* out, int64_t ld, 
   // the right factor, and take more of its rows at once.
   int64_t j = 0;
   const auto rows = [&] { return right.data + j * right.row_stride; };
-  if (left.rows >= 4) {
+  if (left.rows >= 3) {
     for (; j + 3 <= right.rows; j += 3) {
       dot_rows<4, 3>(left, rows(), right.row_stride, out + j, ld, add);
     }

@@ -9,8 +9,7 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-// Columns that one thread has of a product summed over all rows (dA, dB): whole cache lines
-// of both dtypes, and narrow enough that the threads share them evenly.
+// Columns that one thread has at a time of a product summed over all rows (dA, dB).
 constexpr int64_t kColumnBlock = 128;
 
 // Up to this many rows, t and the low-rank part of dx are dot products with the rows of B and A as
@@ -22,16 +21,13 @@ template <typename T, typename TOut>
 void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
                         double scale, View<TOut> out) {
   using Sum = Acc<T>;
-  const int64_t blocks_of_cols = (right.cols + kColumnBlock - 1) / kColumnBlock;
-  torch::stable::parallel_for(0, blocks_of_cols, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<Sum> sum(R * kColumnBlock);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t col = block * kColumnBlock, cols = std::min(kColumnBlock, right.cols - col);
-      skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
-                                   kColumnBlock);
-      cpu::blocks().storage<TOut>().store(sum.get(), kColumnBlock, Sum(scale), nullptr,
-                                          out.block(0, col, R, cols));
-    }
+  const int64_t part = even_part(right.cols, kColumnBlock, 32, kPanel<float>);
+  for_each_part(right.cols, part, [&](int64_t col, int64_t cols) {
+    const Scratch<Sum> sum(R * cols);
+    skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
+                                 cols);
+    cpu::blocks().storage<TOut>().store(sum.get(), cols, Sum(scale), nullptr,
+                                        out.block(0, col, R, cols));
   });
 }
 
