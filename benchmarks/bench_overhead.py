@@ -42,7 +42,7 @@ def calls(case: Case) -> dict[str, Run]:
     }
     if case.training:
         name = choose(None, case.x, case.weight, case.A)
-        runs["Function"] = _step(case, lambda *t: functional._LoRALinear.apply(*t, name))
+        runs["Function"] = _step(case, lambda *t: functional._LoRALinear.apply(*t, name, None))
     runs["functional"] = _step(case, lora_ext.lora_linear)
     return runs | {"module": PROVIDERS["lora_ext"](case).run}
 

@@ -148,12 +148,25 @@ def _loralib(case: Case) -> Step:
 
 
 def _lora_ext(case: Case) -> Step:
+    return _adapted(case)[0]
+
+
+def _adapted(case: Case) -> tuple[Step, lora_ext.LinearWithLoRA]:
     linear = _frozen_linear(case)
     layer = lora_ext.LinearWithLoRA(linear, case.shape.R, case.alpha, dtype=case.A.dtype)
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
         layer.lora.B.copy_(case.B)
-    return _step(case, layer, {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B})
+    step = _step(case, layer, {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B})
+    return step, layer
+
+
+def _prepacked(case: Case) -> Step:
+    step, layer = _adapted(case)
+    report = lora_ext.prepack_(layer, backward=case.training)
+    if report.left:
+        raise Unavailable(next(iter(report.left.values())))
+    return step
 
 
 def _backend(name: str) -> Callable[[Case], Step]:
@@ -227,6 +240,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "peft": _peft,
     "loralib": _loralib,
     "lora_ext": _lora_ext,
+    "prepacked": _prepacked,
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}

@@ -38,4 +38,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
     const Tensor& h, double alpha, const std::vector<bool>& needs);
 
+// The same with a weight that pack_weight has laid out: of weight.T for the forward and of weight
+// for the backward, which reads `packed` for dx alone.
+std::tuple<Tensor, Tensor> lora_linear_fwd_packed_cpu(const Tensor& x, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias,
+                                                      const Tensor& A, const Tensor& B,
+                                                      double alpha,
+                                                      const std::optional<Tensor>& packed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_packed_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& needs,
+    const std::optional<Tensor>& packed);
+// The panels of weight, or of weight.T, in the dtype that products accumulate in.
+Tensor pack_weight_cpu(const Tensor& weight, bool transposed);
+
 }  // namespace lora_ext

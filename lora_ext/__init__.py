@@ -7,11 +7,13 @@ from .functional import lora_linear
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
 from .peft_files import load_peft_adapter, save_peft_adapter
+from .prepack import PackedWeight, prepack_, unpack_
 
 __all__ = [
     "__version__",
     "LinearWithLoRA",
     "LoRALayer",
+    "PackedWeight",
     "explain",
     "load_adapter",
     "load_peft_adapter",
@@ -19,8 +21,10 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_",
+    "prepack_",
     "replace_linear_with_lora",
     "save_adapter",
     "save_peft_adapter",
     "unmerge_",
+    "unpack_",
 ]

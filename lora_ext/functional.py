@@ -1,7 +1,7 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from .backends import BACKENDS, choose
 from .checks import HALF, check_arguments, check_dropout, fit
 from .dropout import linear_with_dropout
+
+if TYPE_CHECKING:
+    from .prepack import PackedWeight
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_TRANSFORM = (
@@ -29,6 +32,7 @@ def lora_linear(
     *,
     backend: str | None = None,
     dropout: float = 0.0,
+    packed: "PackedWeight | None" = None,
 ) -> Tensor:
     """Linear layer with a low-rank update: `y = x @ weight.T + bias + alpha * (x @ A @ B)`.
 
@@ -45,6 +49,9 @@ def lora_linear(
         dropout: probability with which an element of x is zero for the low-rank part, which is
             scaled by 1 / (1 - dropout) in return; from 0 to below 1. The mask comes from torch's
             default generator by way of a seed. By plain PyTorch: backend None or "reference".
+        packed: `PackedWeight(weight)`, which spares the C++ kernels laying the weight out; other
+            backends, and autocast where it casts the weight, do without. It must be this
+            weight's, as it is now: that is not checked (`why_stale` does).
 
     Returns:
         y, (..., out_features), of the dtype that `F.linear(x, weight, bias)` gives.
@@ -59,13 +66,17 @@ def lora_linear(
     """
     # Not for meta: PyTorch raises when asked about a device that has no autocast.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
+        given = weight
         x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
+        packed = packed if weight is given else None
     if not fit(x, weight, bias, A, B, alpha):
         check_arguments(x, weight, bias, A, B, alpha)
         alpha = float(alpha)  # any real number, such as numpy's: the operators take float and int
     if dropout:
         return _with_dropout(x, weight, bias, A, B, alpha, backend, dropout)
     name = choose(backend, x, weight, A)
+    if packed is not None and name != "cpp":
+        packed = None
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad
@@ -74,12 +85,12 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
     ):
         try:
-            return _LoRALinear.apply(x, weight, bias, A, B, alpha, name)
+            return _LoRALinear.apply(x, weight, bias, A, B, alpha, name, packed)
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise
             raise RuntimeError(_NO_TRANSFORM) from error
-    y, _ = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
+    y, _ = _forward(name, _rows(x), weight, bias, A, B, alpha, packed)
     return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
@@ -100,12 +111,27 @@ def _with_dropout(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
+def _forward(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    packed: "PackedWeight | None",
+) -> tuple[Tensor, Tensor]:
+    if packed is None:
+        return BACKENDS[name].forward(x, weight, bias, A, B, alpha)
+    return BACKENDS[name].forward(x, weight, bias, A, B, alpha, packed.forward)
+
+
 class _LoRALinear(torch.autograd.Function):
     """The hand-written gradient. Keeps h = x @ A, and of the inputs what the backward will read."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, alpha, name):
-        y, h = BACKENDS[name].forward(_rows(x), weight, bias, A, B, alpha)
+    def forward(ctx, x, weight, bias, A, B, alpha, name, packed):
+        y, h = _forward(name, _rows(x), weight, bias, A, B, alpha, packed)
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_dA or need_dweight else _stand_in(x),
@@ -115,6 +141,7 @@ class _LoRALinear(torch.autograd.Function):
             h if need_dB else _stand_in(h),
         )
         ctx.alpha, ctx.name, ctx.x_shape = alpha, name, x.shape
+        ctx.packed = None if packed is None else packed.backward
         return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
@@ -126,12 +153,13 @@ class _LoRALinear(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of each argument of _LoRALinear."""
     x, weight, A, B, h = ctx.saved_tensors
+    options = {} if ctx.packed is None else {"packed": ctx.packed}
     dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(
-        _rows(dy), _rows(x), weight, A, B, h, ctx.alpha, ctx.needs_input_grad[:5]
+        _rows(dy), _rows(x), weight, A, B, h, ctx.alpha, ctx.needs_input_grad[:5], **options
     )
     if dx is not None:
         dx = _with_shape(dx, ctx.x_shape)
-    return dx, dweight, dbias, dA, dB, None, None
+    return dx, dweight, dbias, dA, dB, None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)

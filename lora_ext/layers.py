@@ -1,8 +1,9 @@
 """LoRALayer and LinearWithLoRA: the modules. The mathematics is in functional.py."""
 
 import math
+import warnings
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from .checks import (
 )
 from .dropout import drop
 from .functional import lora_delta, lora_linear
+
+if TYPE_CHECKING:
+    from .prepack import PackedWeight
 
 
 class LoRALayer(nn.Module):
@@ -127,6 +131,7 @@ class LinearWithLoRA(nn.Module):
 
     linear: nn.Linear  # or any module with its attributes
     lora: LoRALayer
+    _packed: "PackedWeight | None" = None  # by prepack_; of the class, so that no state has it
 
     def __init__(
         self,
@@ -174,6 +179,9 @@ class LinearWithLoRA(nn.Module):
             if lora.dropout and lora.training:
                 options = {"backend": self.backend, "dropout": lora.dropout}
                 return lora_linear(x, weight, bias, A, B, lora.scale, **options)
+            if self._packed is not None:
+                options = {"backend": self.backend, "packed": self._fresh_packed()}
+                return lora_linear(x, weight, bias, A, B, lora.scale, **options)
             return lora_linear(x, weight, bias, A, B, lora.scale, backend=self.backend)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -191,6 +199,27 @@ class LinearWithLoRA(nn.Module):
             setattr(self.linear, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _fresh_packed(self) -> "PackedWeight | None":
+        """Return what prepack_ laid out; if the weight has changed since, drop it and say so."""
+        packed = self._packed
+        if packed is None or torch.compiler.is_compiling():
+            return None
+        if (why := packed.why_stale(self.weight)) is None:
+            return packed
+        self._packed = None
+        warnings.warn(f"a prepacked weight is dropped: {why}; prepack_ again", stacklevel=2)
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)  # .to(), .double(), ...
+        if self._packed is not None:
+            self._fresh_packed()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: all but the layout of `prepack_`."""
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; while merged it holds the unmerged weight, which A and B belong to."""

@@ -39,7 +39,7 @@ SHAPES = [
     TAILS.but(bias=False),
     TAILS.but(alpha=1.0),
 ]
-CROSSES_EVERY_BLOCK = Case((300,), 1100, 700, 24)
+CROSSES_EVERY_BLOCK = Case((400,), 1100, 700, 24)
 
 
 @in_each_dtype(*SHAPES)

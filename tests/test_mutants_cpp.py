@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[1]
 SOURCES = ["lora_linear", "cpu/register", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
-SOURCES += ["cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+SOURCES += ["cpu/pack_weight", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
 FORWARD, BACKWARD, BLOCKS = (
     ["cpu/lora_linear_fwd"],
     ["cpu/lora_linear_bwd"],
@@ -39,8 +39,8 @@ TORCH_HEADERS = [
     "stable/ops.h",
     "stable/tensor.h",
 ]
-# Past one block of each kind: 256 of a summed dimension, 256 columns and 192 rows of a strip.
-LONG = Case((300,), 300, 264, 8)
+# Past one block of each kind: 384 of a summed dimension, 256 columns and 192 rows of a strip.
+LONG = Case((400,), 404, 264, 8)
 CPP_CASES = [*CASES, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
 
 # name: (file, the line, what it becomes, the files that include it)
@@ -84,17 +84,34 @@ MUTANTS = {
     ),
     "dx_without_low_rank_part": (
         "cpu/lora_linear_bwd.cpp",
-        "out.block(row, col, rows, cols), &low);",
-        "out.block(row, col, rows, cols), nullptr);",
+        "out.block(row, col, rows, cols), &low, panels",
+        "out.block(row, col, rows, cols), nullptr, panels",
         BACKWARD,
     ),
     "last_block_of_h_alone": (
         "cpu/products.h",
-        "right.from(k, 0), R, out, ld, k > 0",
-        "right.from(k, 0), R, out, ld, false",
+        "right.from(k, 0), R, out, ld, sum_so_far(k, out, ld)",
+        "right.from(k, 0), R, out, ld, {}",
         FORWARD + BACKWARD,
     ),
-    "last_rows_of_dA_alone": ("cpu/products.h", "out_ld, m > 0", "out_ld, false", BACKWARD),
+    "last_rows_of_dA_alone": (
+        "cpu/products.h",
+        "out_ld, sum_so_far(m, out, out_ld)",
+        "out_ld, {}",
+        BACKWARD,
+    ),
+    "first_block_of_the_weight_for_all": (
+        "cpu/products.h",
+        "if (k >= rows_packed_)",
+        "if (rows_packed_ == 0)",
+        FORWARD + BACKWARD,
+    ),
+    "bias_lost_after_the_first_block": (
+        "cpu/products.h",
+        "      addend = {sum, ld};\n",
+        "      if (k > 0) addend = {sum, ld};\n",
+        FORWARD + BACKWARD,
+    ),
     "low_rank_part_of_first_rows": (
         "cpu/products.h",
         "low->left + row * low->ld",
@@ -107,7 +124,13 @@ MUTANTS = {
         "int64_t tail = p; tail < p",
         BLOCKS,
     ),
-    "edge_columns_not_summed": ("cpu/blocks_impl.h", "(add ? to : 0) + tile", "tile", BLOCKS),
+    "edge_columns_not_summed": ("cpu/blocks_impl.h", "start + tile[", "tile[", BLOCKS),
+    "transposed_by_one_round_less": (
+        "cpu/vectors.h",
+        "round = 1; round < lanes",
+        "round = 2; round < lanes",
+        BLOCKS,
+    ),
 }
 
 

@@ -51,8 +51,8 @@ inline constexpr int64_t kPanel = 64 / sizeof(A);
 
 template <typename A>
 struct Panels {
-  A* data;
-  int64_t row_stride, panel_stride;  // in elements
+  A* data = nullptr;
+  int64_t row_stride = 0, panel_stride = 0;  // in elements
 
   static Panels packed(A* data, int64_t depth) { return {data, kPanel<A>, depth * kPanel<A>}; }
   // The panels from `row` and from the one that begins with column `col` on; col % kPanel == 0.
@@ -80,11 +80,20 @@ struct StorageOps {
   void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
 };
 
+// What a product is added to: nothing; a matrix of dense rows, such as the result itself; or, with
+// a stride of 0, one row for all, as a bias is.
+template <typename A>
+struct Addend {
+  const A* data = nullptr;
+  int64_t row_stride = 0;
+};
+
 template <typename A>
 struct MultiplyOps {
-  // c (a.rows, cols; dense rows of `ldc`) = a @ b, or += with `add`; a.cols rows of b's panels are
-  // read. Columns past `cols` are not written.
-  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add);
+  // c (a.rows, cols; dense rows of `ldc`) = a @ b + addend; a.cols rows of b's panels are read.
+  // Columns past `cols` are not written.
+  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
+                   Addend<A> addend);
 };
 
 struct Blocks {

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/blocks.h"
 #include "cpu/vectors.h"
@@ -37,37 +38,57 @@ void load(View<const T> src, Acc<T>* dst, int64_t ld) {
   }
 }
 
-// Turns kPanel rows of up to kDepth columns into that many panel rows.
+// One panel of a matrix whose columns are dense, of up to kPanel columns.
 template <typename T>
 void pack_transposed(View<const T> src, Acc<T>* dst) {
-  constexpr int64_t panel = kPanel<Acc<T>>, kDepth = 64;
-  Acc<T> rows[panel][kDepth];
-  for (int64_t p0 = 0; p0 < src.rows; p0 += kDepth) {
-    const int64_t depth = src.rows - p0 < kDepth ? src.rows - p0 : kDepth;
-    for (int64_t j = 0; j < src.cols; ++j) {
-      load_row(src.data + p0 * src.row_stride + j * src.col_stride, src.row_stride, depth, rows[j]);
+  using A = Acc<T>;
+  constexpr int64_t lanes = kLanes<A>, panel = kPanel<A>;
+  // A cache line of each column at a time, of `lanes` columns: 16 of them, a power of two apart,
+  // would meet in one set of a first-level cache.
+  const int64_t whole = src.rows / panel * panel;
+  for (int64_t line = 0; line < whole; line += panel) {
+    for (int64_t j = 0; j < panel; j += lanes) {
+      for (int64_t p = line; p < line + panel; p += lanes) {
+        Vector<A> square[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          square[i] =
+              j + i < src.cols ? widen(src.data + p + (j + i) * src.col_stride) : Vector<A>{};
+        }
+        transpose<A>(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) write(dst + (p + i) * panel + j, square[i]);
+      }
     }
-    for (int64_t p = 0; p < depth; ++p) {
-      for (int64_t j = 0; j < src.cols; ++j) dst[(p0 + p) * panel + j] = rows[j][p];
-      for (int64_t j = src.cols; j < panel; ++j) dst[(p0 + p) * panel + j] = 0;
-    }
+  }
+  for (int64_t p = whole; p < src.rows; ++p) {
+    load_row(src.data + p, src.col_stride, src.cols, dst + p * panel);
+    for (int64_t j = src.cols; j < panel; ++j) dst[p * panel + j] = 0;
   }
 }
 
 template <typename T>
 void pack(View<const T> src, Acc<T>* dst) {
   constexpr int64_t panel = kPanel<Acc<T>>;
-  for (int64_t j = 0; j < src.cols; j += panel, dst += src.rows * panel) {
-    const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
-    const View<const T> strip = src.block(0, j, src.rows, cols);
-    if (strip.col_stride != 1 && strip.row_stride == 1) {
-      pack_transposed(strip, dst);
-      continue;
+  const int64_t panel_size = src.rows * panel;
+  if (src.col_stride != 1 && src.row_stride == 1) {
+    for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
+      const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
+      pack_transposed(src.block(0, j, src.rows, cols), dst);
     }
-    for (int64_t p = 0; p < strip.rows; ++p) {
-      Acc<T>* to = dst + p * panel;
-      load_row(strip.data + p * strip.row_stride, strip.col_stride, cols, to);
-      for (int64_t pad = cols; pad < panel; ++pad) to[pad] = 0;
+    return;
+  }
+  // Row by row, so that the rows are read from end to end.
+  for (int64_t p = 0; p < src.rows; ++p) {
+    const T* row = src.data + p * src.row_stride;
+    Acc<T>* to = dst + p * panel;
+    int64_t j = 0;
+    for (; j + panel <= src.cols; j += panel, to += panel_size) {
+      load_row(row + j * src.col_stride, src.col_stride, panel, to);
+    }
+    if (j < src.cols) {
+      load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
+      for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
     }
   }
 }
@@ -103,79 +124,86 @@ void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, View<T> d
 
 // ---- multiply ----
 
-// c (kRows, one panel) = or += a (kRows, depth) @ b (depth, one panel), c in registers throughout.
+// c (kRows, one panel) = a (kRows, depth) @ b (depth, one panel) + addend, the sums in registers.
 template <int kRows, typename A>
-inline void multiply_tile(const A* a, int64_t row_stride, int64_t col_stride, const A* b,
-                          int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
+inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                          Addend<A> addend) {
   using V = Vector<A>;
   V acc[kRows][kVectors] = {};
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int64_t p = 0; p < a.cols; ++p) {
     V row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = read<V>(b + p * ldb + v * kLanes<A>);
-    const A* column = a + p * col_stride;
+    const A* column = a.data + p * a.col_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] += column[i * row_stride] * row[v];
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += column[i * a.row_stride] * row[v];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      A* to = c + i * ldc + v * kLanes<A>;
-      // c comes in last: sums of kDepth terms that are then summed round a third as much as one sum
-      // (largest error of h at K = 1100 in float: 2.1e-6 for 5.9e-6).
-      write(to, add ? read<V>(to) + acc[i][v] : acc[i][v]);
+      // The addend comes in last: sums of kDepth terms that are then summed round a third as much
+      // as one sum (largest error of h at K = 1100 in float, kDepth = 256: 2.1e-6 for 5.9e-6).
+      const int64_t at = v * kLanes<A>;
+      V sum = acc[i][v];
+      if (addend.data != nullptr) sum += read<V>(addend.data + i * addend.row_stride + at);
+      write(c + i * ldc + at, sum);
     }
   }
 }
 
-// The same for the last rows of a block: `rows` <= kRows.
+// The same for the last rows of a block: a.rows <= kRows.
 template <int kRows, typename A>
-inline void multiply_rows(int64_t rows, const A* a, int64_t row_stride, int64_t col_stride,
-                          const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
-  if (rows == kRows) {
-    multiply_tile<kRows>(a, row_stride, col_stride, b, ldb, depth, c, ldc, add);
+inline void multiply_rows(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                          Addend<A> addend) {
+  if (a.rows == kRows) {
+    multiply_tile<kRows>(a, b, ldb, c, ldc, addend);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(rows, a, row_stride, col_stride, b, ldb, depth, c, ldc, add);
+    multiply_rows<kRows - 1>(a, b, ldb, c, ldc, addend);
   }
 }
 
 // And for the last columns: through a tile of whole width, since c's neighbours are not ours.
 template <typename A>
-void multiply_edge(int64_t rows, int64_t cols, const A* a, int64_t row_stride, int64_t col_stride,
-                   const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc, bool add) {
+void multiply_edge(View<const A> a, const A* b, int64_t ldb, int64_t cols, A* c, int64_t ldc,
+                   Addend<A> addend) {
   A tile[kTileRows * kPanel<A>];
-  multiply_rows<kTileRows>(rows, a, row_stride, col_stride, b, ldb, depth, tile, kPanel<A>, false);
-  for (int64_t i = 0; i < rows; ++i) {
+  multiply_rows<kTileRows>(a, b, ldb, tile, kPanel<A>, Addend<A>{});
+  for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
-      A& to = c[i * ldc + j];
-      to = (add ? to : 0) + tile[i * kPanel<A> + j];
+      const A start = addend.data != nullptr ? addend.data[i * addend.row_stride + j] : 0;
+      c[i * ldc + j] = start + tile[i * kPanel<A> + j];
     }
   }
 }
 
 template <typename A>
-void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, bool add) {
-  // A panel serves the rows of a strip before the next is read. With many steps between two touches
-  // of c that saves reading b again; with few (h @ B) c is most of the traffic, and one tile's
-  // rows, passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
-  const int64_t strip_rows = a.cols < 64 ? kTileRows : 8 * kTileRows;
-  for (int64_t strip = 0; strip < a.rows; strip += strip_rows) {
-    const int64_t end = strip + strip_rows < a.rows ? strip + strip_rows : a.rows;
+void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
+              Addend<A> addend) {
+  // Tiles of even height: 8 rows as 4 and 4, since 2 of the sums in flight of 6 and 2 wait.
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  const auto first_row = [&](int64_t tile) { return a.rows * tile / tiles; };
+  // A panel serves the tiles of a strip before the next is read. With many steps between two
+  // touches of c that saves reading b again; with few (h @ B) c is most of the traffic, and one
+  // tile's rows, passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
+  const int64_t strip_tiles = a.cols < 64 ? 1 : 8;
+  for (int64_t strip = 0; strip < tiles; strip += strip_tiles) {
+    const int64_t end = strip + strip_tiles < tiles ? strip + strip_tiles : tiles;
     for (int64_t j = 0; j < cols; j += kPanel<A>) {
       const A* panel = b.from(0, j).data;
-      for (int64_t i = strip; i < end; i += kTileRows) {
-        const int64_t rows = end - i < kTileRows ? end - i : kTileRows;
-        const A* from = a.data + i * a.row_stride;
+      for (int64_t tile = strip; tile < end; ++tile) {
+        const int64_t i = first_row(tile);
+        const View<const A> rows = a.block(i, 0, first_row(tile + 1) - i, a.cols);
+        A* to = c + i * ldc + j;
+        Addend<A> from = addend;
+        if (from.data != nullptr) from.data += i * from.row_stride + j;
         if (cols - j >= kPanel<A>) {
-          multiply_rows<kTileRows>(rows, from, a.row_stride, a.col_stride, panel, b.row_stride,
-                                   a.cols, c + i * ldc + j, ldc, add);
+          multiply_rows<kTileRows>(rows, panel, b.row_stride, to, ldc, from);
         } else {
-          multiply_edge(rows, cols - j, from, a.row_stride, a.col_stride, panel, b.row_stride,
-                        a.cols, c + i * ldc + j, ldc, add);
+          multiply_edge(rows, panel, b.row_stride, cols - j, to, ldc, from);
         }
       }
     }
@@ -207,12 +235,12 @@ inline void dot_tile(const Acc<T>* left, int64_t left_stride, const T* right, in
   int64_t p = 0;
   for (; p + kLanes<A> <= depth; p += kLanes<A>) {
     Vector<A> row[kRight];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kRight; ++j) row[j] = widen(right + j * right_stride + p);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i) {
       const Vector<A> value = read<Vector<A>>(left + i * left_stride + p);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kRight; ++j) acc[i][j] += value * row[j];
     }
   }
@@ -228,20 +256,28 @@ inline void dot_tile(const Acc<T>* left, int64_t left_stride, const T* right, in
   }
 }
 
-// kRight rows of the right factor against all of the left one's, kLeft at a time.
+// The same for a left factor of up to kLeft rows.
+template <int kLeft, int kRight, typename T>
+inline void dot_tile_of(View<const Acc<T>> left, const T* right, int64_t right_stride, Acc<T>* out,
+                        int64_t ld, bool add) {
+  if (left.rows == kLeft) {
+    dot_tile<kLeft, kRight>(left.data, left.row_stride, right, right_stride, left.cols, out, ld,
+                            add);
+  } else if constexpr (kLeft > 1) {
+    dot_tile_of<kLeft - 1, kRight>(left, right, right_stride, out, ld, add);
+  }
+}
+
+// kRight rows of the right factor against all of the left one's, at most kLeft at a time and
+// evenly: 9 rows as 3, 3 and 3, since a tile of few sums waits for each.
 template <int kLeft, int kRight, typename T>
 inline void dot_rows(View<const Acc<T>> left, const T* right, int64_t right_stride, Acc<T>* out,
                      int64_t ld, bool add) {
-  int64_t i = 0;
-  for (; i + kLeft <= left.rows; i += kLeft) {
-    dot_tile<kLeft, kRight>(left.data + i * left.row_stride, left.row_stride, right, right_stride,
-                            left.cols, out + i * ld, ld, add);
-  }
-  if constexpr (kLeft > 1) {
-    if (i < left.rows) {
-      dot_rows<kLeft / 2, kRight>(left.block(i, 0, left.rows - i, left.cols), right, right_stride,
-                                  out + i * ld, ld, add);
-    }
+  const int64_t tiles = (left.rows + kLeft - 1) / kLeft;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t i = left.rows * tile / tiles, end = left.rows * (tile + 1) / tiles;
+    dot_tile_of<kLeft, kRight>(left.block(i, 0, end - i, left.cols), right, right_stride,
+                               out + i * ld, ld, add);
   }
 }
 
@@ -252,9 +288,16 @@ void dot(View<const Acc<T>> left, View<const T> right, Acc<T>* out, int64_t ld, 
   // the right factor, and take more of its rows at once.
   int64_t j = 0;
   const auto rows = [&] { return right.data + j * right.row_stride; };
-  if (left.rows >= 4) {
+  if (left.rows >= 3) {
     for (; j + 3 <= right.rows; j += 3) {
       dot_rows<4, 3>(left, rows(), right.row_stride, out + j, ld, add);
+    }
+  }
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    // One row waits for memory: 8 streams of it (0.34 ms for 0.38 at 2048 x 2048). 16-bit dtypes
+    // are held up by their conversion, and slower so.
+    for (; left.rows == 1 && j + 8 <= right.rows; j += 8) {
+      dot_rows<1, 8>(left, rows(), right.row_stride, out + j, ld, add);
     }
   }
   for (; j + 4 <= right.rows; j += 4) {

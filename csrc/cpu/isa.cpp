@@ -33,26 +33,16 @@ const Blocks& blocks() {
   return chosen;
 }
 
-int64_t own_product_rows() {
+int64_t rows_of_dots() {
 #if defined(__x86_64__)
-  if (&blocks() == &kAvx2Blocks) return 16;
+  if (&blocks() == &kAvx2Blocks) return 32;
   if (&blocks() == &kAvx512Blocks) return 2;
 #endif
   return 0;
 }
 
 template <>
-bool library_gemm_is_fast<float>() {
-  return true;
-}
-template <>
-bool library_gemm_is_fast<double>() {
-  return true;
-}
-// From AVX-512 on PyTorch hands bfloat16 to oneDNN, and where the CPU has it float16 too. Asked of
-// the chosen blocks, so that a test that caps them meets our own product.
-template <>
-bool library_gemm_is_fast<BFloat16>() {
+bool library_product_is_faster<float>() {
 #if defined(__x86_64__)
   return &blocks() != &kAvx2Blocks;
 #else
@@ -60,7 +50,17 @@ bool library_gemm_is_fast<BFloat16>() {
 #endif
 }
 template <>
-bool library_gemm_is_fast<Float16>() {
+bool library_product_is_faster<double>() {
+  return true;
+}
+// From AVX-512 on PyTorch hands bfloat16 to oneDNN, and where the CPU has it float16 too. Asked of
+// the chosen blocks, so that a test that caps them meets our own product.
+template <>
+bool library_product_is_faster<BFloat16>() {
+  return library_product_is_faster<float>();
+}
+template <>
+bool library_product_is_faster<Float16>() {
 #if defined(__x86_64__)
   return &blocks() == &kBaselineBlocks ||
          (&blocks() == &kAvx512Blocks && __builtin_cpu_supports("avx512fp16"));

@@ -9,17 +9,18 @@ namespace lora_ext::cpu {
 // so that a test can run the narrower ones.
 const Blocks& blocks();
 
-// Whether PyTorch's GEMM for a dtype runs at the CPU's own rate. For a 16-bit dtype that the
-// hardware lacks its fallback reaches 10 of 95 GFLOP/s at x @ weight.T and 1 at dy @ weight (Zen 3
-// core, torch 2.13), and our own product, which widens to float on the way in, is the faster one.
+// Whether PyTorch's GEMM beats our own product by strips (products.h) at x @ weight.T and dy @
+// weight. On a Zen 3 core, torch 2.13, whose FMA units give 102 GFLOP/s: float 92 to 95 for its
+// GEMM alone and 93 to 97 for our product alone (weight packed), and ours takes the low-rank part
+// along. Of a 16-bit dtype that the hardware lacks its fallback reaches 10 at x @ weight.T and 1 at
+// dy @ weight. Double is level. With AVX-512 ours has never been timed.
 template <typename T>
-bool library_gemm_is_fast();
+bool library_product_is_faster();
 
-// Up to how many rows of x or dy our products, which read the weight where it lies, beat the
-// library's. On a Zen 3 core, float (torch 2.13): x @ weight.T by dot products 78 us for 145 with 4
-// rows of 768 x 768, 275 for 297 with 16, 2112 for 2881 with 16 of 2048 x 2048; dy @ weight 267 us
-// for 285, 2249 for 2343. With 32 rows neither gains. Not measured with AVX-512, where only what
+// Up to how many rows x @ weight.T is best made of dot products with the weight as it lies,
+// unpacked. On a Zen 3 core, float: 0.575 ms for 0.585 by strips with 32 rows of 768 x 768, 4.3
+// for 5.3 of 2048 x 2048; with 48 rows the strips win. Not timed with AVX-512, where only what
 // streams the weight once is taken.
-int64_t own_product_rows();
+int64_t rows_of_dots();
 
 }  // namespace lora_ext::cpu

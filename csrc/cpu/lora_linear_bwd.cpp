@@ -9,8 +9,7 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-// Columns that one thread has of a product summed over all rows (dA, dB): whole cache lines
-// of both dtypes, and narrow enough that the threads share them evenly.
+// Columns that one thread has at a time of a product summed over all rows (dA, dB).
 constexpr int64_t kColumnBlock = 128;
 
 // Up to this many rows, t and the low-rank part of dx are dot products with the rows of B and A as
@@ -22,16 +21,13 @@ template <typename T, typename TOut>
 void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
                         double scale, View<TOut> out) {
   using Sum = Acc<T>;
-  const int64_t blocks_of_cols = (right.cols + kColumnBlock - 1) / kColumnBlock;
-  torch::stable::parallel_for(0, blocks_of_cols, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<Sum> sum(R * kColumnBlock);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t col = block * kColumnBlock, cols = std::min(kColumnBlock, right.cols - col);
-      skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
-                                   kColumnBlock);
-      cpu::blocks().storage<TOut>().store(sum.get(), kColumnBlock, Sum(scale), nullptr,
-                                          out.block(0, col, R, cols));
-    }
+  const int64_t part = even_part(right.cols, kColumnBlock, 32, kPanel<float>);
+  for_each_part(right.cols, part, [&](int64_t col, int64_t cols) {
+    const Scratch<Sum> sum(R * cols);
+    skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
+                                 cols);
+    cpu::blocks().storage<TOut>().store(sum.get(), cols, Sum(scale), nullptr,
+                                        out.block(0, col, R, cols));
   });
 }
 
@@ -71,7 +67,7 @@ class Backward {
       const RightFactor<Sum> right(dy_view_, R);
       const View<const Sum> left_t = {left.get(), R, M, 1, ld_};
       blocks().products<Sum>().multiply(left_t, right.from(0, 0), N,
-                                        static_cast<Sum*>(out.data_ptr()), N, false);
+                                        static_cast<Sum*>(out.data_ptr()), N, {});
       return;
     }
     adapter_gradient<T>(left.get(), ld_, R, dy_view_, alpha_, out, false);
@@ -83,7 +79,8 @@ class Backward {
   }
 
   void dweight(const Tensor& x, const Tensor& out) const {
-    if (library_gemm_is_fast<T>()) {
+    // Ours reads dy down its columns: 14.9 ms for 12.1 at 960 x 768 x 768 in float.
+    if (sizeof(T) > 2 || library_product_is_faster<T>()) {
       mm_out(transposed(dy_), x, out);
       return;
     }
@@ -110,18 +107,19 @@ class Backward {
       const auto x_t = matrix<const Sum>(x).transposed();
       const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
       blocks().products<Sum>().multiply(x_t, right.from(0, 0), R, static_cast<Sum*>(out.data_ptr()),
-                                        R, false);
+                                        R, {});
       return;
     }
     adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);
   }
 
   void dx(const Scratch<Sum>& alpha_t, const Tensor& weight, const Tensor& A,
-          const Tensor& out) const {
+          const std::optional<Tensor>& packed, const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    const bool few = M > kMaxRowsOfDot && M <= own_product_rows();
-    const bool ours = few || !library_gemm_is_fast<T>();
+    const bool ours =
+        (sizeof(T) == 2 || M > kMaxRowsOfDot) &&
+        (packed.has_value() || M <= rows_of_dots() || !library_product_is_faster<T>());
     if (!ours) mm_out(dy_, weight, out);
     with_adapter<T>(A, [&](auto view) {
       if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
@@ -133,7 +131,7 @@ class Backward {
       }
       const RightFactor<Sum> right(view.transposed(), M);
       if (ours) {
-        product_with_weight(alpha_t, weight, right, out_view);
+        product_with_weight(alpha_t, weight, packed, right, out_view);
         return;
       }
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
@@ -173,13 +171,14 @@ class Backward {
   }
 
   void product_with_weight(const Scratch<Sum>& alpha_t, const Tensor& weight,
-                           const RightFactor<Sum>& A_t, View<T> out) const {
+                           const std::optional<Tensor>& packed, const RightFactor<Sum>& A_t,
+                           View<T> out) const {
     const auto [M, K, N, R] = shape_;
     const View<const T> weight_view = matrix<const T>(weight);
     for_each_strip(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
       product_strip<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
-                       out.block(row, col, rows, cols), &low);
+                       out.block(row, col, rows, cols), &low, panels_of<Sum>(packed, N, col));
     });
   }
 
@@ -195,11 +194,19 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-    const Tensor& h, double alpha, const std::vector<bool>& asked) {
+    const Tensor& h, double alpha, const std::vector<bool>& needs) {
+  return lora_linear_bwd_packed_cpu(dy, x, weight, A, B, h, alpha, needs, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_packed_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& asked,
+    const std::optional<Tensor>& packed) {
   const Needs needs = {asked.at(0), asked.at(1), asked.at(2), asked.at(3), asked.at(4)};
   const Shape shape = check_backward(dy, x, weight, A, B, h, needs);
   const cpu::NoGradGuard no_grad;
   const auto [M, K, N, R] = shape;
+  if (packed.has_value() && needs.dx) cpu::check_packed(*packed, weight, N, K);
   const auto result = [](bool need, const Tensor& like, std::initializer_list<int64_t> sizes) {
     return need ? cpu::empty(like, sizes) : cpu::empty(like, {0});
   };
@@ -214,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     if (!needs.dx && !needs.dA) return;
     const auto alpha_t = backward.alpha_t(B);
     if (needs.dA) backward.dA(alpha_t, x, dA);
-    if (needs.dx) backward.dx(alpha_t, weight, A, dx);
+    if (needs.dx) backward.dx(alpha_t, weight, A, packed, dx);
   });
   return {dx, dweight, dbias, dA, dB};
 }

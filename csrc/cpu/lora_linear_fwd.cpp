@@ -20,19 +20,26 @@ class Forward {
 
  public:
   Forward(const Shape& shape, const Tensor& x, const Tensor& weight,
-          const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B, double alpha)
+          const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B, double alpha,
+          const std::optional<Tensor>& packed)
       : shape_(shape),
         x_(matrix<const T>(x)),
         weight_(matrix<const T>(weight)),
         A_(with_adapter<T>(A, [&](auto view) { return RightFactor<Sum>(view, shape.M); })),
         B_(with_adapter<T>(B, [&](auto view) { return RightFactor<Sum>(view, shape.M); })),
         alpha_(alpha),
+        packed_(packed),
         ld_(round_up_to_panel<Sum>(shape.R)),
         alpha_h_(shape.M * ld_) {
     if (bias.has_value()) dense_bias_.emplace(torch::stable::contiguous(*bias));
   }
 
-  bool suits_dots() const { return shape_.M <= own_product_rows() && has_dense_rows(weight_); }
+  bool suits_dots() const {
+    // Up to 16 rows dot products keep pace with a packed weight, and up to 4 they are faster.
+    const int64_t most = packed_.has_value() ? 16 : rows_of_dots();
+    // Each dot product ends in a sum over lanes, about what packing 20 elements costs.
+    return shape_.M <= most && shape_.K >= 20 * shape_.M && has_dense_rows(weight_);
+  }
 
   void by_dots(View<T> y, View<T> h) const {
     constexpr int64_t kCols = 256;
@@ -48,7 +55,7 @@ class Forward {
         const LowRank<Sum> low = low_rank(0, col);
         blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
         blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
-                                          kCols, true);
+                                          kCols, {sum.get(), kCols});
         blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col), y.block(0, col, M, cols));
       }
     });
@@ -68,7 +75,8 @@ class Forward {
     for_each_strip(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = low_rank(row, col);
       product_strip<T>(x_.block(row, 0, rows, K), weight_.transposed().block(0, col, K, cols),
-                       bias(col), y.block(row, col, rows, cols), &low);
+                       bias(col), y.block(row, col, rows, cols), &low,
+                       panels_of<Sum>(packed_, K, col));
     });
   }
 
@@ -94,6 +102,7 @@ class Forward {
   const View<const T> x_, weight_;
   const RightFactor<Sum> A_, B_;
   const double alpha_;
+  const std::optional<Tensor> packed_;
   const int64_t ld_;  // of alpha_h_: R rounded up to a panel
   const Scratch<Sum> alpha_h_;
   std::optional<Tensor> dense_bias_;
@@ -105,17 +114,26 @@ class Forward {
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
                                                const std::optional<Tensor>& bias, const Tensor& A,
                                                const Tensor& B, double alpha) {
+  return lora_linear_fwd_packed_cpu(x, weight, bias, A, B, alpha, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_packed_cpu(const Tensor& x, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias,
+                                                      const Tensor& A, const Tensor& B,
+                                                      double alpha,
+                                                      const std::optional<Tensor>& packed) {
   const Shape shape = check_forward(x, weight, bias, A, B);
+  if (packed.has_value()) cpu::check_packed(*packed, weight, shape.K, shape.N);
   const cpu::NoGradGuard no_grad;
   const Tensor y = cpu::empty(x, {shape.M, shape.N});
   const Tensor h = cpu::empty(x, {shape.M, shape.R});
   cpu::with_storage_type(x.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
-    const cpu::Forward<T> forward(shape, x, weight, bias, A, B, alpha);
+    const cpu::Forward<T> forward(shape, x, weight, bias, A, B, alpha, packed);
     const cpu::View<T> y_view = cpu::matrix<T>(y), h_view = cpu::matrix<T>(h);
     if (forward.suits_dots()) {
       forward.by_dots(y_view, h_view);
-    } else if (cpu::library_gemm_is_fast<T>()) {
+    } else if (!packed.has_value() && cpu::library_product_is_faster<T>()) {
       cpu::linear_out(x, weight, bias, y);
       forward.onto_base(y_view, h_view);
     } else {

@@ -14,12 +14,11 @@
 
 namespace lora_ext::cpu {
 
-// How much of the summed dimension is worked on at a time: one panel of it (16 KB) stays in a 32 KB
+// How much of the summed dimension is worked on at a time: one panel of it (24 KB) stays in a 32 KB
 // first-level cache while the rows of the left factor pass.
-inline constexpr int64_t kDepth = 256;
-// A large product goes by strips of columns, packed whole, and in each by tiles of rows. A tile's
-// sum (192 x 256 floats, 192 KB) and the panels of one kDepth (256 KB) share a 512 KB second-level
-// cache.
+inline constexpr int64_t kDepth = 384;
+// A large product goes by strips of columns and in each by tiles of rows. A tile's sums (192 x 256
+// floats, 192 KB) stay in a 512 KB second-level cache.
 inline constexpr int64_t kStripCols = 256;
 inline constexpr int64_t kStripRows = 192;
 
@@ -47,20 +46,27 @@ class Scratch {
 
 // Up to so many rows a factor is used too few times to pay for packing it, and what can be read
 // where it lies is.
-inline constexpr int64_t kFewRows = 16;
+inline constexpr int64_t kFewRows = 32;
+
+// A matrix as panels where it lies, if it can be read so and that is worth it for a left factor of
+// `uses` rows; else none.
+template <typename A, typename T>
+Panels<const A> panels_where_it_lies(View<const T> matrix, int64_t uses) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (uses <= kFewRows && matrix.col_stride == 1 && matrix.cols % kPanel<A> == 0) {
+      return {matrix.data, matrix.row_stride, kPanel<A>};
+    }
+  }
+  return {};
+}
 
 // A right-hand factor in panels, for a left factor of `uses` rows.
 template <typename A>
 class RightFactor {
  public:
   template <typename T>
-  RightFactor(View<const T> matrix, int64_t uses) {
-    if constexpr (std::is_same_v<T, A>) {
-      if (uses <= kFewRows && matrix.col_stride == 1 && matrix.cols % kPanel<A> == 0) {
-        panels_ = {matrix.data, matrix.row_stride, kPanel<A>};
-        return;
-      }
-    }
+  RightFactor(View<const T> matrix, int64_t uses) : panels_(panels_where_it_lies<A>(matrix, uses)) {
+    if (panels_.data != nullptr) return;
     memory_ = Scratch<A>(matrix.rows * round_up_to_panel<A>(matrix.cols));
     blocks().storage<T>().pack(matrix, memory_.get());
     panels_ = Panels<const A>::packed(memory_.get(), matrix.rows);
@@ -70,6 +76,43 @@ class RightFactor {
  private:
   Scratch<A> memory_{0};
   Panels<const A> panels_;
+};
+
+// The right-hand factor of a large product: in `panels` already (see pack_weight), or read where it
+// lies, or packed by blocks of kDepth rows when the first tile of the left factor asks for them, so
+// that it finds them in cache; the tiles after it find them packed.
+template <typename T>
+class BlockedFactor {
+  using A = Acc<T>;
+
+ public:
+  BlockedFactor(View<const T> matrix, int64_t uses, Panels<const A> panels)
+      : matrix_(matrix),
+        width_(round_up_to_panel<A>(matrix.cols)),
+        ready_(panels.data != nullptr ? panels : panels_where_it_lies<A>(matrix, uses)),
+        keeps_blocks_(uses > kStripRows),
+        memory_(ready_.data != nullptr
+                    ? 0
+                    : width_ * (keeps_blocks_ ? matrix.rows : std::min(kDepth, matrix.rows))) {}
+
+  // Rows k to k + depth, k a multiple of kDepth; until the next call.
+  Panels<const A> block(int64_t k, int64_t depth) {
+    if (ready_.data != nullptr) return ready_.from(k, 0);
+    A* packed = memory_.get() + (keeps_blocks_ ? k * width_ : 0);
+    if (k >= rows_packed_) {
+      blocks().storage<T>().pack(matrix_.block(k, 0, depth, matrix_.cols), packed);
+    }
+    if (keeps_blocks_) rows_packed_ = std::max(rows_packed_, k + depth);
+    return Panels<const A>::packed(packed, depth);
+  }
+
+ private:
+  const View<const T> matrix_;
+  const int64_t width_;
+  const Panels<const A> ready_;
+  const bool keeps_blocks_;
+  const Scratch<A> memory_;
+  int64_t rows_packed_ = 0;
 };
 
 // A left-hand factor as values of A: the matrix itself where it already is that, else a copy made
@@ -86,6 +129,12 @@ View<const Acc<T>> as_left_factor(View<const T> matrix, Acc<T>* scratch) {
   }
 }
 
+// The addend of the part of a product that begins at step `k` of the summed dimension.
+template <typename A>
+Addend<A> sum_so_far(int64_t k, const A* sum, int64_t ld) {
+  return k > 0 ? Addend<A>{sum, ld} : Addend<A>{};
+}
+
 // out (left.rows, R; dense rows of `ld`) = left @ right, for a right factor of few columns that is
 // packed whole: h = x @ A, t = dy @ B.T.
 template <typename T>
@@ -97,7 +146,7 @@ void skinny_product(View<const T> left, const RightFactor<Acc<T>>& right, int64_
   for (int64_t k = 0; k < left.cols; k += kDepth) {
     const int64_t depth = std::min(kDepth, left.cols - k);
     const auto block = as_left_factor<T>(left.block(0, k, left.rows, depth), scratch.get());
-    blocks().products<A>().multiply(block, right.from(k, 0), R, out, ld, k > 0);
+    blocks().products<A>().multiply(block, right.from(k, 0), R, out, ld, sum_so_far(k, out, ld));
   }
 }
 
@@ -111,32 +160,40 @@ struct LowRank {
 };
 
 // out = left @ right + low.left @ low.right + bias, for a strip of columns that one thread has;
-// `low` and `bias` may be null.
+// `low` and `bias` may be null, `panels` are right's where it is packed already. `out` has dense
+// rows.
 template <typename T>
 void product_strip(View<const T> left, View<const T> right, const T* bias, View<T> out,
-                   const LowRank<Acc<T>>* low) {
+                   const LowRank<Acc<T>>* low, Panels<const Acc<T>> panels = {}) {
   using A = Acc<T>;
-  const int64_t cols = out.cols, wide = round_up_to_panel<A>(cols);
+  constexpr bool sums_in_place = std::is_same_v<T, A>;
+  const int64_t cols = out.cols, tile_rows = std::min(kStripRows, left.rows);
   const MultiplyOps<A>& products = blocks().products<A>();
-  const RightFactor<A> panels(right, left.rows);
-  const int64_t tile_rows = std::min(kStripRows, left.rows);
-  const Scratch<A> sum(tile_rows * wide), copy(tile_rows * std::min(kDepth, left.cols));
+  BlockedFactor<T> factor(right, left.rows, panels);
+  const Scratch<A> copy(tile_rows * std::min(kDepth, left.cols)),
+      tile_sum(sums_in_place ? 0 : tile_rows * cols), wide_bias(cols);
+  if (bias != nullptr) blocks().storage<T>().load({bias, 1, cols, cols, 1}, wide_bias.get(), cols);
   for (int64_t row = 0; row < left.rows; row += kStripRows) {
     const int64_t rows = std::min(kStripRows, left.rows - row);
-    bool add = false;
+    const View<T> to = out.block(row, 0, rows, cols);
+    A* sum = tile_sum.get();
+    int64_t ld = cols;
+    if constexpr (sums_in_place) sum = to.data, ld = to.row_stride;
+    Addend<A> addend;
+    if (bias != nullptr) addend = {wide_bias.get(), 0};
     for (int64_t k = 0; k < left.cols; k += kDepth) {
       const int64_t depth = std::min(kDepth, left.cols - k);
-      const auto block = as_left_factor<T>(left.block(row, k, rows, depth), copy.get());
-      products.multiply(block, panels.from(k, 0), cols, sum.get(), wide, add);
-      add = true;
+      const auto tile = as_left_factor<T>(left.block(row, k, rows, depth), copy.get());
+      products.multiply(tile, factor.block(k, depth), cols, sum, ld, addend);
+      addend = {sum, ld};
     }
     if (low != nullptr) {
       const View<const A> block = {low->left + row * low->ld, rows, low->rank, low->ld, 1};
-      products.multiply(block, low->right, cols, sum.get(), wide, add);
-      add = true;
+      products.multiply(block, low->right, cols, sum, ld, addend);
+    } else if (left.cols == 0) {
+      for (int64_t i = 0; i < rows; ++i) std::fill_n(sum + i * ld, cols, A(0));
     }
-    if (!add) std::fill_n(sum.get(), rows * wide, A(0));
-    blocks().storage<T>().store(sum.get(), wide, A(1), bias, out.block(row, 0, rows, cols));
+    if constexpr (!sums_in_place) blocks().storage<T>().store(sum, ld, A(1), nullptr, to);
   }
 }
 
@@ -155,7 +212,7 @@ void skinny_transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<c
     blocks().storage<T>().pack(right.block(m, 0, depth, right.cols), panels.get());
     blocks().products<A>().multiply({left + m * ld, R, depth, 1, ld},
                                     Panels<const A>::packed(panels.get(), depth), right.cols, out,
-                                    out_ld, m > 0);
+                                    out_ld, sum_so_far(m, out, out_ld));
   }
 }
 
@@ -181,7 +238,7 @@ template <typename T>
 void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
   update<T>(y, [&](Acc<T>* values, int64_t ld) {
     const View<const Acc<T>> left = {low.left, y.rows, low.rank, low.ld, 1};
-    blocks().products<Acc<T>>().multiply(left, low.right, y.cols, values, ld, true);
+    blocks().products<Acc<T>>().multiply(left, low.right, y.cols, values, ld, {values, ld});
   });
 }
 

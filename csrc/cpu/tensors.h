@@ -27,17 +27,21 @@ View<T> matrix(const Tensor& tensor) {
 
 // Uninitialised, on the CPU. Not by new_empty: going through the dispatcher, with boxed arguments,
 // costs a microsecond a tensor.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
   std::array<int64_t, 2> strides{};
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(dtype, sizes);
 }
 
 // PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no
@@ -63,6 +67,16 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const std::optiona
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), weight_t.get(), 1, 1));
 }
+
+// The panels of a weight that pack_weight laid out, from column `col` on; none without one.
+template <typename A>
+Panels<const A> panels_of(const std::optional<Tensor>& packed, int64_t depth, int64_t col) {
+  if (!packed.has_value()) return {};
+  return Panels<const A>::packed(static_cast<const A*>(packed->data_ptr()), depth).from(0, col);
+}
+
+// Throw unless `packed` is what pack_weight makes of the weight, as a factor (depth, cols).
+void check_packed(const Tensor& packed, const Tensor& weight, int64_t depth, int64_t cols);
 
 class NoGradGuard {
  public:
@@ -104,35 +118,47 @@ void with_storage_type(ScalarType dtype, const F& f) {
   }
 }
 
-// Split (rows, cols) into strips of columns, and those into parts of rows where the strips alone do
-// not come out even among the threads. body(row, n_rows, col, n_cols).
+// The size of the parts that `size` is split into: at most `most`, a multiple of `multiple`, and as
+// many for each thread unless they would fall below `least`.
+inline int64_t even_part(int64_t size, int64_t most, int64_t least, int64_t multiple) {
+  const auto up = [](int64_t value, int64_t by) { return (value + by - 1) / by; };
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t parts = std::max<int64_t>(up(size, most), 1);
+  if (const int64_t even = up(parts, threads) * threads; size >= even * least) parts = even;
+  return std::max(up(up(size, parts), multiple), int64_t{1}) * multiple;
+}
+
+// body(begin, size) for parts of [0, size), in parallel.
+template <typename F>
+void for_each_part(int64_t size, int64_t part, const F& body) {
+  torch::stable::parallel_for(0, (size + part - 1) / part, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i * part, std::min(part, size - i * part));
+  });
+}
+
+// Split (rows, cols) into strips of columns, and where there are too few of them for the threads
+// into parts of rows as well: each packs the strip anew, which 24 rows are worth.
+// body(row, n_rows, col, n_cols).
 template <typename F>
 void for_each_strip(int64_t rows, int64_t cols, const F& body) {
+  constexpr int64_t kLeastRows = 24;
   if (rows == 0 || cols == 0) return;
-  const auto parts = [](int64_t size, int64_t most) { return (size + most - 1) / most; };
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t across = parts(cols, kStripCols);
+  const int64_t strip = even_part(cols, kStripCols, 64, kPanel<float>);
+  const int64_t across = (cols + strip - 1) / strip;
   int64_t down = 1;
-  while (down * across % threads != 0 && rows / (down + 1) >= kStripRows) ++down;
-  const int64_t part_rows = parts(rows, down);
-  down = parts(rows, part_rows);
-  torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part / across * part_rows, col = part % across * kStripCols;
-      body(row, std::min(part_rows, rows - row), col, std::min(kStripCols, cols - col));
-    }
+  while (down * across % threads != 0 && rows / (down + 1) >= kLeastRows) ++down;
+  const int64_t part = (rows + down - 1) / down;
+  for_each_part(across * down, 1, [&](int64_t index, int64_t) {
+    const int64_t row = index / across * part, col = index % across * strip;
+    if (row < rows) body(row, std::min(part, rows - row), col, std::min(strip, cols - col));
   });
 }
 
 // The same for blocks of rows alone.
 template <typename F>
 void for_each_row_block(int64_t rows, const F& body) {
-  constexpr int64_t kRows = 96;
-  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      body(block * kRows, std::min(kRows, rows - block * kRows));
-    }
-  });
+  for_each_part(rows, even_part(rows, 96, 6, 6), body);
 }
 
 }  // namespace lora_ext::cpu

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -46,6 +47,35 @@ inline V read(const void* from) {
 template <typename V>
 inline void write(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
+}
+
+// ---- a square of vectors, transposed ----
+
+template <size_t... kAt, typename V>
+inline void interleave(V& low, V& high, std::index_sequence<kAt...>) {
+  constexpr size_t lanes = sizeof...(kAt);
+  const V a = low, b = high;
+  low = __builtin_shufflevector(a, b, (kAt / 2 + kAt % 2 * lanes)...);
+  high = __builtin_shufflevector(a, b, (lanes / 2 + kAt / 2 + kAt % 2 * lanes)...);
+}
+
+// rows[i][j] becomes rows[j][i]. Each round interleaves the first half of the rows with the second:
+// the bits of an element's place (row, lane) turn by one, so that log2(lanes) rounds swap the two.
+template <typename A>
+inline void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  constexpr int64_t lanes = kLanes<A>;
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < lanes; round *= 2) {
+    Vector<A> turned[lanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes / 2; ++i) {
+      turned[2 * i] = rows[i];
+      turned[2 * i + 1] = rows[i + lanes / 2];
+      interleave(turned[2 * i], turned[2 * i + 1], std::make_index_sequence<lanes>());
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) rows[i] = turned[i];
+  }
 }
 
 // ---- storage dtypes: a vector of A from memory of T, and back ----

@@ -15,6 +15,8 @@ _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
 _FWD = torch.ops.lora_ext.lora_linear_fwd.default
 _BWD = torch.ops.lora_ext.lora_linear_bwd.default
+_FWD_PACKED = torch.ops.lora_ext.lora_linear_fwd_packed.default
+_BWD_PACKED = torch.ops.lora_ext.lora_linear_bwd_packed.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -56,10 +58,31 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
     raise AssertionError("every condition above has its reason")
 
 
+def pack_weight(weight: Tensor, *, transposed: bool) -> Tensor:
+    """Return weight (or weight.T, for the forward) in the kernels' panels: one dimension, opaque.
+
+    Raises:
+        RuntimeError: the kernels would not use it: PyTorch's own product is the faster one.
+
+    """
+    return torch.ops.lora_ext.pack_weight.default(weight, transposed)
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32."""
+    """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32.
+
+    `packed` is `pack_weight(weight, transposed=True)`.
+    """
+    if packed is not None:
+        return _FWD_PACKED(x, weight, bias, A, B, alpha, packed)
     return _FWD(x, weight, bias, A, B, alpha)
 
 
@@ -72,9 +95,16 @@ def backward(
     h: Tensor,
     alpha: float,
     needs: tuple[bool, bool, bool, bool, bool],
+    packed: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
-    dx, dweight, dbias, dA, dB = _BWD(dy, x, weight, A, B, h, alpha, needs)
+    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask.
+
+    `packed` is `pack_weight(weight, transposed=False)`.
+    """
+    if packed is not None:
+        dx, dweight, dbias, dA, dB = _BWD_PACKED(dy, x, weight, A, B, h, alpha, needs, packed)
+    else:
+        dx, dweight, dbias, dA, dB = _BWD(dy, x, weight, A, B, h, alpha, needs)
     return (
         dx if needs[0] else None,
         dweight if needs[1] else None,

@@ -17,6 +17,7 @@ from torch.nn.modules import module as every_module
 
 from ..checks import HALF
 from ..functional import lora_linear
+from ..report import lines_by_reason
 
 try:
     from peft.tuners.lora import LoraLayer
@@ -45,12 +46,8 @@ class Report:
     def __str__(self) -> str:
         """Counts, and a line for each reason."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
-        for title, reasons in (("in eval only", self.eval_only), ("left", self.left)):
-            for reason in dict.fromkeys(reasons.values()):
-                names = [name for name, its in reasons.items() if its == reason]
-                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                lines.append(f"{title} {len(names)}: {reason} ({shown})")
-        return "\n".join(lines)
+        lines += lines_by_reason("in eval only", self.eval_only)
+        return "\n".join(lines + lines_by_reason("left", self.left))
 
 
 class AcceleratedLinear(PeftLinear):
