@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arguments
+from .cases import flops
 from .grids import Shape
 from .report import FLOOR, OURS, PLAIN, Row, by_shape, ratio
 
@@ -60,6 +61,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> list[str]:
             panels["Memory of one step"] = lambda axes: _memory(axes, training[0])
     for name, cells in by_rows:
         panels[f"Over bare F.linear, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "M")
+        panels[f"Time per row, {name}"] = lambda axes, c=cells: _time_per_row(axes, c)
     for name, cells in by_rank:
         panels[f"By rank, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "R")
     if not panels:
@@ -134,15 +136,38 @@ def _over_linear(axes: Any, cells: Cells, size: str) -> None:
             *zip(*known, strict=True), marker=MARKERS.get(name, "x"), label=name, markersize=4,
             color=COLORS.get(name), linewidth=1.2,
         )  # fmt: skip
+    mode = next(iter(next(iter(cells.values())).values()))["mode"]
+    work = [flops(shape, mode) / flops(shape, mode, lora=False) for shape in cells]
+    at = [getattr(shape, size) for shape in cells]
+    axes.plot(at, work, "--", color=COLORS[FLOOR], linewidth=1, label="FLOPs of the adapted layer")
     axes.axhline(1, color="black", linewidth=1)
+    _sizes_below(axes, cells, size)
+    axes.set_ylabel("time over bare F.linear's")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+
+
+def _time_per_row(axes: Any, cells: Cells) -> None:
+    for name in dict.fromkeys(name for by in cells.values() for name in by):
+        known = {shape.M: by[name]["ms_median"] for shape, by in cells.items() if name in by}
+        us = [ms * 1e3 / M for M, ms in known.items()]
+        axes.plot(
+            list(known), us, marker=MARKERS.get(name, "x"), label=name, markersize=4,
+            color=COLORS.get(name), linewidth=1.2,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    _sizes_below(axes, cells, "M")
+    axes.set_ylabel("microseconds per row of x")
+    axes.legend(fontsize=7)
+
+
+def _sizes_below(axes: Any, cells: Cells, size: str) -> None:
+    """Label the axis of a sweep of `size`."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     shape = next(iter(cells))
     fixed = ", ".join(f"{s}={getattr(shape, s)}" for s in Shape._fields if s != size)
     axes.set_xlabel(f"{'rows M' if size == 'M' else 'rank R'}  ({fixed})")
-    axes.set_ylabel("time over bare F.linear's")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,6 +37,7 @@ def test_a_panel_for_each_kind_of_run(tmp_path, capsys):
         "Speedup over the plain layer",
         "Memory of one step",
         "Over bare F.linear, fp32 forward, 1 thread",
+        "Time per row, fp32 forward, 1 thread",
         "By rank, fp32 forward, 1 thread",
     ]
 
