@@ -1,6 +1,6 @@
 """The operators of `lora_ext`: schema and shape rule here, a kernel per device in the backends.
 
-Both are functional (nothing is written into an argument) and take `x` as a matrix, so that a
+All are functional (nothing is written into an argument) and take `x` as a matrix, so that a
 device file has one shape to serve. M rows, K in, N out, R rank.
 """
 
@@ -8,21 +8,18 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("lora_ext", "DEF")
-_LIBRARY.define(
-    "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha)"
-    " -> (Tensor y, Tensor h)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha)"
+    " -> (Tensor y, Tensor h)"
 )
 # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for comes back with no elements,
 # and an input that only it would read may be a stand-in: a tensor with the dtype and no elements.
-_LIBRARY.define(
-    "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h, float alpha,"
-    " bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h, float alpha,"
+    " bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
 
 
-@torch.library.register_fake("lora_ext::lora_linear_fwd", lib=_LIBRARY)
 def _fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -30,7 +27,6 @@ def _fwd_fake(
     return x.new_empty(M, weight.shape[0]), x.new_empty(M, A.shape[1])
 
 
-@torch.library.register_fake("lora_ext::lora_linear_bwd", lib=_LIBRARY)
 def _bwd_fake(
     dy: Tensor,
     x: Tensor,
@@ -48,3 +44,14 @@ def _bwd_fake(
     return tuple(
         t.new_empty(shape if need else (0,)) for need, (t, shape) in zip(needs, like, strict=True)
     )
+
+
+# An operator takes one kernel a device. For CUDA tensors there are two: Triton's under the first
+# name, and under the second the CUDA C++ ones.
+for _suffix in ("", "_cuda"):
+    for _name, _schema, _fake in (
+        (f"lora_linear_fwd{_suffix}", _FWD, _fwd_fake),
+        (f"lora_linear_bwd{_suffix}", _BWD, _bwd_fake),
+    ):
+        _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"lora_ext::{_name}", _fake, lib=_LIBRARY)

@@ -1,7 +1,12 @@
-"""C++ CPU kernels (csrc/cpu): forward and backward as one operator each."""
+"""C++ kernels, csrc/cpu and csrc/cuda: forward and backward as one operator each.
 
+The CUDA kernels are a library of their own, loaded for the first CUDA tensor.
+"""
+
+import functools
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -10,11 +15,14 @@ from torch.nn import Parameter
 from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
 
 BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
+BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
 _FWD = torch.ops.lora_ext.lora_linear_fwd.default
 _BWD = torch.ops.lora_ext.lora_linear_bwd.default
+_FWD_CUDA = torch.ops.lora_ext.lora_linear_fwd_cuda.default
+_BWD_CUDA = torch.ops.lora_ext.lora_linear_bwd_cuda.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -42,10 +50,10 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
         and x.layout is weight.layout is A.layout is torch.strided
     ):
         return None
-    if _not_loaded is not None:
+    if x.is_cpu and _not_loaded is not None:
         return _not_loaded
-    if not x.is_cpu:
-        return f"runs on cpu tensors, x is on {x.device.type}"
+    if not x.is_cpu and not x.is_cuda:
+        return f"runs on cpu and cuda tensors, x is on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
     for name, tensor in (("x", x), ("weight", weight), ("A", A)):
@@ -53,14 +61,31 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
-    raise AssertionError("every condition above has its reason")
+    return _why_not_on(x.device)
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    """Say why the CUDA kernels can't run on a device; None when they can. Asked once a device."""
+    library = find_spec("lora_ext._cuda")
+    if library is None or library.origin is None:
+        return f"the library lora_ext._cuda is not there; {BUILD_CUDA}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    try:
+        torch.ops.load_library(library.origin)  # registers the kernels
+    except OSError as error:
+        return f"the library lora_ext._cuda does not load ({error}); {BUILD_CUDA}"
+    return None
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32."""
-    return _FWD(x, weight, bias, A, B, alpha)
+    return (_FWD if x.is_cpu else _FWD_CUDA)(x, weight, bias, A, B, alpha)
 
 
 def backward(
@@ -74,7 +99,8 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
-    dx, dweight, dbias, dA, dB = _BWD(dy, x, weight, A, B, h, alpha, needs)
+    run = _BWD if dy.is_cpu else _BWD_CUDA
+    dx, dweight, dbias, dA, dB = run(dy, x, weight, A, B, h, alpha, needs)
     return (
         dx if needs[0] else None,
         dweight if needs[1] else None,
