@@ -12,7 +12,7 @@
 #include <optional>
 
 #include "cpu/products.h"
-#include "tensors.h"
+#include "tensor_utils.h"
 
 namespace lora_ext::cpu {
 

@@ -1,47 +1,29 @@
 // The device that a tensor lies on, and PyTorch's own operators there.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <stdexcept>
-#include <string>
 
 namespace lora_ext::cuda {
 
 using torch::stable::Tensor;
 
 // Makes a tensor's device the current one as long as it lives.
-class Device {
+class [[gnu::visibility("hidden")]] Device {
  public:
   explicit Device(const Tensor& tensor)
       : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {}
 
+  int index() const { return index_; }
   void* stream() const {
     void* stream;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return stream;
   }
-  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // 80 for compute capability 8.0.
-  int capability() const {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-           attribute(cudaDevAttrComputeCapabilityMinor);
-  }
 
  private:
-  int attribute(cudaDeviceAttr name) const {
-    int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, name, index_);
-    if (error != cudaSuccess) {
-      throw std::runtime_error(std::string("asking the device: ") + cudaGetErrorString(error));
-    }
-    return value;
-  }
-
   torch::stable::accelerator::DeviceGuard guard_;
   int index_;
 };

@@ -36,13 +36,13 @@ __device__ void linear_tile(const LinearArguments& a) {
 
 // y (M, N) = x @ weight.T + alpha * h @ B + bias
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) lora_linear_fwd_kernel(LinearArguments a) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_fwd_kernel(LinearArguments a) {
   linear_tile<Tile, kDepthInner, kRowsInner>(a);
 }
 
 // dx (M, K) = dy @ weight + alpha * t @ A.T
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) lora_linear_bwd_dx_kernel(LinearArguments a) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_bwd_dx_kernel(LinearArguments a) {
   linear_tile<Tile, kRowsInner, kDepthInner>(a);
 }
 
@@ -57,7 +57,8 @@ struct ProductArguments {
 // out = scale * left @ right.T for few columns (h, t, dA, dB.T). Part blockIdx.y of the summed
 // dimension writes its own sums, of Tile::Sum, and lora_linear_sum_parts_kernel adds them up.
 template <typename Tile, Order kLeft, Order kRight>
-__global__ void __launch_bounds__(Tile::kThreads) lora_linear_product_kernel(ProductArguments a) {
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    lora_linear_product_kernel(ProductArguments a) {
   const int64_t down = (a.out.rows + Tile::kBlockM - 1) / Tile::kBlockM;
   const int64_t row = blockIdx.x % down * Tile::kBlockM, col = blockIdx.x / down * Tile::kBlockN;
   const int64_t begin = blockIdx.y * a.depth_of_part, end = begin + a.depth_of_part;
@@ -239,6 +240,8 @@ void linear(const Context& context, const Matrix& left, const Matrix& right, con
 }
 
 }  // namespace
+
+Card card(int device) { return {multiprocessors_of(device), capability_of(device)}; }
 
 void forward_h(const Context& context, const Matrix& x, const Matrix& A, const Matrix& h) {
   product<kDepthInner, kRowsInner>(context, x, A.transposed(), 1, h);

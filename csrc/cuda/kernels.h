@@ -29,6 +29,12 @@ struct Bias {
   int64_t stride = 0;
 };
 
+struct Card {
+  int multiprocessors;
+  int capability;  // 80 for compute capability 8.0
+};
+Card card(int device);
+
 // What a call runs on. `allocate` returns GPU memory that outlives the call's kernels.
 struct Context {
   DType dtype;

@@ -6,7 +6,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "lora_linear.h"
-#include "tensors.h"
+#include "tensor_utils.h"
 
 namespace lora_ext {
 namespace cuda {
@@ -34,10 +34,11 @@ DType dtype_of(const Tensor& tensor) {
 // PyTorch's allocator hands only to later work on the same stream.
 class Call {
  public:
-  explicit Call(const Tensor& like) : device_(like), like_(like), dtype_(dtype_of(like)) {}
+  explicit Call(const Tensor& like)
+      : device_(like), card_(card(device_.index())), like_(like), dtype_(dtype_of(like)) {}
 
   Context context() {
-    return {dtype_, device_.stream(), device_.multiprocessors(), [this](int64_t bytes) {
+    return {dtype_, device_.stream(), card_.multiprocessors, [this](int64_t bytes) {
               scratch_.push_back(empty(like_, {bytes}, aoti_torch_dtype_uint8()));
               return scratch_.back().data_ptr();
             }};
@@ -58,12 +59,12 @@ class Call {
   bool base_by_torch(int64_t M) const {
     if (M <= 64) return false;
     if (dtype_ == DType::kFloat || dtype_ == DType::kDouble) return true;
-    const int capability = device_.capability();
-    return capability >= 90 && capability < 120;
+    return card_.capability >= 90 && card_.capability < 120;
   }
 
  private:
   const Device device_;
+  const Card card_;
   const Tensor like_;
   const DType dtype_;
   std::vector<Tensor> scratch_;

@@ -95,6 +95,20 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline int device_attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "asking the device");
+  return value;
+}
+inline int multiprocessors_of(int device) {
+  return device_attribute(cudaDevAttrMultiProcessorCount, device);
+}
+// 80 for compute capability 8.0.
+inline int capability_of(int device) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 // Launch kernel(argument) on a stream of PyTorch's; throws what the launch reports.
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks_x, int64_t blocks_y, int threads,

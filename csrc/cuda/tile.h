@@ -108,6 +108,7 @@ class MatrixTile {
   // sums += left tile @ right tile.T
   template <typename Left, typename Right>
   __device__ void add_product(const T* left, const T* right) {
+#pragma unroll
     for (int k = 0; k < kBlockK; k += 16) {
       uint32_t rows[kWarpM / 16][4], cols[kWarpN / 16][4];
 #pragma unroll
@@ -176,6 +177,7 @@ class ScalarTile {
   template <typename Left, typename Right>
   __device__ void add_product(const T* left, const T* right) {
     T part[4][4] = {};
+#pragma unroll 4
     for (int k = 0; k < kBlockK; ++k) {
       T rows[4], cols[4];
 #pragma unroll

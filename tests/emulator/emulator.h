@@ -47,4 +47,4 @@ extern emulator::Index threadIdx, blockIdx;
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)

@@ -1,11 +1,9 @@
-// What csrc/cuda/device.h declares, for tensors on the CPU and a small card in the emulator.
+// What csrc/cuda/device.h declares, for tensors on the CPU.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <cstdlib>
 
 namespace lora_ext::cuda {
 
@@ -15,11 +13,7 @@ class Device {
  public:
   explicit Device(const Tensor&) {}
   void* stream() const { return nullptr; }
-  int multiprocessors() const { return 4; }  // so that small problems take every way
-  int capability() const {
-    const char* asked = std::getenv("LORA_EXT_EMULATED_CAPABILITY");
-    return asked != nullptr ? std::atoi(asked) : 80;
-  }
+  int index() const { return 0; }
 };
 
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
