@@ -3,7 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
+EMULATOR = $(wildcard tests/emulator/*.* tests/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
 .PHONY: install demo test bench readme-results gpu-check lint dist clean
@@ -38,7 +39,7 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 
 dist: install
 	$(RUN) -m build --no-isolation
