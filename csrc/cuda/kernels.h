@@ -33,7 +33,8 @@ struct Card {
   int multiprocessors;
   int capability;  // 80 for compute capability 8.0
 };
-Card card(int device);
+// Make a device the current one for the launches of this thread.
+Card use_card(int device);
 
 // What a call runs on. `allocate` returns GPU memory that outlives the call's kernels.
 struct Context {

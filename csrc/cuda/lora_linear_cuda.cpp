@@ -35,7 +35,7 @@ DType dtype_of(const Tensor& tensor) {
 class Call {
  public:
   explicit Call(const Tensor& like)
-      : device_(like), card_(card(device_.index())), like_(like), dtype_(dtype_of(like)) {}
+      : device_(like), card_(use_card(device_.index())), like_(like), dtype_(dtype_of(like)) {}
 
   Context context() {
     return {dtype_, device_.stream(), card_.multiprocessors, [this](int64_t bytes) {

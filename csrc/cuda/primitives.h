@@ -95,6 +95,10 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// PyTorch's guard sets the device of its own CUDA runtime; this library's, linked into it, keeps
+// one for itself.
+inline void use_device(int device) { check_cuda(cudaSetDevice(device), "setting the device"); }
+
 inline int device_attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, name, device), "asking the device");

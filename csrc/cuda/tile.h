@@ -53,13 +53,16 @@ struct SharedTile {
       }
     } else {
       const int64_t step = kDepthInner ? from.depth_stride : from.row_stride;
-#pragma unroll 1  // the rare way: small rather than fast
+#pragma unroll 1  // one chunk at a time, but its loads together: each takes 500 cycles or so
       for (int i = threadIdx.x; i < kOuter * kAcross; i += kThreads) {
         const Chunk chunk(from, i, row, k, end);
-#pragma unroll 1
+        T values[kChunk];
+#pragma unroll
         for (int e = 0; e < kChunk; ++e) {
-          tile[chunk.to + e] = element(from, chunk.from + e * step, e < chunk.valid);
+          values[e] = element(from, chunk.from + e * step, e < chunk.valid);
         }
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) tile[chunk.to + e] = values[e];
       }
     }
   }

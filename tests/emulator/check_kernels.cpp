@@ -246,6 +246,7 @@ int main(int count, char** arguments) {
       {130, 136, 132, 16, 1},                              // wide tiles, a row past the first
       {66, 8, 40, 100, 100, Layout::kDense, false, true},  // onto a base; R > K
       {3, 560, 8, 2, 100, Layout::kDense, true},           // h in parts
+      {600, 8, 40, 3, 100},                                // a second group of tiles, cut short
       {1, 1, 1, 1, 100},
       {0, 8, 8, 2, 100},
   };

@@ -113,6 +113,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, u
 }
 
 // A small card, so that small problems take every way; LORA_EXT_EMULATED_CAPABILITY tells which.
+inline void use_device(int) {}
 inline int multiprocessors_of(int) { return 4; }
 inline int capability_of(int) {
   const char* asked = std::getenv("LORA_EXT_EMULATED_CAPABILITY");
