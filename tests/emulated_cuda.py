@@ -1,13 +1,16 @@
 """The CUDA kernels of csrc/cuda for the CPU: built over tests/emulator, and a pytest plugin.
 
 `python -m pytest -p tests.emulated_cuda --backends cpp ...` with LORA_EXT_EMULATED naming the
-library has it in the place of `lora_ext._C`: backend "cpp" then runs the emulated kernels.
+library has it in the place of `lora_ext._C`: backend "cpp" then runs the emulated kernels, and
+variant "cpp-hopper" as on a card of capability 9.0.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,8 +55,8 @@ def build(
                 (changed or {}).get(target, ROOT / "csrc") if source in KERNELS else ROOT / "csrc"
             )
             path = csrc.parent / source if source.startswith("csrc/") else ROOT / source
-            # The checks touch no memory but their own, by few ways, and instrumented take 10 s.
-            own_flags = "-O1" if path.name.startswith("check_") else flags
+            # What has no part in the kernels: instrumented, the checks alone take 10 s.
+            own_flags = flags if source in (*KERNELS, *EMULATION) else "-O1"
             key = path, own_flags
             if key not in objects:
                 objects[key] = f"{len(objects)}-{path.stem}.o"
@@ -68,6 +71,22 @@ def build(
     ran = subprocess.run(["ninja", "-C", str(folder)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return {target: folder / target for target in targets}
+
+
+@contextlib.contextmanager
+def hopper() -> Iterator[None]:
+    os.environ["LORA_EXT_EMULATED_CAPABILITY"] = "90"
+    try:
+        yield
+    finally:
+        del os.environ["LORA_EXT_EMULATED_CAPABILITY"]
+
+
+def pytest_configure() -> None:
+    """Once conftest.py is there, add the variant to what the tests run over."""
+    from .conftest import VARIANTS, Backend
+
+    VARIANTS["cpp"] = [Backend("cpp", "hopper", hopper)]
 
 
 if library := os.environ.get("LORA_EXT_EMULATED"):

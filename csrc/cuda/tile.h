@@ -238,16 +238,16 @@ __device__ void add_product(Tile& sums, const Factor& left, const Factor& right,
     }
     commit_copies();  // an empty group too: waiting counts groups
   };
+  // Loads run ahead, written once: a second place for them costs nvcc 3 s an architecture.
 #pragma unroll 1
-  for (int step = 0; step < kAhead; ++step) load(step);
-#pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = -kAhead; step < steps; ++step) {
     wait_for_copies<kAhead - 1>();
     barrier();  // all see this step's tiles, and are done with the slot that is filled next
     load(step + kAhead);
-    sums.template add_product<Left, Right>(slot(step), slot(step) + Left::kElements);
+    if (step >= 0) {
+      sums.template add_product<Left, Right>(slot(step), slot(step) + Left::kElements);
+    }
   }
-  barrier();  // the next product fills the ring anew
 }
 
 // out = sums + bias, where the tile has a part in it.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 emulator::Index threadIdx, blockIdx;
@@ -210,6 +211,13 @@ void with_warp(void (*operation)(void* const (&)[kLanes]), void* argument) {
   self().operation = operation;
   self().argument = argument;
   pause_as(State::kAtWarp);
+}
+
+bool left_out(const char* file, unsigned line) {
+  static const char* const asked = std::getenv("LORA_EXT_EMULATOR_WITHOUT");
+  if (asked == nullptr) return false;
+  const std::string path(file);
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line) == asked;
 }
 
 void fail(const char* what) {

@@ -37,6 +37,9 @@ void wait_for_copies(int pending);
 constexpr int kLanes = 32;
 void with_warp(void (*operation)(void* const (&lanes)[kLanes]), void* argument);
 
+// Whether LORA_EXT_EMULATOR_WITHOUT names this place, as in "tile.h:12".
+bool left_out(const char* file, unsigned line);
+
 [[noreturn]] void fail(const char* what);
 void check_aligned(const void* address, size_t bytes);
 
