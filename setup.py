@@ -66,11 +66,7 @@ def cuda_extension(nvcc: str) -> Extension:
     result.define_macros.append(("USE_CUDA", None))  # torch's headers then declare its streams
     # Nothing of torch's Python, and no other copy of the runtime.
     result.libraries = ["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt"]
-    listed = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-"], input="", capture_output=True, text=True, check=True
-    )
-    line = next(line for line in listed.stderr.splitlines() if "LIBRARIES=" in line)
-    result.library_dirs += [p for p in re.findall(r'"-L([^"]+)"', line) if Path(p).is_dir()]
+    result.library_dirs.append(runtime_folder(nvcc))
     result.extra_link_args = ["-Wl,--exclude-libs,libcudart_static.a"]
     return result
 
@@ -115,7 +111,18 @@ def find_nvcc() -> tuple[str | None, str]:
             return None, "no nvcc is found; set CUDA_HOME, or pip install nvidia-cuda-nvcc"
     if release(nvcc).split(".")[0] != torch.version.cuda.split(".")[0]:
         return None, f"{nvcc} is of CUDA {release(nvcc)}, torch is built for {torch.version.cuda}"
+    if runtime_folder(nvcc) is None:
+        return None, f"{nvcc} has no libcudart_static.a; pip install nvidia-cuda-runtime"
     return nvcc, ""
+
+
+def runtime_folder(nvcc: str) -> str | None:
+    """Return where the static CUDA runtime lies: as nvcc says, or as its packages have it."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-"]
+    said = subprocess.run(command, input="", capture_output=True, text=True, check=True).stderr
+    line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
+    places = [*re.findall(r'"-L([^"]+)"', line), str(Path(nvcc).parents[1] / "lib")]
+    return next((p for p in places if Path(p, "libcudart_static.a").is_file()), None)
 
 
 def release(nvcc: str) -> str:
@@ -143,6 +150,8 @@ def architectures(nvcc: str) -> tuple[list[int], bool]:
     if not asked:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
         capabilities = [c for c in capabilities if f"sm_{c}" in listed.stdout.split()]
+        if not capabilities:
+            raise SystemExit(f"{nvcc} knows none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
     return capabilities, ptx
 
 
