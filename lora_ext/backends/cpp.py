@@ -67,17 +67,32 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
 @functools.cache
 def _why_not_on(device: torch.device) -> str | None:
     """Say why the CUDA kernels can't run on a device; None when they can. Asked once a device."""
-    library = find_spec("lora_ext._cuda")
-    if library is None or library.origin is None:
-        return f"the library lora_ext._cuda is not there; {BUILD_CUDA}"
+    if (why_not := load_cuda()) is not None:
+        return why_not
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         name = torch.cuda.get_device_name(device)
         return f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the library of CUDA kernels, which registers them; say why it can't be, else None.
+
+    Asks no device.
+    """
+    library = find_spec("lora_ext._cuda")
+    if library is None or library.origin is None:
+        return f"the library lora_ext._cuda is not there; {BUILD_CUDA}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA, lora_ext._cuda is"
     try:
-        torch.ops.load_library(library.origin)  # registers the kernels
+        torch.ops.load_library(library.origin)
     except OSError as error:
-        return f"the library lora_ext._cuda does not load ({error}); {BUILD_CUDA}"
+        return (
+            f"the library lora_ext._cuda does not load ({error.__cause__ or error}); {BUILD_CUDA}"
+        )
     return None
 
 
