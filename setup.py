@@ -5,10 +5,14 @@ a CUDA build and a toolkit of the same major version is there; cpu builds _C alo
 both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute capabilities.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,27 +35,42 @@ def build_arguments() -> dict:
     if choice == "none":
         print("lora_ext: LORA_EXT_BUILD=none, the C++ kernels are not built")
         return {}
-    from torch.utils.cpp_extension import BuildExtension
-
     nvcc, why_not = (None, "LORA_EXT_BUILD=cpu") if choice == "cpu" else find_nvcc()
     if nvcc is None:
         if choice == "cuda":
             raise SystemExit(f"LORA_EXT_BUILD=cuda, but the CUDA kernels can't be built: {why_not}")
         print(f"lora_ext: the CUDA kernels are not built: {why_not}")
-        return {"ext_modules": [cpu_extension("none")], "cmdclass": {"build_ext": BuildExtension}}
+        return {"ext_modules": [cpu_extension("none")], "cmdclass": {"build_ext": builder()}}
     capabilities, ptx = architectures(nvcc)
     names = " ".join(f"{c // 10}.{c % 10}" for c in capabilities) + " and PTX" * ptx
     print(f"lora_ext: building the CUDA kernels by {nvcc} for {names}")
+    extensions = [cpu_extension(f"{release(nvcc)} for {names}"), cuda_extension(nvcc)]
+    kernels = functools.partial(compile_kernels, nvcc, capabilities, ptx)
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": builder(kernels)}}
+
+
+def builder(kernels: Callable[[Path], Path] | None = None) -> type:
+    """Return the command build_ext; kernels(folder) makes the object file of the CUDA kernels."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
 
     class BuildExtensions(BuildExtension):
-        def build_extension(self, ext: Extension) -> None:
-            if ext.name == "lora_ext._cuda":
-                folder = Path(self.build_temp).resolve()
-                ext.extra_objects = [str(compile_kernels(nvcc, capabilities, ptx, folder))]
-            super().build_extension(ext)
+        def finalize_options(self) -> None:
+            # pip would take a new folder each time, and a wheel compile what an install has.
+            if self.build_temp is None:
+                python = sys.implementation.cache_tag
+                self.build_temp = f"build/temp-torch-{torch.__version__}-{python}"
+            super().finalize_options()
 
-    extensions = [cpu_extension(f"{release(nvcc)} for {names}"), cuda_extension(nvcc)]
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtensions}}
+        def build_extension(self, ext: Extension) -> None:
+            # A folder each: both compile lora_linear.cpp, with macros of their own.
+            of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+            if ext.name == "lora_ext._cuda":
+                ext.extra_objects = [str(kernels(Path(self.build_temp).resolve()))]
+            super().build_extension(ext)
+            self.build_temp = of_all
+
+    return BuildExtensions
 
 
 def cpu_extension(cuda: str) -> Extension:
@@ -179,4 +198,6 @@ def compile_kernels(nvcc: str, capabilities: list[int], ptx: bool, folder: Path)
 
 
 if __name__ == "__main__":
+    # pip's ninja lies beside this Python, whether its environment is activated or not.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     setup(**build_arguments())
