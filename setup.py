@@ -1,38 +1,203 @@
-"""Build the extension module lora_ext._C; everything else is in pyproject.toml.
+"""Build the extension modules; everything else is in pyproject.toml.
 
-LORA_EXT_BUILD=auto (default) or cpu builds it, none makes a pure-Python package.
+LORA_EXT_BUILD=auto (default) builds lora_ext._C, the CPU kernels, and lora_ext._cuda where torch is
+a CUDA build and a toolkit of the same major version is there; cpu builds _C alone; cuda demands
+both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute capabilities.
 """
 
+import functools
 import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 # 2.11, the oldest torch whose stable ABI has all that csrc calls: one binary serves it and later.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+CHOICES = ("auto", "cpu", "cuda", "none")
+ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+OLDEST_ARCHITECTURE = 80  # cp.async and the bfloat16 matrix instruction
+# No -march: each kernel file names the instruction set it is compiled for.
+CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -ffp-contract=fast -fno-math-errno".split()
 
 
 def build_arguments() -> dict:
     """Return setup()'s arguments for what LORA_EXT_BUILD asks for."""
     choice = os.environ.get("LORA_EXT_BUILD", "auto")
-    if choice not in ("auto", "cpu", "none"):
-        raise SystemExit(f"LORA_EXT_BUILD must be auto, cpu or none, got {choice!r}")
+    if choice not in CHOICES:
+        raise SystemExit(f"LORA_EXT_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "none":
         print("lora_ext: LORA_EXT_BUILD=none, the C++ kernels are not built")
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    nvcc, why_not = (None, "LORA_EXT_BUILD=cpu") if choice == "cpu" else find_nvcc()
+    if nvcc is None:
+        if choice == "cuda":
+            raise SystemExit(f"LORA_EXT_BUILD=cuda, but the CUDA kernels can't be built: {why_not}")
+        print(f"lora_ext: the CUDA kernels are not built: {why_not}")
+        return {"ext_modules": [cpu_extension("none")], "cmdclass": {"build_ext": builder()}}
+    capabilities, ptx = architectures(nvcc)
+    names = " ".join(f"{c // 10}.{c % 10}" for c in capabilities) + " and PTX" * ptx
+    print(f"lora_ext: building the CUDA kernels by {nvcc} for {names}")
+    extensions = [cpu_extension(f"{release(nvcc)} for {names}"), cuda_extension(nvcc)]
+    kernels = functools.partial(compile_kernels, nvcc, capabilities, ptx)
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": builder(kernels)}}
 
-    extension = CppExtension(
-        "lora_ext._C",
-        sorted(map(str, Path("csrc").glob("*.cpp")))
-        + sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+
+def builder(kernels: Callable[[Path], Path] | None = None) -> type:
+    """Return the command build_ext; kernels(folder) makes the object file of the CUDA kernels."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExtensions(BuildExtension):
+        def finalize_options(self) -> None:
+            # pip would take a new folder each time, and a wheel compile what an install has.
+            if self.build_temp is None:
+                python = sys.implementation.cache_tag
+                self.build_temp = f"build/temp-torch-{torch.__version__}-{python}"
+            super().finalize_options()
+
+        def build_extension(self, ext: Extension) -> None:
+            # A folder each: both compile lora_linear.cpp, with macros of their own.
+            of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+            if ext.name == "lora_ext._cuda":
+                ext.extra_objects = [str(kernels(Path(self.build_temp).resolve()))]
+            super().build_extension(ext)
+            self.build_temp = of_all
+
+    return BuildExtensions
+
+
+def cpu_extension(cuda: str) -> Extension:
+    """Return lora_ext._C, which tells with what CUDA the other one was built."""
+    macros = [("LORA_EXT_BUILT_CUDA", f'"{cuda}"')]
+    return extension("lora_ext._C", [*find("*.cpp"), *find("cpu/*.cpp")], macros)
+
+
+def cuda_extension(nvcc: str) -> Extension:
+    """Return lora_ext._cuda, a library that registers operators; the CUDA runtime is inside it."""
+    result = extension("lora_ext._cuda", ["csrc/lora_linear.cpp", *find("cuda/*.cpp")])
+    result.define_macros.append(("USE_CUDA", None))  # torch's headers then declare its streams
+    # Nothing of torch's Python, and no other copy of the runtime.
+    result.libraries = ["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt"]
+    result.library_dirs.append(runtime_folder(nvcc))
+    result.extra_link_args = ["-Wl,--exclude-libs,libcudart_static.a"]
+    return result
+
+
+def extension(name: str, sources: list[str], macros: list[tuple[str, str]] = ()) -> Extension:
+    """Return an extension on torch's stable ABI."""
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        name,
+        sources,
+        depends=[*find("**/*.h"), *find("cuda/*.cu")],
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        # No -march: each kernel file names the instruction set it is compiled for.
-        extra_compile_args="-O3 -g0 -std=c++20 -Wall -ffp-contract=fast -fno-math-errno".split(),
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), *macros],
+        extra_compile_args=CXX_FLAGS,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-setup(**build_arguments())
+def find(pattern: str) -> list[str]:
+    """Return the files of csrc that match, in a fixed order."""
+    return sorted(map(str, Path("csrc").glob(pattern)))
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """Return (the path of nvcc, "") or (None, why the CUDA kernels can't be built). Asks no GPU."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is not built for CUDA"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is not None:
+        nvcc = shutil.which("nvcc", path=f"{home}/bin")
+        if nvcc is None:
+            return None, f"CUDA_HOME is {home} and has no bin/nvcc"
+    else:
+        package = find_spec("nvidia")  # pip install nvidia-cuda-nvcc
+        places = package.submodule_search_locations if package is not None else []
+        packaged = [str(path) for place in places for path in Path(place).glob("*/bin/nvcc")]
+        nvcc = shutil.which("nvcc") or next(iter(sorted(packaged)), None)
+        nvcc = nvcc or shutil.which("/usr/local/cuda/bin/nvcc")
+        if nvcc is None:
+            return None, "no nvcc is found; set CUDA_HOME, or pip install nvidia-cuda-nvcc"
+    if release(nvcc).split(".")[0] != torch.version.cuda.split(".")[0]:
+        return None, f"{nvcc} is of CUDA {release(nvcc)}, torch is built for {torch.version.cuda}"
+    if runtime_folder(nvcc) is None:
+        return None, f"{nvcc} has no libcudart_static.a; pip install nvidia-cuda-runtime"
+    return nvcc, ""
+
+
+def runtime_folder(nvcc: str) -> str | None:
+    """Return where the static CUDA runtime lies: as nvcc says, or as its packages have it."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-"]
+    said = subprocess.run(command, input="", capture_output=True, text=True, check=True).stderr
+    line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
+    places = [*re.findall(r'"-L([^"]+)"', line), str(Path(nvcc).parents[1] / "lib")]
+    return next((p for p in places if Path(p, "libcudart_static.a").is_file()), None)
+
+
+def release(nvcc: str) -> str:
+    """Return nvcc's CUDA version, such as 13.0."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text)[1]
+
+
+def architectures(nvcc: str) -> tuple[list[int], bool]:
+    """Return the compute capabilities to compile for, 80 for 8.0, and whether to add PTX.
+
+    TORCH_CUDA_ARCH_LIST is taken as it is; the default is cut to what this nvcc knows.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    capabilities, ptx = [], False
+    for name in asked or ARCHITECTURES.split():
+        number = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", name)
+        if number is None or int(number[1] + number[2]) < OLDEST_ARCHITECTURE:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must have compute capabilities from 8.0 on, as in "
+                f"{ARCHITECTURES!r}, got {name!r}"
+            )
+        capabilities.append(int(number[1] + number[2]))
+        ptx |= number[3] is not None
+    if not asked:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        capabilities = [c for c in capabilities if f"sm_{c}" in listed.stdout.split()]
+        if not capabilities:
+            raise SystemExit(f"{nvcc} knows none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
+    return capabilities, ptx
+
+
+def compile_kernels(nvcc: str, capabilities: list[int], ptx: bool, folder: Path) -> Path:
+    """Compile csrc/cuda/kernels.cu and return the object file.
+
+    One PTX serves all: nothing in the kernels is newer than its capability, and to make it once
+    saves 6 s an architecture. With `ptx` it is kept, for cards yet to come.
+    """
+    sources = [Path(p) for p in (*find("cuda/*.cu"), *find("cuda/*.h"), "setup.py")]
+    lowest = min(capabilities)
+    code = [*(f"sm_{c}" for c in capabilities), *[f"compute_{lowest}"] * ptx]
+    name = "-".join(["kernels", *map(str, capabilities), *["ptx"] * ptx])
+    target = folder / f"{name}.o"
+    if target.exists() and all(s.stat().st_mtime < target.stat().st_mtime for s in sources):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [nvcc, "-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC", "--threads", "0"]
+    command += [f"--gpu-architecture=compute_{lowest}", f"--gpu-code={','.join(code)}"]
+    command += ["-Xfatbin", "-compress-all", "-c", "csrc/cuda/kernels.cu", "-o"]
+    print(" ".join(command), target, flush=True)
+    partial = target.with_suffix(".partial.o")  # an interrupted build leaves no object behind
+    subprocess.run([*command, str(partial)], check=True)
+    return partial.rename(target)
+
+
+if __name__ == "__main__":
+    # pip's ninja lies beside this Python, whether its environment is activated or not.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    setup(**build_arguments())

@@ -16,6 +16,7 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
+  info["cuda"] = LORA_EXT_BUILT_CUDA;
   info["cpu_isa"] = lora_ext::cpu::blocks().name;
   return info;
 }
@@ -25,6 +26,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of lora_ext.";
   module.def("build_info", &build_info,
-             "Return the torch version and compiler that this was built with, and the instruction "
-             "set that the CPU kernels use on this machine.");
+             "Return the torch version and compiler that this was built with, the CUDA toolkit "
+             "and architectures of lora_ext._cuda or none, and the instruction set that the CPU "
+             "kernels use on this machine.");
 }

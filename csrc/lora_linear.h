@@ -51,5 +51,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_packed_cpu(
     const std::optional<Tensor>& packed);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight_cpu(const Tensor& weight, bool transposed);
+std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight,
+                                                const std::optional<Tensor>& bias, const Tensor& A,
+                                                const Tensor& B, double alpha);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& needs);
 
 }  // namespace lora_ext

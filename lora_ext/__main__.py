@@ -11,9 +11,13 @@ from importlib.util import find_spec
 import torch
 
 import lora_ext
-from lora_ext.backends import BACKENDS, unsupported_reasons
+from lora_ext.backends import BACKENDS, cpp, unsupported_reasons
 
 _SELF_TEST_SHAPE = (37, 96, 160, 8)  # M, K, N, R: no size a multiple of every block
+# The largest error allowed, of the largest value. Sums of up to 160 products: in float32
+# sqrt(160) roundings of 6e-8, with room for the order; in bfloat16 three roundings of 2e-3, of h
+# or t, of it times alpha and of the result.
+_BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 
 def main() -> int:
@@ -46,10 +50,11 @@ def _found() -> Iterator[tuple[str, str]]:
         "torch",
         f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'for the CPU only'}",
     )
-    yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    yield "gpu", _gpu()
     yield "triton", _version("triton")
     yield "compiler", _compiler()
     yield "extension", _extension()
+    yield "cuda kernels", cpp.load_cuda() or "loaded"
 
 
 def _choices(device: str) -> Iterator[tuple[str, str]]:
@@ -75,27 +80,30 @@ def _self_tests() -> Iterator[tuple[str, str]]:
 
 
 def _compare(name: str, device: str) -> str:
-    """Forward and every gradient in float32 against the reference in float64."""
+    """Forward and every gradient in each dtype against the reference in float64."""
+    errors = {dtype: _error(name, device, dtype) for dtype in _BOUNDS}
+    good = all(errors[dtype] < bound for dtype, bound in _BOUNDS.items())  # false for NaN
+    said = ", ".join(f"{error:.1e} in {str(dtype)[6:]}" for dtype, error in errors.items())
+    verdict = "passed" if good else "failed"
+    return f"{verdict}: y and five gradients, error at most {said}, of the largest value"
+
+
+def _error(name: str, device: str, dtype: torch.dtype) -> float:
     M, K, N, R = _SELF_TEST_SHAPE
     generator = torch.Generator().manual_seed(0)
     sizes = ((M, K), (N, K), (N,), (K, R), (R, N))
-    exact = [
-        (torch.randn(size, generator=generator, dtype=torch.float64) / K**0.5).requires_grad_()
-        for size in sizes
-    ]
-    dy = torch.randn(M, N, generator=generator, dtype=torch.float64)
-    ours = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
+    values = [(torch.randn(size, generator=generator) / K**0.5).to(dtype) for size in sizes]
+    dy = torch.randn(M, N, generator=generator).to(dtype)
+    exact = [t.double().requires_grad_() for t in values]
+    ours = [t.to(device).requires_grad_() for t in values]
     x, weight, bias, A, B = exact
     y_exact = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend="reference")
     x, weight, bias, A, B = ours
     y_ours = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend=name)
-    y_exact.backward(dy)
-    y_ours.backward(dy.to(y_ours))
+    y_exact.backward(dy.double())
+    y_ours.backward(dy.to(device))
     pairs = [(y_exact, y_ours)] + [(e.grad, o.grad) for e, o in zip(exact, ours, strict=True)]
-    error = max(_relative_error(e, o) for e, o in pairs)
-    # Sums of up to 160 products of float32: sqrt(160) roundings of 6e-8, with room for the order.
-    verdict = "passed" if error < 3e-6 else "failed"
-    return f"{verdict}: y and five gradients, largest error {error:.1e} of the largest value"
+    return max(_relative_error(e, o) for e, o in pairs)
 
 
 def _relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:
@@ -111,12 +119,25 @@ def _first_that_runs(device: str) -> str:
     return next(name for name, reason in _reasons(device).items() if reason is None)
 
 
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that PyTorch finds"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
 def _extension() -> str:
-    if BACKENDS["cpp"].unsupported(*[torch.zeros(4, 8)] * 3) is not None:
+    """Say with what lora_ext._C was built, or why it is not there."""
+    if find_spec("lora_ext._C") is None:
         return "not built"
-    info = import_module("lora_ext._C").build_info()
+    try:
+        info = import_module("lora_ext._C").build_info()
+    except ImportError as error:
+        return f"does not load: {error}"
+    cuda = "without CUDA" if info["cuda"] == "none" else f"with CUDA {info['cuda']}"
     return (
-        f"built with torch {info['torch']} by {info['compiler']}; CPU kernels use {info['cpu_isa']}"
+        f"built with torch {info['torch']}, {info['compiler']} and {cuda}; "
+        f"CPU kernels use {info['cpu_isa']}"
     )
 
 

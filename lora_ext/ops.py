@@ -1,6 +1,6 @@
 """The operators of `lora_ext`: schema and shape rule here, a kernel per device in the backends.
 
-Both are functional (nothing is written into an argument) and take `x` as a matrix, so that a
+All are functional (nothing is written into an argument) and take `x` as a matrix, so that a
 device file has one shape to serve. M rows, K in, N out, R rank.
 """
 
@@ -8,37 +8,18 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("lora_ext", "DEF")
-_LIBRARY.define(
-    "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha)"
-    " -> (Tensor y, Tensor h)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha)"
+    " -> (Tensor y, Tensor h)"
 )
 # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for comes back with no elements,
 # and an input that only it would read may be a stand-in: a tensor with the dtype and no elements.
-_LIBRARY.define(
-    "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h, float alpha,"
-    " bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# The same over a weight that pack_weight has laid out (transposed for the forward), on the CPU.
-_LIBRARY.define(
-    "lora_linear_fwd_packed(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha,"
-    " Tensor? packed) -> (Tensor y, Tensor h)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "lora_linear_bwd_packed(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h,"
-    " float alpha, bool[5] needs, Tensor? packed)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "pack_weight(Tensor weight, bool transposed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h, float alpha,"
+    " bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
 
 
-@torch.library.register_fake("lora_ext::lora_linear_fwd", lib=_LIBRARY)
-@torch.library.register_fake("lora_ext::lora_linear_fwd_packed", lib=_LIBRARY)
 def _fwd_fake(
     x: Tensor,
     weight: Tensor,
@@ -52,8 +33,6 @@ def _fwd_fake(
     return x.new_empty(M, weight.shape[0]), x.new_empty(M, A.shape[1])
 
 
-@torch.library.register_fake("lora_ext::lora_linear_bwd", lib=_LIBRARY)
-@torch.library.register_fake("lora_ext::lora_linear_bwd_packed", lib=_LIBRARY)
 def _bwd_fake(
     dy: Tensor,
     x: Tensor,
@@ -74,9 +53,24 @@ def _bwd_fake(
     )
 
 
-@torch.library.register_fake("lora_ext::pack_weight", lib=_LIBRARY)
 def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     depth, cols = reversed(weight.shape) if transposed else weight.shape
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     panel = 64 // dtype.itemsize  # a row of a panel is a cache line
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
+
+
+# An operator takes one kernel a device. For CUDA tensors there are two: Triton's under the first
+# name, and under "_cuda" the CUDA C++ ones. "_packed" reads a weight that pack_weight has laid out
+# (transposed for the forward), on the CPU.
+for _name, _schema, _fake in (
+    ("lora_linear_fwd", _FWD, _fwd_fake),
+    ("lora_linear_bwd", _BWD, _bwd_fake),
+    ("lora_linear_fwd_cuda", _FWD, _fwd_fake),
+    ("lora_linear_bwd_cuda", _BWD, _bwd_fake),
+    ("lora_linear_fwd_packed", _FWD.replace(") ->", ", Tensor? packed) ->"), _fwd_fake),
+    ("lora_linear_bwd_packed", _BWD.replace(") ->", ", Tensor? packed) ->"), _bwd_fake),
+    ("pack_weight", "(Tensor weight, bool transposed) -> Tensor", _pack_fake),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lora_ext::{_name}", _fake, lib=_LIBRARY)

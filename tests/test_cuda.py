@@ -8,17 +8,23 @@ from benchmarks.gate import Gate
 from benchmarks.grids import Shape
 from benchmarks.providers import PROVIDERS, Unavailable
 from lora_ext import lora_linear
-from lora_ext.backends.triton import unsupported
+from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton_kernels import choice
 
-WHY_NOT = "PyTorch finds no CUDA device"
-if torch.cuda.is_available():
-    WHY_NOT = unsupported(*[torch.ones(1, 1, device="cuda")] * 3)
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
+)
 
-WAYS = ["triton", *(f"triton.{name}" for name in choice.FORWARD)]
+KERNELS = ["triton", "cpp"]  # backends with kernels of their own
+WAYS = [*KERNELS, *(f"triton.{name}" for name in choice.FORWARD)]
 SHAPES = [Shape(16, 4096, 4096, 16), Shape(1000, 1024, 2048, 64), Shape(300, 1000, 777, 12)]
 GIB = 2**30
+
+
+def skip_unless_it_runs(name: str, device: str = "cuda") -> None:
+    reason = BACKENDS[name].unsupported(*[torch.ones(1, 1, device=device)] * 3)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def step_of(way: str, shape: Shape, dtype: torch.dtype, mode: str):
@@ -77,9 +83,11 @@ def test_a_warm_call_does_not_wait_for_the_device(way, mode):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("shape", [(2**17 + 5, 64, 2**14, 16), (2**17 + 5, 2**14, 64, 16)], ids=str)
-def test_offsets_past_2_to_the_31_elements(shape):
+def test_offsets_past_2_to_the_31_elements(shape, name):
     """First y and dy, then x and dx, of 2.15e9 elements: the last rows are a small call's."""
+    skip_unless_it_runs(name)
     M, K, N, R = shape
     if torch.cuda.mem_get_info()[0] < 24 * GIB:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -88,7 +96,7 @@ def test_offsets_past_2_to_the_31_elements(shape):
 
     def run(x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
         x = x.requires_grad_()
-        y = lora_linear(x, *rest, backend="triton")
+        y = lora_linear(x, *rest, backend=name)
         y_last = y[-512:].detach().clone()
         return [y_last, *torch.autograd.grad(y, (x, case.A, case.B), dy)]
 
@@ -102,10 +110,12 @@ def test_offsets_past_2_to_the_31_elements(shape):
         torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * want.abs().max().item())
 
 
-def test_the_current_device_need_not_be_the_tensors():
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_current_device_need_not_be_the_tensors(name):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    skip_unless_it_runs(name, "cuda:1")
     case = make_case(SHAPES[1], "cuda:1", torch.bfloat16, "fwd")
     arguments = (case.x, case.weight, case.bias, case.A, case.B, case.alpha)
-    y = lora_linear(*arguments, backend="triton")
+    y = lora_linear(*arguments, backend=name)
     assert y.device == case.x.device and y.isfinite().all()

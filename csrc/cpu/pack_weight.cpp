@@ -36,7 +36,7 @@ void check_packed(const Tensor& packed, const Tensor& weight, int64_t depth, int
 Tensor pack_weight_cpu(const Tensor& weight, bool transposed) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_features, in_features), got ",
                   weight.dim(), " dimensions");
-  const cpu::NoGradGuard no_grad;
+  const NoGradGuard no_grad;
   std::optional<Tensor> result;
   cpu::with_storage_type(weight.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
@@ -46,9 +46,9 @@ Tensor pack_weight_cpu(const Tensor& weight, bool transposed) {
                     torch::headeronly::toString(weight.scalar_type()), " on this CPU");
     const auto view = cpu::matrix<const T>(weight);
     const auto factor = transposed ? view.transposed() : view;
-    result = cpu::empty(
-        std::is_same_v<A, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-        {cpu::packed_size<T>(factor.rows, factor.cols)});
+    result =
+        empty(weight, {cpu::packed_size<T>(factor.rows, factor.cols)},
+              std::is_same_v<A, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
     const auto panels = cpu::Panels<A>::packed(static_cast<A*>(result->data_ptr()), factor.rows);
     constexpr int64_t kCols = 64;  // whole panels
     torch::stable::parallel_for(

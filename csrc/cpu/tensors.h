@@ -8,16 +8,18 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
 #include "cpu/products.h"
+#include "tensor_utils.h"
 
 namespace lora_ext::cpu {
 
+using lora_ext::empty;
+using lora_ext::NoGradGuard;
+using lora_ext::transposed;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
 View<T> matrix(const Tensor& tensor) {
@@ -25,39 +27,10 @@ View<T> matrix(const Tensor& tensor) {
           tensor.stride(1)};
 }
 
-// Uninitialised, on the CPU. Not by new_empty: going through the dispatcher, with boxed arguments,
-// costs a microsecond a tensor.
-inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 2> strides{};
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
-}
-
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(dtype, sizes);
-}
-
 // PyTorch's own operators, called into memory of ours, at their CPU kernels: no autograd, no
 // autocast and no dispatcher, which costs 2 us a call.
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
-}
-
-// A view, whatever grad mode is on.
-inline Tensor transposed(const Tensor& matrix) {
-  const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)},
-      strides{matrix.stride(1), matrix.stride(0)};
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
-  return Tensor(result);
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -77,19 +50,6 @@ Panels<const A> panels_of(const std::optional<Tensor>& packed, int64_t depth, in
 
 // Throw unless `packed` is what pack_weight makes of the weight, as a factor (depth, cols).
 void check_packed(const Tensor& packed, const Tensor& weight, int64_t depth, int64_t cols);
-
-class NoGradGuard {
- public:
-  NoGradGuard() : enabled_(aoti_torch_grad_mode_is_enabled()) {
-    aoti_torch_grad_mode_set_enabled(false);
-  }
-  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(enabled_); }
-  NoGradGuard(const NoGradGuard&) = delete;
-  NoGradGuard& operator=(const NoGradGuard&) = delete;
-
- private:
-  bool enabled_;
-};
 
 // Call f with A or B as a view. Over a half base it may be float.
 template <typename T, typename F>

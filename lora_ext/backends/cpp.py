@@ -1,7 +1,12 @@
-"""C++ CPU kernels (csrc/cpu): forward and backward as one operator each."""
+"""C++ kernels, csrc/cpu and csrc/cuda: forward and backward as one operator each.
 
+The CUDA kernels are a library of their own, loaded for the first CUDA tensor.
+"""
+
+import functools
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -10,6 +15,7 @@ from torch.nn import Parameter
 from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
 
 BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
+BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
@@ -17,6 +23,8 @@ _FWD = torch.ops.lora_ext.lora_linear_fwd.default
 _BWD = torch.ops.lora_ext.lora_linear_bwd.default
 _FWD_PACKED = torch.ops.lora_ext.lora_linear_fwd_packed.default
 _BWD_PACKED = torch.ops.lora_ext.lora_linear_bwd_packed.default
+_FWD_CUDA = torch.ops.lora_ext.lora_linear_fwd_cuda.default
+_BWD_CUDA = torch.ops.lora_ext.lora_linear_bwd_cuda.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -44,10 +52,10 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
         and x.layout is weight.layout is A.layout is torch.strided
     ):
         return None
-    if _not_loaded is not None:
+    if x.is_cpu and _not_loaded is not None:
         return _not_loaded
-    if not x.is_cpu:
-        return f"runs on cpu tensors, x is on {x.device.type}"
+    if not x.is_cpu and not x.is_cuda:
+        return f"runs on cpu and cuda tensors, x is on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
     for name, tensor in (("x", x), ("weight", weight), ("A", A)):
@@ -55,7 +63,39 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
-    raise AssertionError("every condition above has its reason")
+    return _why_not_on(x.device)
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    """Say why the CUDA kernels can't run on a device; None when they can. Asked once a device."""
+    if (why_not := load_cuda()) is not None:
+        return why_not
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the library of CUDA kernels, which registers them; say why it can't be, else None.
+
+    Asks no device.
+    """
+    library = find_spec("lora_ext._cuda")
+    if library is None or library.origin is None:
+        return f"the library lora_ext._cuda is not there; {BUILD_CUDA}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA, lora_ext._cuda is"
+    try:
+        torch.ops.load_library(library.origin)
+    except OSError as error:
+        return (
+            f"the library lora_ext._cuda does not load ({error.__cause__ or error}); {BUILD_CUDA}"
+        )
+    return None
 
 
 def pack_weight(weight: Tensor, *, transposed: bool) -> Tensor:
@@ -79,11 +119,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32.
 
-    `packed` is `pack_weight(weight, transposed=True)`.
+    `packed` is `pack_weight(weight, transposed=True)`, of a weight on the CPU.
     """
     if packed is not None:
         return _FWD_PACKED(x, weight, bias, A, B, alpha, packed)
-    return _FWD(x, weight, bias, A, B, alpha)
+    return (_FWD if x.is_cpu else _FWD_CUDA)(x, weight, bias, A, B, alpha)
 
 
 def backward(
@@ -99,12 +139,13 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask.
 
-    `packed` is `pack_weight(weight, transposed=False)`.
+    `packed` is `pack_weight(weight, transposed=False)`, of a weight on the CPU.
     """
     if packed is not None:
         dx, dweight, dbias, dA, dB = _BWD_PACKED(dy, x, weight, A, B, h, alpha, needs, packed)
     else:
-        dx, dweight, dbias, dA, dB = _BWD(dy, x, weight, A, B, h, alpha, needs)
+        run = _BWD if dy.is_cpu else _BWD_CUDA
+        dx, dweight, dbias, dA, dB = run(dy, x, weight, A, B, h, alpha, needs)
     return (
         dx if needs[0] else None,
         dweight if needs[1] else None,

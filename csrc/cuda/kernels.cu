@@ -1,0 +1,287 @@
+#include <algorithm>
+
+#include "cuda/kernels.h"
+#include "cuda/tile.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+constexpr Order kDepthInner = Order::kDepthInner, kRowsInner = Order::kRowsInner;
+
+int64_t parts(int64_t size, int64_t most) { return (size + most - 1) / most; }
+
+struct Place {
+  int64_t row, col;
+};
+
+// Where block blockIdx.x has its tile in `out`: down kGroup tiles of rows, then the next column of
+// tiles. Blocks that run together then share both factors: of x (8192, 4096) and weight
+// (4096, 4096) in 16 bits, 108 wide tiles read 8 + 14 MiB, and 64 + 2 down all rows.
+constexpr int64_t kGroup = 8;
+template <typename Tile>
+__device__ Place place_of_block(const Result& out) {
+  const int64_t down = (out.rows + Tile::kBlockM - 1) / Tile::kBlockM;
+  const int64_t across = (out.cols + Tile::kBlockN - 1) / Tile::kBlockN;
+  const int64_t first = blockIdx.x / (kGroup * across) * kGroup,
+                in_group = blockIdx.x - first * across;
+  const int64_t rows = down - first < kGroup ? down - first : kGroup;
+  return {(first + in_group % rows) * Tile::kBlockM, in_group / rows * Tile::kBlockN};
+}
+
+struct LinearArguments {
+  Factor left, right;          // x and weight; dy and weight.T
+  Factor low_left, low_right;  // h and B.T; t and A
+  double alpha;
+  const void* bias;
+  int64_t bias_stride;
+  Result out;
+};
+
+// out = left @ right.T + alpha * low_left @ low_right.T + bias, the low-rank part first: alpha then
+// meets a sum in full precision, and one set of sums serves both products. A block has one tile.
+template <typename Tile, Order kRight, Order kLowRight>
+__device__ void linear_tile(const LinearArguments& a) {
+  const auto [row, col] = place_of_block<Tile>(a.out);
+  Tile sums;
+  add_product<kDepthInner, kLowRight>(sums, a.low_left, a.low_right, row, col, 0, a.low_left.depth);
+  const auto alpha = static_cast<typename Tile::Sum>(a.alpha);
+  sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= alpha; });
+  add_product<kDepthInner, kRight>(sums, a.left, a.right, row, col, 0, a.left.depth);
+  store(sums, row, col, a.bias, a.bias_stride, a.out);
+}
+
+// y (M, N) = x @ weight.T + alpha * h @ B + bias
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_fwd_kernel(LinearArguments a) {
+  linear_tile<Tile, kDepthInner, kRowsInner>(a);
+}
+
+// dx (M, K) = dy @ weight + alpha * t @ A.T
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_bwd_dx_kernel(LinearArguments a) {
+  linear_tile<Tile, kRowsInner, kDepthInner>(a);
+}
+
+struct ProductArguments {
+  Factor left, right;
+  double scale;
+  int64_t depth_of_part;  // a multiple of every kBlockK
+  int64_t out_part;       // elements of out from one part to the next
+  Result out;
+};
+
+// out = scale * left @ right.T for few columns (h, t, dA, dB.T). Part blockIdx.y of the summed
+// dimension writes its own sums, of Tile::Sum, and lora_linear_sum_parts_kernel adds them up.
+template <typename Tile, Order kLeft, Order kRight>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    lora_linear_product_kernel(ProductArguments a) {
+  const auto [row, col] = place_of_block<Tile>(a.out);
+  const int64_t begin = blockIdx.y * a.depth_of_part, end = begin + a.depth_of_part;
+  Tile sums;
+  add_product<kLeft, kRight>(sums, a.left, a.right, row, col, begin,
+                             end < a.left.depth ? end : a.left.depth);
+  const auto scale = static_cast<typename Tile::Sum>(a.scale);
+  sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= scale; });
+  a.out.data = static_cast<typename Tile::Sum*>(a.out.data) + blockIdx.y * a.out_part;
+  store(sums, row, col, nullptr, 0, a.out);
+}
+
+struct SumPartsArguments {
+  const void* parts;  // (n_parts, rows, cols), dense
+  int64_t n_parts;
+  double scale;
+  Result out;
+};
+
+constexpr int kSumThreads = 128;
+
+// out = scale * sum of the parts, in their order; a thread has one element.
+template <typename T, typename Sum>
+__global__ void __launch_bounds__(kSumThreads) lora_linear_sum_parts_kernel(SumPartsArguments a) {
+  const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  const int64_t count = a.out.rows * a.out.cols;
+  if (i >= count) return;
+  const auto* parts = static_cast<const Sum*>(a.parts);
+  Sum sum = 0;
+  for (int64_t part = 0; part < a.n_parts; ++part) sum += parts[part * count + i];
+  sum *= static_cast<Sum>(a.scale);
+  const int64_t at = i / a.out.cols * a.out.row_stride + i % a.out.cols * a.out.col_stride;
+  if (a.out.is_float) {
+    static_cast<float*>(a.out.data)[at] = static_cast<float>(sum);
+  } else {
+    assign(static_cast<T*>(a.out.data)[at], sum);
+  }
+}
+
+// The tiles of a dtype. Wide ones read each factor least: 1 byte a 64 multiply-adds. Narrow ones
+// fit the rank, and give a small result enough blocks to occupy the card.
+template <typename T>
+struct Tiles {
+  using Wide = MatrixTile<T, 128, 128, 64, 32>;
+  using Narrow = MatrixTile<T, 64, 32, 32, 16>;
+};
+template <>
+struct Tiles<float> {
+  using Wide = ScalarTile<float>;
+  using Narrow = Wide;
+};
+template <>
+struct Tiles<double> {
+  using Wide = ScalarTile<double>;
+  using Narrow = Wide;
+};
+
+template <typename F>
+void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kHalf:
+      return f(Half());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat:
+      return f(float());
+    case DType::kDouble:
+      return f(double());
+  }
+}
+
+template <typename T>
+Factor factor(const Matrix& matrix, Order order) {
+  const bool depth_inner = order == Order::kDepthInner;
+  const int64_t inner = depth_inner ? matrix.col_stride : matrix.row_stride;
+  const int64_t outer = depth_inner ? matrix.row_stride : matrix.col_stride;
+  const bool in_chunks = !matrix.is_float && inner == 1 && outer * sizeof(T) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
+  return {matrix.data,       matrix.rows,     matrix.cols, matrix.row_stride,
+          matrix.col_stride, matrix.is_float, in_chunks};
+}
+
+Result result(const Matrix& out, bool add = false) {
+  return {out.data, out.rows, out.cols, out.row_stride, out.col_stride, out.is_float, add};
+}
+
+template <typename Tile>
+int64_t tiles_of(const Matrix& out) {
+  return parts(out.rows, Tile::kBlockM) * parts(out.cols, Tile::kBlockN);
+}
+
+// Wide tiles where they give every multiprocessor one.
+template <typename T>
+bool takes_wide_tiles(const Context& context, const Matrix& out) {
+  return tiles_of<typename Tiles<T>::Wide>(out) >= context.multiprocessors;
+}
+
+// The summed dimension is split until there are two blocks for every multiprocessor, but no part
+// is shorter than 256: below that, writing and adding up the parts costs more than it wins.
+constexpr int64_t kShortestPart = 256;
+
+template <Order kLeft, Order kRight>
+void product(const Context& context, const Matrix& left, const Matrix& right, double scale,
+             const Matrix& out) {
+  if (out.rows == 0 || out.cols == 0) return;
+  with_dtype(context.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    using Tile = typename Tiles<T>::Narrow;
+    using Sum = typename Tile::Sum;
+    const int64_t tiles = tiles_of<Tile>(out), depth = left.cols;
+    const int64_t wanted = parts(2 * context.multiprocessors, tiles);
+    const int64_t n = std::clamp<int64_t>(depth / kShortestPart, 1, std::min<int64_t>(wanted, 64));
+    const int64_t depth_of_part = parts(parts(depth, n), kShortestPart) * kShortestPart;
+    const int64_t n_parts = depth == 0 ? 1 : parts(depth, depth_of_part);
+    ProductArguments a = {
+        factor<T>(left, kLeft), factor<T>(right, kRight), scale, depth_of_part, 0, result(out)};
+    if (n_parts > 1) {
+      a.out_part = out.rows * out.cols;
+      a.out = {context.allocate(n_parts * a.out_part * sizeof(Sum)),
+               out.rows,
+               out.cols,
+               out.cols,
+               1,
+               std::is_same_v<Sum, float>,
+               false};
+      a.scale = 1;
+    }
+    launch(lora_linear_product_kernel<Tile, kLeft, kRight>, tiles, n_parts, Tile::kThreads,
+           Ring<Tile, kLeft, kRight>::kBytes, context.stream, a);
+    if (n_parts == 1) return;
+    const SumPartsArguments sum = {a.out.data, n_parts, scale, result(out)};
+    launch(lora_linear_sum_parts_kernel<T, Sum>, parts(a.out_part, kSumThreads), 1, kSumThreads, 0,
+           context.stream, sum);
+  });
+}
+
+// A direction of the layer: its kernel, and how the right factors lie.
+struct Forward {
+  static constexpr Order kRight = kDepthInner, kLowRight = kRowsInner;
+  template <typename Tile>
+  static constexpr auto* kKernel = &lora_linear_fwd_kernel<Tile>;
+};
+struct BackwardDx {
+  static constexpr Order kRight = kRowsInner, kLowRight = kDepthInner;
+  template <typename Tile>
+  static constexpr auto* kKernel = &lora_linear_bwd_dx_kernel<Tile>;
+};
+
+template <typename Direction, typename Tile>
+void launch_linear(const Context& context, const Matrix& out, const LinearArguments& a) {
+  constexpr int kBytes = std::max(Ring<Tile, kDepthInner, Direction::kRight>::kBytes,
+                                  Ring<Tile, kDepthInner, Direction::kLowRight>::kBytes);
+  launch(Direction::template kKernel<Tile>, tiles_of<Tile>(out), 1, Tile::kThreads, kBytes,
+         context.stream, a);
+}
+
+template <typename Direction>
+void linear(const Context& context, const Matrix& left, const Matrix& right, const Bias& bias,
+            const Matrix& low_left, const Matrix& low_right, double alpha, const Matrix& out,
+            bool onto) {
+  if (out.rows == 0 || out.cols == 0) return;
+  with_dtype(context.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    LinearArguments a = {factor<T>(left, kDepthInner),
+                         factor<T>(right, Direction::kRight),
+                         factor<T>(low_left, kDepthInner),
+                         factor<T>(low_right, Direction::kLowRight),
+                         alpha,
+                         onto ? nullptr : bias.data,
+                         bias.stride,
+                         result(out, onto)};
+    if (onto) a.left.depth = 0;
+    if (takes_wide_tiles<T>(context, out)) {
+      launch_linear<Direction, typename Tiles<T>::Wide>(context, out, a);
+    } else {
+      launch_linear<Direction, typename Tiles<T>::Narrow>(context, out, a);
+    }
+  });
+}
+
+}  // namespace
+
+Card use_card(int device) {
+  use_device(device);
+  return {multiprocessors_of(device), capability_of(device)};
+}
+
+void forward_h(const Context& context, const Matrix& x, const Matrix& A, const Matrix& h) {
+  product<kDepthInner, kRowsInner>(context, x, A.transposed(), 1, h);
+}
+
+void forward_y(const Context& context, const Matrix& x, const Matrix& weight, const Bias& bias,
+               const Matrix& h, const Matrix& B, double alpha, const Matrix& y, bool onto) {
+  linear<Forward>(context, x, weight, bias, h, B.transposed(), alpha, y, onto);
+}
+
+void backward_t(const Context& context, const Matrix& dy, const Matrix& B, const Matrix& t) {
+  product<kDepthInner, kDepthInner>(context, dy, B, 1, t);
+}
+
+void backward_dx(const Context& context, const Matrix& dy, const Matrix& weight, const Matrix& t,
+                 const Matrix& A, double alpha, const Matrix& dx, bool onto) {
+  linear<BackwardDx>(context, dy, weight.transposed(), {}, t, A, alpha, dx, onto);
+}
+
+void backward_adapter(const Context& context, const Matrix& left, const Matrix& right, double alpha,
+                      const Matrix& out) {
+  product<kRowsInner, kRowsInner>(context, left.transposed(), right.transposed(), alpha, out);
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,59 @@
+// The products that the two operators are made of, on views of GPU memory; nothing of torch.
+//   h = x @ A           y = x @ weight.T + bias + alpha * h @ B
+//   t = dy @ B.T        dx = dy @ weight + alpha * t @ A.T
+//   dA = alpha * x.T @ t      dB = alpha * h.T @ dy
+// Everything is put on the stream and nothing waits. Each result element is summed in an order that
+// depends on the sizes and the card alone: the same inputs give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace lora_ext::cuda {
+
+enum class DType { kHalf, kBFloat16, kFloat, kDouble };
+
+// A matrix in memory; strides in elements. `is_float` marks float elements over a 16-bit base (A,
+// B and their gradients): they are rounded to the base's dtype on the way in.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
+  bool is_float = false;
+
+  Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, is_float}; }
+};
+
+struct Bias {
+  const void* data = nullptr;  // null for none
+  int64_t stride = 0;
+};
+
+struct Card {
+  int multiprocessors;
+  int capability;  // 80 for compute capability 8.0
+};
+// Make a device the current one for the launches of this thread.
+Card use_card(int device);
+
+// What a call runs on. `allocate` returns GPU memory that outlives the call's kernels.
+struct Context {
+  DType dtype;
+  void* stream;
+  int multiprocessors;
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+// With `onto` the result's memory holds the product with the weight (and the bias) already, and
+// only the low-rank part is added.
+void forward_h(const Context&, const Matrix& x, const Matrix& A, const Matrix& h);
+void forward_y(const Context&, const Matrix& x, const Matrix& weight, const Bias& bias,
+               const Matrix& h, const Matrix& B, double alpha, const Matrix& y, bool onto);
+void backward_t(const Context&, const Matrix& dy, const Matrix& B, const Matrix& t);
+void backward_dx(const Context&, const Matrix& dy, const Matrix& weight, const Matrix& t,
+                 const Matrix& A, double alpha, const Matrix& dx, bool onto);
+// out (cols of left, cols of right) = alpha * left.T @ right: dA of x and t, dB.T of dy and h.
+void backward_adapter(const Context&, const Matrix& left, const Matrix& right, double alpha,
+                      const Matrix& out);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,274 @@
+// A block's share of a product: out = left @ right.T for one tile of rows and columns, the factors
+// streamed through a ring of tiles in shared memory.
+#pragma once
+
+#include "cuda/primitives.h"
+
+namespace lora_ext::cuda {
+
+// Which dimension of a factor lies contiguous in its shared tile, and in memory where a tile is to
+// be copied 16 bytes at a time: the summed one (x, weight), or the other.
+enum class Order { kDepthInner, kRowsInner };
+
+// One side of left @ right.T, (rows, depth), summed over depth.
+struct Factor {
+  const void* data;
+  int64_t rows, depth;
+  int64_t row_stride, depth_stride;  // in elements
+  bool is_float;                     // float elements, rounded to the tile's dtype
+  bool in_chunks;                    // 16-byte chunks along the inner dimension are aligned
+};
+
+// Where a tile's results go. With `add` they are added to what is there.
+struct Result {
+  void* data;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+  bool is_float, add;
+};
+
+// How a factor's (kRows, kDepth) tile lies in shared memory. The pitch is a chunk more than a row:
+// 16-byte reads of 8 neighbouring rows then fall into different banks.
+template <typename T, Order kOrder, int kRows, int kDepth>
+struct SharedTile {
+  static constexpr int kChunk = 16 / sizeof(T);
+  static constexpr bool kDepthInner = kOrder == Order::kDepthInner;
+  static constexpr int kInner = kDepthInner ? kDepth : kRows;
+  static constexpr int kOuter = kDepthInner ? kRows : kDepth;
+  static constexpr int kPitch = kInner + kChunk;
+  static constexpr int kElements = kOuter * kPitch;
+
+  static __device__ int offset(int row, int k) {
+    return kDepthInner ? row * kPitch + k : k * kPitch + row;
+  }
+
+  // All threads of the block together. What lies past the factor's rows or past `end` is zero.
+  template <int kThreads>
+  static __device__ void load(T* tile, const Factor& from, int64_t row, int64_t k, int64_t end) {
+    if (from.in_chunks) {
+      for (int i = threadIdx.x; i < kOuter * kAcross; i += kThreads) {
+        const Chunk chunk(from, i, row, k, end);
+        copy_async(tile + chunk.to, static_cast<const T*>(from.data) + chunk.from,
+                   chunk.valid * int(sizeof(T)));
+      }
+    } else {
+      const int64_t step = kDepthInner ? from.depth_stride : from.row_stride;
+#pragma unroll 1  // one chunk at a time, but its loads together: each takes 500 cycles or so
+      for (int i = threadIdx.x; i < kOuter * kAcross; i += kThreads) {
+        const Chunk chunk(from, i, row, k, end);
+        T values[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          values[e] = element(from, chunk.from + e * step, e < chunk.valid);
+        }
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) tile[chunk.to + e] = values[e];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kAcross = kInner / kChunk;
+
+  // Chunk i of the tile: its place there, the place of its first element in the factor, and how
+  // many of its elements the factor has.
+  struct Chunk {
+    int to, valid;
+    int64_t from;
+
+    __device__ Chunk(const Factor& factor, int i, int64_t row, int64_t k, int64_t end) {
+      const int outer = i / kAcross, inner = i % kAcross * kChunk;
+      row += kDepthInner ? outer : inner;
+      k += kDepthInner ? inner : outer;
+      const bool inside = kDepthInner ? row < factor.rows : k < end;
+      const int64_t rest = kDepthInner ? end - k : factor.rows - row;
+      to = outer * kPitch + inner;
+      valid = !inside || rest <= 0 ? 0 : rest < kChunk ? static_cast<int>(rest) : kChunk;
+      from = valid ? row * factor.row_stride + k * factor.depth_stride : 0;
+    }
+  };
+
+  static __device__ T element(const Factor& from, int64_t at, bool valid) {
+    T value;
+    assign(value, 0);
+    if (!valid) return value;
+    if (!from.is_float) return static_cast<const T*>(from.data)[at];
+    assign(value, static_cast<const float*>(from.data)[at]);
+    return value;
+  }
+};
+
+// The sums of one thread for 16-bit dtypes: warps of (kWarpM, kWarpN) results, by matrix
+// instructions.
+template <typename T, int kM, int kN, int kWarpM, int kWarpN>
+class MatrixTile {
+ public:
+  using Storage = T;
+  using Sum = float;
+  static constexpr int kBlockM = kM, kBlockN = kN, kBlockK = 32, kStages = 3;
+  static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
+
+  // sums += left tile @ right tile.T
+  template <typename Left, typename Right>
+  __device__ void add_product(const T* left, const T* right) {
+#pragma unroll
+    for (int k = 0; k < kBlockK; k += 16) {
+      uint32_t rows[kWarpM / 16][4], cols[kWarpN / 16][4];
+#pragma unroll
+      for (int i = 0; i < kWarpM / 16; ++i) load<Left>(rows[i], left, warp_row() + 16 * i, k);
+#pragma unroll
+      for (int j = 0; j < kWarpN / 16; ++j) load<Right>(cols[j], right, warp_col() + 16 * j, k);
+#pragma unroll
+      for (int i = 0; i < kWarpM / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWarpN / 8; ++j) {
+          const auto& c = cols[j / 2];
+          multiply_add(sums_[i][j], rows[i], c[j % 2], c[j % 2 + 2], T());
+        }
+      }
+    }
+  }
+
+  // change(row, col, sum) for each of this thread's results, by their place in the tile.
+  template <typename F>
+  __device__ void for_each(const F& change) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWarpN / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          change(warp_row() + 16 * i + lane / 4 + e / 2 * 8,
+                 warp_col() + 8 * j + lane % 4 * 2 + e % 2, sums_[i][j][e]);
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ int warp_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
+  static __device__ int warp_col() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
+
+  // Rows row..row+15 at depths k..k+15: 8 x 8 quarters in the order of multiply_add's `left`. As
+  // `right`, quarters 0 and 2 are the first 8 columns, 1 and 3 the next.
+  template <typename Tile>
+  static __device__ void load(uint32_t (&to)[4], const T* tile, int row, int k) {
+    const int lane = threadIdx.x % 32, in_quarter = lane % 8;
+    const int quarter_row = lane / 8 % 2 * 8, quarter_k = lane / 16 * 8;
+    if constexpr (Tile::kDepthInner) {
+      load_matrices<false>(to, tile + Tile::offset(row + quarter_row + in_quarter, k + quarter_k));
+    } else {
+      load_matrices<true>(to, tile + Tile::offset(row + quarter_row, k + quarter_k + in_quarter));
+    }
+  }
+
+  float sums_[kWarpM / 16][kWarpN / 8][4] = {};
+};
+
+// The same for float and double, without matrix instructions: 16 results a thread, 16 apart, so
+// that a warp reads neighbours. Each tile is summed by itself before it is added: over 1100 terms
+// that keeps a sum's error at 3 roundings instead of 10.
+template <typename T>
+class ScalarTile {
+ public:
+  using Storage = T;
+  using Sum = T;
+  static constexpr int kBlockM = 64, kBlockN = 64, kBlockK = 16, kStages = 2;
+  static constexpr int kThreads = 256;
+
+  template <typename Left, typename Right>
+  __device__ void add_product(const T* left, const T* right) {
+    T part[4][4] = {};
+#pragma unroll 4
+    for (int k = 0; k < kBlockK; ++k) {
+      T rows[4], cols[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        rows[i] = left[Left::offset(row() + 16 * i, k)];
+        cols[i] = right[Right::offset(col() + 16 * i, k)];
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) part[i / 4][i % 4] += rows[i / 4] * cols[i % 4];
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums_[i / 4][i % 4] += part[i / 4][i % 4];
+  }
+
+  template <typename F>
+  __device__ void for_each(const F& change) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      change(row() + i / 4 * 16, col() + i % 4 * 16, sums_[i / 4][i % 4]);
+    }
+  }
+
+ private:
+  static __device__ int row() { return threadIdx.x / 16; }
+  static __device__ int col() { return threadIdx.x % 16; }
+
+  T sums_[4][4] = {};
+};
+
+template <typename Tile, Order kLeft, Order kRight>
+struct Ring {
+  using T = typename Tile::Storage;
+  using Left = SharedTile<T, kLeft, Tile::kBlockM, Tile::kBlockK>;
+  using Right = SharedTile<T, kRight, Tile::kBlockN, Tile::kBlockK>;
+  static constexpr int kSlot = Left::kElements + Right::kElements;
+  static constexpr int kBytes = Tile::kStages * kSlot * int(sizeof(T));
+};
+
+// sums += left @ right.T over depths begin..end, for the tile at (row, col).
+template <Order kLeft, Order kRight, typename Tile>
+__device__ void add_product(Tile& sums, const Factor& left, const Factor& right, int64_t row,
+                            int64_t col, int64_t begin, int64_t end) {
+  using Ring = Ring<Tile, kLeft, kRight>;
+  using Left = typename Ring::Left;
+  using Right = typename Ring::Right;
+  constexpr int kAhead = Tile::kStages - 1;
+  auto* ring = static_cast<typename Tile::Storage*>(shared_memory());
+  const int64_t steps = (end - begin + Tile::kBlockK - 1) / Tile::kBlockK;
+  const auto slot = [&](int64_t step) { return ring + step % Tile::kStages * Ring::kSlot; };
+  const auto load = [&](int64_t step) {
+    if (step < steps) {
+      const int64_t k = begin + step * Tile::kBlockK;
+      Left::template load<Tile::kThreads>(slot(step), left, row, k, end);
+      Right::template load<Tile::kThreads>(slot(step) + Left::kElements, right, col, k, end);
+    }
+    commit_copies();  // an empty group too: waiting counts groups
+  };
+  // Loads run ahead, written once: a second place for them costs nvcc 3 s an architecture.
+#pragma unroll 1
+  for (int64_t step = -kAhead; step < steps; ++step) {
+    wait_for_copies<kAhead - 1>();
+    barrier();  // all see this step's tiles, and are done with the slot that is filled next
+    load(step + kAhead);
+    if (step >= 0) {
+      sums.template add_product<Left, Right>(slot(step), slot(step) + Left::kElements);
+    }
+  }
+}
+
+// out = sums + bias, where the tile has a part in it.
+template <typename Tile>
+__device__ void store(Tile& sums, int64_t row, int64_t col, const void* bias, int64_t bias_stride,
+                      const Result& out) {
+  using T = typename Tile::Storage;
+  sums.for_each([&](int tile_row, int tile_col, typename Tile::Sum& sum) {
+    const int64_t i = row + tile_row, j = col + tile_col;
+    if (i >= out.rows || j >= out.cols) return;
+    auto value = sum;
+    if (bias != nullptr) value += widen(static_cast<const T*>(bias)[j * bias_stride]);
+    const int64_t at = i * out.row_stride + j * out.col_stride;
+    if (out.is_float) {
+      static_cast<float*>(out.data)[at] = static_cast<float>(value);
+      return;
+    }
+    T& to = static_cast<T*>(out.data)[at];
+    if (out.add) value += widen(to);
+    assign(to, value);
+  });
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,62 @@
+// What both devices' operators do with torch's tensors.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+
+namespace lora_ext {
+
+using torch::stable::Tensor;
+
+// Uninitialised, dense, on like's device. Not by new_empty: going through the dispatcher, with
+// boxed arguments, costs a microsecond a tensor.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::array<int64_t, 2> strides{};
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), dtype, device_type, device_index,
+                                                  &result));
+  return Tensor(result);
+}
+
+// The same, of like's dtype.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(like, sizes, dtype);
+}
+
+// A view, whatever grad mode is on.
+inline Tensor transposed(const Tensor& matrix) {
+  const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)},
+      strides{matrix.stride(1), matrix.stride(0)};
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
+  return Tensor(result);
+}
+
+class NoGradGuard {
+ public:
+  NoGradGuard() : enabled_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(enabled_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  bool enabled_;
+};
+
+}  // namespace lora_ext

@@ -1,0 +1,271 @@
+// The kernels of csrc/cuda in the emulator, without torch, in memory of exactly their operands'
+// size, so that the sanitizers see an access past it: check_kernels SEEDS. Each product is held
+// against sums in double, and its bits have to be the same under every order of threads. It ends at
+// the first problem that fails.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <tuple>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/primitives.h"
+
+using namespace lora_ext::cuda;
+
+namespace {
+
+enum class Layout { kDense, kPadded, kShifted, kTransposed };
+
+// A matrix of T (or, is_float, of float), and the memory it has: what lies between rows is NaN.
+template <typename T>
+class Values {
+ public:
+  Values(int64_t rows, int64_t cols, Layout layout = Layout::kDense, bool is_float = false)
+      : matrix{nullptr, rows, cols, cols, 1, is_float} {
+    const int64_t shift = layout == Layout::kShifted;
+    if (layout == Layout::kPadded) matrix.row_stride = (cols + 15) / 8 * 8;
+    if (layout == Layout::kTransposed) {
+      matrix.row_stride = 1;
+      matrix.col_stride = rows;
+    }
+    const int64_t last = (rows - 1) * matrix.row_stride + (cols - 1) * matrix.col_stride;
+    size_ = rows && cols ? (shift + last + 1) * bytes() : 0;
+    memory_ = static_cast<char*>(std::malloc(size_));
+    if (size_) std::memset(memory_, 0xFF, size_);
+    matrix.data = memory_ + shift * bytes();
+  }
+  ~Values() { std::free(memory_); }
+  Values(const Values&) = delete;
+  Values& operator=(const Values&) = delete;
+
+  void fill(double scale) {
+    static std::mt19937 random(1);
+    std::normal_distribution<double> normal(0, scale);
+    for (int64_t i = 0; i < matrix.rows; ++i) {
+      for (int64_t j = 0; j < matrix.cols; ++j) set(i, j, normal(random));
+    }
+  }
+  double get(int64_t i, int64_t j) const {
+    const int64_t at = i * matrix.row_stride + j * matrix.col_stride;
+    return matrix.is_float ? rounded(static_cast<float*>(matrix.data)[at])
+                           : widen(static_cast<T*>(matrix.data)[at]);
+  }
+  void set(int64_t i, int64_t j, double value) {
+    const int64_t at = i * matrix.row_stride + j * matrix.col_stride;
+    if (matrix.is_float) {
+      static_cast<float*>(matrix.data)[at] = value;
+    } else {
+      assign(static_cast<T*>(matrix.data)[at], value);
+    }
+  }
+  bool operator==(const Values& other) const {
+    return std::memcmp(memory_, other.memory_, size_) == 0;
+  }
+
+  Matrix matrix;
+
+ private:
+  size_t bytes() const { return matrix.is_float ? 4 : sizeof(T); }
+  static double rounded(float value) {  // as a factor it is rounded to T
+    T to;
+    assign(to, value);
+    return widen(to);
+  }
+
+  char* memory_;
+  size_t size_;
+};
+
+struct Problem {
+  int64_t M, K, N, R;
+  int multiprocessors;
+  Layout layout = Layout::kDense;
+  bool adapter_is_float = false;
+  bool onto = false;
+};
+
+template <typename T>
+constexpr DType kDType = std::is_same_v<T, Half>       ? DType::kHalf
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                         : std::is_same_v<T, float>    ? DType::kFloat
+                                                       : DType::kDouble;
+template <typename T>
+constexpr double kRounding = std::is_same_v<T, Half>       ? 0x1p-11
+                             : std::is_same_v<T, BFloat16> ? 0x1p-8
+                             : std::is_same_v<T, float>    ? 0x1p-24
+                                                           : 0x1p-53;
+template <typename T>
+constexpr double kSumRounding = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
+
+int failures = 0;
+
+// out == sum over the terms of left[i] . right[j], each scaled, up to rounding; float out is a
+// gradient and not rounded to T.
+template <typename T>
+class Exact {
+ public:
+  Exact(int64_t rows, int64_t cols)
+      : rows_(rows), cols_(cols), sum_(rows * cols), all_(rows * cols) {}
+
+  template <typename Left, typename Right>
+  void add(int64_t depth, double scale, const Left& left, const Right& right) {
+    for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t j = 0; j < cols_; ++j) {
+        for (int64_t k = 0; k < depth; ++k) {
+          const double term = scale * left(i, k) * right(j, k);
+          sum_[i * cols_ + j] += term;
+          all_[i * cols_ + j] += std::abs(term);
+        }
+      }
+    }
+  }
+  void add_matrix(const Values<T>& base) {
+    for (int64_t i = 0; i < rows_ * cols_; ++i) {
+      sum_[i] += base.get(i / cols_, i % cols_);
+      all_[i] += std::abs(sum_[i]);
+    }
+  }
+  void hold(const char* name, const Values<T>& out) const {
+    for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t j = 0; j < cols_; ++j) {
+        const double want = sum_[i * cols_ + j], got = out.get(i, j);
+        const double bound = 1.01 * kRounding<T> * std::abs(want) +
+                             16 * kSumRounding<T> * all_[i * cols_ + j] +
+                             0x1p-25 * (sizeof(T) == 2);
+        if (std::abs(got - want) <= bound) continue;
+        std::fprintf(stderr, "%s[%ld, %ld] is %g, not %g\n", name, long(i), long(j), got, want);
+        ++failures;
+        return;
+      }
+    }
+  }
+
+ private:
+  int64_t rows_, cols_;
+  std::vector<double> sum_, all_;
+};
+
+template <typename T>
+void check(const Problem& p, int seeds) {
+  const auto [M, K, N, R] = std::tuple(p.M, p.K, p.N, p.R);
+  const double alpha = 1.7;
+  Values<T> x(M, K, p.layout), weight(N, K, p.layout), bias(1, N), dy(M, N, p.layout),
+      A(K, R, p.layout, p.adapter_is_float), B(R, N, p.layout, p.adapter_is_float), base_y(M, N),
+      base_dx(M, K);
+  for (auto* values : {&x, &weight, &bias, &A, &B, &dy, &base_y, &base_dx}) values->fill(0.5);
+
+  struct Results {
+    Values<T> h, y, t, dx, dA, dB;
+  };
+  const auto results = [&] {
+    return new Results{{M, R},
+                       {M, N},
+                       {M, R},
+                       {M, K},
+                       {K, R, Layout::kDense, p.adapter_is_float},
+                       {R, N, Layout::kDense, p.adapter_is_float}};
+  };
+  std::unique_ptr<Results> first;
+  for (int seed = 0; seed < seeds; ++seed) {
+    emulator::set_seed(seed);
+    std::unique_ptr<Results> r(results());
+    if (p.onto) {
+      for (int64_t i = 0; i < M; ++i) {
+        for (int64_t j = 0; j < N; ++j) r->y.set(i, j, base_y.get(i, j));
+        for (int64_t j = 0; j < K; ++j) r->dx.set(i, j, base_dx.get(i, j));
+      }
+    }
+    std::vector<std::unique_ptr<char[]>> scratch;
+    const Context context = {kDType<T>, nullptr, p.multiprocessors, [&](int64_t bytes) {
+                               scratch.emplace_back(new char[bytes]);
+                               std::memset(scratch.back().get(), 0xFF, bytes);
+                               return scratch.back().get();
+                             }};
+    forward_h(context, x.matrix, A.matrix, r->h.matrix);
+    forward_y(context, x.matrix, weight.matrix, {bias.matrix.data, 1}, r->h.matrix, B.matrix, alpha,
+              r->y.matrix, p.onto);
+    backward_t(context, dy.matrix, B.matrix, r->t.matrix);
+    backward_dx(context, dy.matrix, weight.matrix, r->t.matrix, A.matrix, alpha, r->dx.matrix,
+                p.onto);
+    backward_adapter(context, x.matrix, r->t.matrix, alpha, r->dA.matrix);
+    backward_adapter(context, dy.matrix, r->h.matrix, alpha, r->dB.matrix.transposed());
+    if (first != nullptr) {
+      if (!(first->h == r->h && first->y == r->y && first->t == r->t && first->dx == r->dx &&
+            first->dA == r->dA && first->dB == r->dB)) {
+        std::fprintf(stderr, "seed %d gives other bits\n", seed);
+        ++failures;
+        return;
+      }
+      continue;
+    }
+    first = std::move(r);
+  }
+
+  const auto as_is = [](const Values<T>& v) {
+    return [&](int64_t i, int64_t k) { return v.get(i, k); };
+  };
+  const auto turned = [](const Values<T>& v) {
+    return [&](int64_t i, int64_t k) { return v.get(k, i); };
+  };
+  const auto one = [](int64_t, int64_t) { return 1.0; };
+  Exact<T> h(M, R), y(M, N), t(M, R), dx(M, K), dA(K, R), dB(R, N);
+  h.add(K, 1, as_is(x), turned(A));
+  h.hold("h", first->h);
+  y.add(p.onto ? 0 : K, 1, as_is(x), as_is(weight));
+  y.add(R, alpha, as_is(first->h), turned(B));
+  if (p.onto) {
+    y.add_matrix(base_y);
+    dx.add_matrix(base_dx);
+  } else {
+    y.add(1, 1, one, turned(bias));
+  }
+  y.hold("y", first->y);
+  t.add(N, 1, as_is(dy), as_is(B));
+  t.hold("t", first->t);
+  dx.add(p.onto ? 0 : N, 1, as_is(dy), turned(weight));
+  dx.add(R, alpha, as_is(first->t), as_is(A));
+  dx.hold("dx", first->dx);
+  dA.add(M, alpha, turned(x), turned(first->t));
+  dA.hold("dA", first->dA);
+  dB.add(M, alpha, turned(first->h), turned(dy));
+  dB.hold("dB", first->dB);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int seeds = count > 1 ? std::atoi(arguments[1]) : 1;
+  const Problem halves[] = {
+      {37, 96, 88, 8, 100},                                // narrow tiles, tails, chunks of 8
+      {70, 45, 35, 5, 100, Layout::kPadded},               // chunks cut short
+      {19, 41, 33, 3, 100, Layout::kShifted},              // no chunk is aligned
+      {19, 24, 40, 17, 100, Layout::kTransposed, true},    // the other dimension is contiguous
+      {130, 136, 132, 16, 1},                              // wide tiles, a row past the first
+      {66, 8, 40, 100, 100, Layout::kDense, false, true},  // onto a base; R > K
+      {3, 560, 8, 2, 100, Layout::kDense, true},           // h in parts
+      {600, 8, 40, 3, 100},                                // a second group of tiles, cut short
+      {1, 1, 1, 1, 100},
+      {0, 8, 8, 2, 100},
+  };
+  for (const Problem& p : halves) {
+    check<Half>(p, seeds);
+    check<BFloat16>(p, seeds);
+    if (failures) return 1;
+  }
+  const Problem others[] = {
+      {37, 50, 44, 8, 100},
+      {67, 18, 70, 3, 100, Layout::kTransposed},
+      {3, 560, 5, 2, 100, Layout::kPadded},
+      {66, 8, 40, 70, 100, Layout::kShifted, false, true},
+      {0, 8, 8, 2, 100},
+  };
+  for (const Problem& p : others) {
+    check<float>(p, seeds);
+    check<double>(p, seeds);
+  }
+  return failures ? 1 : 0;
+}
