@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,7 +191,7 @@ def _print_legend(console: Console, args: argparse.Namespace, traced: int) -> No
     how = "all traced" if traced == blocks else f"{traced - 1} and {traced} traced, rest linear"
     for line in (
         f"{blocks} blocks ({how}); {args.ranks[0]} to {args.ranks[-1]} ranks, tensor parallel "
-        f"{args.tp}; {args.batch} x {args.sequence} tokens on each data-parallel rank; {args.dtype}",
+        f"{args.tp}; {args.batch} x {args.sequence} tokens on a data-parallel rank; {args.dtype}",
         "memory of one rank; peak: the most held at any time, with what is gathered and temporary",
         "collectives: bytes that one rank sends over a ring, (n - 1) / n of the message, twice "
         "that for all_reduce",
