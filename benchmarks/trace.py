@@ -7,8 +7,9 @@ same step is traced as it runs.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from lora_ext import layers
 from lora_ext.backends import cpp
 
 from .decoder import DecoderShape, adapted_decoder, lay_out
@@ -175,8 +177,13 @@ def trace_step(model: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Trace:
     tracker = FSDPMemTracker(model, optimizer)
     tracker.track_inputs((tokens,))
     collectives = Collectives(mesh)
-    with _propagation_unseen(), loss_parallel(), collectives, tracker, warnings.catch_warnings():
+    with ExitStack() as stack:
+        for context in (_propagation_unseen(), _hooks_that_look_on(), loss_parallel()):
+            stack.enter_context(context)
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Full backward hook")  # tokens need no gradient
+        stack.enter_context(collectives)
+        stack.enter_context(tracker)
         loss = model(tokens, tokens)
         held = tracker.get_tracker_snapshot()[tokens.device]
         loss.backward()
@@ -211,6 +218,17 @@ def _fake_ranks(world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _hooks_that_look_on() -> AbstractContextManager[Any]:
+    """Let lora_ext's layer run as it does without the tracker.
+
+    It calls its parts one by one where hooks are on every module, in case one of them changes a
+    result; the tracker's do not.
+    """
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    none = SimpleNamespace(**{f"_global_{kind}": {} for kind in kinds})
+    return mock.patch.object(layers, "every_module", none)
 
 
 @contextmanager
