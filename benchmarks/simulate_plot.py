@@ -38,6 +38,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             axes.set_axisbelow(True)
+    for axes in panels[:, -1]:  # of both columns, where no bar can lie under it
+        axes.get_legend().set_visible(True)
     figure.supxlabel(_caption(document), fontsize=7, color="#555555", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
 
@@ -75,7 +77,12 @@ def _legend(axes: Any, colors: Mapping[str, str]) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=color, label=name) for name, color in reversed(colors.items())]
-    axes.legend(handles=patches, fontsize=7)
+    _beside(axes, handles=patches)
+
+
+def _beside(axes: Any, **options: Any) -> None:
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), **options)
+    axes.get_legend().set_visible(False)
 
 
 def _floors(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -86,9 +93,9 @@ def _floors(axes: Any, rows: list[dict[str, Any]]) -> None:
             label = f"{name}, {layer}"
             axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xticks([rank for rank, _ in points], [f"{rank:,}" for rank, _ in points], fontsize=8)
     axes.set_ylabel("floor of a step at an H100 data sheet's peaks (ms)\ncalculated, not measured")
-    axes.legend(fontsize=7)
+    _beside(axes)
 
 
 def _caption(document: dict[str, Any]) -> str:
