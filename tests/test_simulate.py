@@ -110,6 +110,14 @@ def test_further_blocks_add_what_the_third_does():
     assert simulate.extrapolate(trace(2), trace(3), 1) == trace(4)
 
 
+@NEEDS_CPP
+def test_plain_layer_peaks_above_ours_where_the_loss_is_small():
+    """By two results of gate or up, (4096, 28672 / 8) in bfloat16; docs/scaling.md says so."""
+    shape = DecoderShape(layers=2, vocabulary=8192)
+    plain, ours = (simulate_step(shape, layer, 64, 8, 1, 4096) for layer in ("plain", "lora_ext"))
+    assert plain.memory["peak"] - ours.memory["peak"] == 2 * 4096 * 3584 * 2 == 56 * 2**20
+
+
 def real_ranks_hold_and_send_what_is_reckoned() -> None:
     """Two by two processes over gloo, with real tensors."""
     mesh = init_device_mesh("cpu", (2, TP), mesh_dim_names=DIMENSIONS)
