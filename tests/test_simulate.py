@@ -1,5 +1,6 @@
 """The simulated step: memory and traffic reckoned by hand, over fake ranks and over real ones."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -91,23 +92,35 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@NEEDS_CPP
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_fake_ranks_hold_and_send_what_is_reckoned(layer, checkpointing):
+@functools.cache
+def simulated(layer: str, blocks: int = 2, checkpointing: bool = False) -> tuple[Trace, list[str]]:
+    """Trace four by TP fake ranks; return the names of the operators that ran, too."""
     with Operators() as operators:
-        trace = simulate_step(SHAPE, layer, 4 * TP, TP, *SIZES, checkpointing)
-    assert_is(trace, by_hand(4, checkpointing=checkpointing))
-    assert ("lora_ext::lora_linear_fwd" in operators.names) == (layer == "lora_ext")
-    assert ("aten::mm" in operators.names) != (layer == "lora_ext")
+        shape = replace(SHAPE, layers=blocks)
+        trace = simulate_step(shape, layer, 4 * TP, TP, *SIZES, checkpointing)
+    return trace, operators.names
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fake_ranks_hold_and_send_what_is_reckoned(layer):
+    trace, operators = simulated(layer)
+    assert_is(trace, by_hand(4))
+    assert ("lora_ext::lora_linear_fwd" in operators) == (layer == "lora_ext")
+    assert ("aten::mm" in operators) != (layer == "lora_ext")
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("layer", ["plain", "lora_ext"])
+def test_checkpointed_blocks_keep_their_inputs_and_gather_again(layer):
+    trace, _ = simulated(layer, checkpointing=True)
+    assert_is(trace, by_hand(4, checkpointing=True))
 
 
 @NEEDS_CPP
 def test_further_blocks_add_what_the_third_does():
-    def trace(blocks: int) -> Trace:
-        return simulate_step(replace(SHAPE, layers=blocks), "lora_ext", 4 * TP, TP, *SIZES)
-
-    assert simulate.extrapolate(trace(2), trace(3), 1) == trace(4)
+    two, three, four = (simulated("lora_ext", blocks)[0] for blocks in (2, 3, 4))
+    assert simulate.extrapolate(two, three, 1) == four
 
 
 @NEEDS_CPP
@@ -119,18 +132,19 @@ def test_plain_layer_peaks_above_ours_where_the_loss_is_small():
 
 
 def real_ranks_hold_and_send_what_is_reckoned() -> None:
-    """Two by two processes over gloo, with real tensors."""
+    """Two by two processes over gloo, with real tensors; one block."""
+    shape = replace(SHAPE, layers=1)
     mesh = init_device_mesh("cpu", (2, TP), mesh_dim_names=DIMENSIONS)
     for layer in ("plain", "lora_ext"):
         with torch.device("meta"):
-            model = adapted_decoder(SHAPE, layer == "plain", torch.float32)
+            model = adapted_decoder(shape, layer == "plain", torch.float32)
         lay_out(model, mesh, checkpointing=False).to_empty(device="cpu")
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         with Operators() as operators:
             trace = trace_step(model, mesh, torch.zeros(BATCH, SEQUENCE, dtype=torch.long))
         assert ("lora_ext::lora_linear_fwd" in operators.names) == (layer == "lora_ext")
-        assert_is(trace, by_hand(2))
+        assert_is(trace, by_hand(2, shape))
 
 
 @NEEDS_CPP
@@ -140,24 +154,33 @@ def test_real_ranks_hold_and_send_what_fake_ones_do():
     assert not failures, failures["traced"]
 
 
-@NEEDS_CPP
-def test_command_prints_writes_and_draws(tmp_path, capsys):
+def test_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
+    def step(shape, layer, ranks, tp, batch, sequence, dtype, checkpointing):
+        assert (tp, (batch, sequence, dtype)) == (TP, SIZES)
+        trace = by_hand(ranks // tp, shape, checkpointing)
+        trace.memory["peak"] = 2 * trace.memory["activations"]
+        return trace
+
+    monkeypatch.setattr(simulate, "simulate_step", step)
     document, picture = tmp_path / "simulated.json", tmp_path / "simulated.png"
-    sizes = "--layers 1 --hidden 64 --ffn 128 --heads 8 --kv-heads 4 --vocabulary 256 --rank 4"
-    options = f"{sizes} --tp 2 --ranks 8 --sequence 16 --batch 2 --dtype fp32"
+    sizes = "--layers 80 --hidden 64 --ffn 128 --heads 8 --kv-heads 4 --vocabulary 256 --rank 4"
+    options = f"{sizes} --tp 2 --ranks 8,4 --sequence 16 --batch 2 --dtype fp32"
     assert simulate.main([*options.split(), "--json", str(document), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(document.read_text())["rows"]
-    assert [(r["checkpointing"], r["layer"]) for r in rows] == [
-        (mode, layer) for mode in ("none", "blocks") for layer in LAYERS
-    ]
+    modes = {"none": False, "blocks": True}
+    seen = [(row["checkpointing"], row["ranks"], row["layer"]) for row in rows]
+    assert seen == [(mode, ranks, layer) for mode in modes for ranks in (4, 8) for layer in LAYERS]
     out = capsys.readouterr().out
     for row in rows:
-        checkpointing = row["checkpointing"] == "blocks"
-        want = by_hand(4, replace(SHAPE, layers=1), checkpointing).memory["activations"]
-        assert row["memory_bytes"]["activations"] == want
-        assert f" {want / 2**20:.1f} " in out
-    assert "1 blocks (all traced)" in out and "not measured" in out
+        checkpointing = modes[row["checkpointing"]]
+        want = by_hand(row["ranks"] // TP, replace(SHAPE, layers=80), checkpointing)
+        assert want.memory.items() <= row["memory_bytes"].items()
+        assert [t["message_bytes"] for t in row["traffic"]] == [
+            want.traffic[key].message_bytes for key in sorted(want.traffic)
+        ]
+        assert f" {want.memory['activations'] / 2**20:.1f} " in out
+    assert "80 blocks (2 and 3 traced, rest linear)" in out and "not measured" in out
 
 
 def test_floors_are_arithmetic_over_data_sheet_peaks():
