@@ -18,6 +18,12 @@ pybind11::dict build_info() {
 #endif
   info["cuda"] = LORA_EXT_BUILT_CUDA;
   info["cpu_isa"] = lora_ext::cpu::blocks().name;
+  pybind11::list own;
+  if (!lora_ext::cpu::library_product_is_faster<float>()) own.append("float32");
+  if (!lora_ext::cpu::library_product_is_faster<double>()) own.append("float64");
+  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::BFloat16>()) own.append("bfloat16");
+  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::Float16>()) own.append("float16");
+  info["own_products"] = own;
   return info;
 }
 
@@ -25,8 +31,9 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of lora_ext.";
-  module.def("build_info", &build_info,
-             "Return the torch version and compiler that this was built with, the CUDA toolkit "
-             "and architectures of lora_ext._cuda or none, and the instruction set that the CPU "
-             "kernels use on this machine.");
+  module.def(
+      "build_info", &build_info,
+      "Return the torch version and compiler that this was built with, the CUDA toolkit "
+      "and architectures of lora_ext._cuda or none, the instruction set that the CPU kernels "
+      "use on this machine, and the dtypes whose base product is theirs there.");
 }

@@ -1,4 +1,4 @@
-// The two operators (schemas in lora_ext/ops.py) and the one check of their arguments.
+// The operators (schemas in lora_ext/ops.py) and the one check of their arguments.
 //   y = x @ weight.T + bias + alpha * (x @ A @ B)
 // M rows of x, K in, N out, R rank; h = x @ A (M, R), t = dy @ B.T (M, R).
 #pragma once
@@ -38,6 +38,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
     const Tensor& h, double alpha, const std::vector<bool>& needs);
 
+std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight,
+                                                const std::optional<Tensor>& bias, const Tensor& A,
+                                                const Tensor& B, double alpha);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
+    const Tensor& h, double alpha, const std::vector<bool>& needs);
+
 // The same with a weight that pack_weight has laid out: of weight.T for the forward and of weight
 // for the backward, which reads `packed` for dx alone.
 std::tuple<Tensor, Tensor> lora_linear_fwd_packed_cpu(const Tensor& x, const Tensor& weight,
@@ -51,11 +58,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_packed_cpu(
     const std::optional<Tensor>& packed);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight_cpu(const Tensor& weight, bool transposed);
-std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight,
-                                                const std::optional<Tensor>& bias, const Tensor& A,
-                                                const Tensor& B, double alpha);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-    const Tensor& h, double alpha, const std::vector<bool>& needs);
 
 }  // namespace lora_ext

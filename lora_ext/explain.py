@@ -37,6 +37,8 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         reasons = {n: None if n == "reference" else r or no_mask for n, r in reasons.items()}
     chosen = layer.backend or next(name for name, reason in reasons.items() if reason is None)
     lines = [f"{chosen}: {'asked for, but ' + r if (r := reasons.pop(chosen)) else 'runs'}"]
+    if chosen == "cpp" and layer._packed is not None:
+        lines[0] += ", its weight laid out by prepack_"
     for name, reason in reasons.items():
         lines.append(f"{name}: {reason or f'can run, comes after {chosen}'}")
     return "\n".join(lines)

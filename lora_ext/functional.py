@@ -1,7 +1,7 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the autograd Function."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,7 @@ from torch.autograd.function import once_differentiable
 from .backends import BACKENDS, choose
 from .checks import HALF, check_arguments, check_dropout, fit
 from .dropout import linear_with_dropout
-
-if TYPE_CHECKING:
-    from .prepack import PackedWeight
+from .packed_weight import PackedWeight
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_TRANSFORM = (
@@ -32,7 +30,7 @@ def lora_linear(
     *,
     backend: str | None = None,
     dropout: float = 0.0,
-    packed: "PackedWeight | None" = None,
+    packed: PackedWeight | None = None,
 ) -> Tensor:
     """Linear layer with a low-rank update: `y = x @ weight.T + bias + alpha * (x @ A @ B)`.
 
@@ -50,20 +48,22 @@ def lora_linear(
             scaled by 1 / (1 - dropout) in return; from 0 to below 1. The mask comes from torch's
             default generator by way of a seed. By plain PyTorch: backend None or "reference".
         packed: `PackedWeight(weight)`, which spares the C++ kernels laying the weight out; other
-            backends, and autocast where it casts the weight, do without. It must be this
-            weight's, as it is now: that is not checked (`why_stale` does).
+            backends, dropout, compiled code, and autocast where it casts the weight, do without.
 
     Returns:
         y, (..., out_features), of the dtype that `F.linear(x, weight, bias)` gives.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or dropout that does not fit, or a backend that can't run here.
+        ValueError: a shape, device or dropout that does not fit, a backend that can't run here, or
+            a `packed` made of another weight or before this one changed.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
     """
+    if packed is not None:
+        packed = _checked(packed, weight)
     # Not for meta: PyTorch raises when asked about a device that has no autocast.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
         given = weight
@@ -94,6 +94,17 @@ def lora_linear(
     return _with_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
+def _checked(packed: Any, weight: Tensor) -> PackedWeight | None:
+    """Raise unless `packed` stands for the weight; None in compiled code, which can't ask."""
+    if not isinstance(packed, PackedWeight):
+        raise TypeError(f"packed must be a PackedWeight or None, got {type(packed).__name__}")
+    if torch.compiler.is_compiling():
+        return None
+    if (why := packed.why_stale(weight)) is not None:
+        raise ValueError(f"packed must stand for weight as it is: {why}")
+    return packed
+
+
 def _with_dropout(
     x: Tensor,
     weight: Tensor,
@@ -119,7 +130,7 @@ def _forward(
     A: Tensor,
     B: Tensor,
     alpha: float,
-    packed: "PackedWeight | None",
+    packed: PackedWeight | None,
 ) -> tuple[Tensor, Tensor]:
     if packed is None:
         return BACKENDS[name].forward(x, weight, bias, A, B, alpha)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from .checks import (
 )
 from .dropout import drop
 from .functional import lora_delta, lora_linear
-
-if TYPE_CHECKING:
-    from .prepack import PackedWeight
+from .packed_weight import PackedWeight
 
 
 class LoRALayer(nn.Module):
@@ -131,7 +129,7 @@ class LinearWithLoRA(nn.Module):
 
     linear: nn.Linear  # or any module with its attributes
     lora: LoRALayer
-    _packed: "PackedWeight | None" = None  # by prepack_; of the class, so that no state has it
+    _packed: PackedWeight | None = None  # by prepack_; of the class, so that no state has it
 
     def __init__(
         self,
@@ -200,7 +198,7 @@ class LinearWithLoRA(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _fresh_packed(self) -> "PackedWeight | None":
+    def _fresh_packed(self) -> PackedWeight | None:
         """Return what prepack_ laid out; if the weight has changed since, drop it and say so."""
         packed = self._packed
         if packed is None or torch.compiler.is_compiling():

@@ -13,21 +13,10 @@ import lora_ext
 from lora_ext import LinearWithLoRA, PackedWeight, prepack_, replace_linear_with_lora, unpack_
 from lora_ext.backends import cpp
 
-from .numerics import Case, broken_rules, expected, gradients
+from .numerics import Case, broken_rules, expected
 
-
-def why_not() -> str | None:
-    """Say why nothing can be laid out on this machine."""
-    if (why := cpp.unsupported(*[torch.ones(1, 1)] * 3)) is not None:
-        return why
-    try:
-        cpp.pack_weight(torch.ones(1, 1), transposed=True)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+WHY_NOT = cpp.why_not_packed(torch.ones(1, 1))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 CASES = [
     Case((37,), 96, 160, 8),
@@ -53,14 +42,15 @@ def model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_packed_weight_keeps_the_error_rule(case, dtype):
-    case = case.but(dtype=dtype)
-    want = expected(case)
-    packed = PackedWeight(want.inputs["weight"], backward=True)
-
-    def linear(*arguments):
-        return lora_ext.lora_linear(*arguments, backend="cpp", packed=packed)
-
-    assert not broken_rules(gradients(linear, want.inputs, case.alpha), want)
+    want = expected(case.but(dtype=dtype))
+    weight = want.inputs["weight"]
+    packed = PackedWeight(weight, backward=True)
+    leaves = {n: want.inputs[n].detach().requires_grad_() for n in ("x", "bias", "A", "B")}
+    x, bias, A, B = leaves.values()
+    y = lora_ext.lora_linear(x, weight, bias, A, B, case.alpha, backend="cpp", packed=packed)
+    grads = torch.autograd.grad(y, list(leaves.values()), want.inputs["dy"])
+    got = {"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+    assert not broken_rules(got, want)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -115,12 +105,50 @@ def test_what_is_left_has_its_reason(model):
     assert report.left == {"0": "the weight requires grad: it is not frozen"}
     assert "left 1: the weight requires grad: it is not frozen (0)" in str(report)
     model.double()
-    assert "PyTorch's own product" in prepack_(model).left["2"]
+    assert prepack_(model).left["2"] == (
+        "PyTorch's own product is the faster one for torch.float64 on this CPU"
+    )
+
+
+def test_a_second_call_starts_anew(model):
+    prepack_(model)
+    model[0].backend = "reference"
+    report = prepack_(model)
+    assert report.left == {"0": "the layer runs backend 'reference'"}
+    assert model[0]._packed is None and model[2]._packed is not None
+
+
+def test_a_merged_layer_is_left(model):
+    lora_ext.merge_(model)
+    report = prepack_(model)
+    assert set(report.left.values()) == {"the adapter is merged: the layer runs linear(x)"}
+
+
+def test_a_layer_on_the_composed_path_is_left(model):
+    model[0].lora = nn.Identity()
+    assert "lora is a Identity" in prepack_(model).left["0"]
+
+
+def test_explain_tells(model):
+    assert "laid out" not in lora_ext.explain(model[0])
+    prepack_(model)
+    assert lora_ext.explain(model[0]).splitlines()[0] == (
+        "cpp: runs, its weight laid out by prepack_"
+    )
+
+
+def _replace_data(layer):
+    layer.weight.data = layer.weight.data * 2
 
 
 CHANGES = {
     "written": (lambda layer: layer.weight.mul_(2), "written to"),
     "replaced": (lambda layer: setattr(layer, "weight", copy.deepcopy(layer.weight)), "another"),
+    # Twice: the address that the first one frees may come back.
+    "data_replaced_twice": (
+        lambda layer: [_replace_data(layer) for _ in range(2)],
+        "moved or repl",
+    ),
     "data_replaced": (
         lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
         "moved or replaced",
@@ -219,11 +247,81 @@ def test_unpack_gives_the_memory_back(model):
     assert model[0]._packed is None
 
 
-def test_layout_of_another_weight_is_named():
+def test_the_same_storage_read_otherwise_drops_it():
+    layer = LinearWithLoRA(nn.Linear(64, 64).requires_grad_(False), 2, 1.0)
+    prepack_(layer)
+    layer.weight.data = layer.weight.data.t()
+    x = torch.randn(40, 64)
+    with pytest.warns(UserWarning, match="moved or replaced"):
+        y = layer(x)
+    torch.testing.assert_close(y, layer.linear(x) + layer.lora(x))
+
+
+def test_a_prepacked_model_can_swap_its_parameters(model):
+    prepack_(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.warns(UserWarning, match="dropped"):
+            model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x = torch.randn(40, 48, dtype=torch.float64)
+    torch.testing.assert_close(model[0](x), model[0].linear(x) + model[0].lora(x))
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "message"),
+    [
+        ("abc", TypeError, "packed must be a PackedWeight or None, got str"),
+        (
+            torch.ones(48, 16),
+            ValueError,
+            "packed must stand for weight as it is: .* another weight",
+        ),
+    ],
+    ids=["text", "another-weight"],
+)
+def test_layout_that_does_not_fit_is_named(packed, error, message):
     x, A, B = torch.ones(40, 16), torch.ones(16, 2), torch.ones(2, 32)
-    packed = PackedWeight(torch.ones(48, 16))
-    with pytest.raises(RuntimeError, match="packed must be what pack_weight makes of this weight"):
+    if isinstance(packed, torch.Tensor):
+        packed = PackedWeight(packed)
+    with pytest.raises(error, match=message):
         lora_ext.lora_linear(x, torch.ones(32, 16), None, A, B, 1.0, packed=packed)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ("abc", TypeError, "weight must be a torch.Tensor, got str"),
+        (
+            torch.ones(4),
+            ValueError,
+            r"weight must have shape \(out_features, in_features\), got \(4,\)",
+        ),
+        (torch.ones(4, 4).long(), TypeError, "weight must have dtype float32, .* got torch.int64"),
+        (
+            torch.ones(4, 4, device="meta"),
+            ValueError,
+            "weight must be strided and on cpu, got .* meta",
+        ),
+        (
+            torch.ones(4, 4).to_sparse(),
+            ValueError,
+            "weight must be strided and on cpu, got .*sparse",
+        ),
+    ],
+    ids=["text", "vector", "int64", "meta", "sparse"],
+)
+def test_weight_that_can_not_be_laid_out_is_named(weight, error, message):
+    with pytest.raises(error, match=message):
+        PackedWeight(weight)
+
+
+def test_operator_names_a_layout_of_another_size():
+    x, weight, A, B = torch.ones(40, 16), torch.ones(32, 16), torch.ones(16, 2), torch.ones(2, 32)
+    packed = torch.ops.lora_ext.pack_weight(torch.ones(48, 16), True)
+    with pytest.raises(RuntimeError, match="packed must be what pack_weight makes of this weight"):
+        torch.ops.lora_ext.lora_linear_fwd_packed(x, weight, None, A, B, 1.0, packed)
 
 
 @pytest.mark.parametrize("argument", [None, nn.Linear(2, 2)], ids=["none", "no-lora"])

@@ -1,4 +1,4 @@
-// The four operations on blocks that every CPU kernel here is made of, one table of them per
+// The operations on blocks that every CPU kernel here is made of, one table of them per
 // instruction set. Nothing of torch is included: the files that implement these are compiled for
 // wider instruction sets than the rest, and an inline function shared with the rest could be
 // linked from them and crash an older CPU.
@@ -76,7 +76,7 @@ struct StorageOps {
   // dst = scale * src (dense rows of `ld`) + bias (per column, may be null)
   void (*store)(const A* src, int64_t ld, A scale, const T* bias, View<T> dst);
   // out (left.rows, right.rows; dense rows of `ld`) = left @ right.T, or += with `add`; both have
-  // dense rows. Reads each element of `right` once and packs nothing: for a left factor of few rows
+  // dense rows. Packs nothing, and reads `right` once for 3 or 4 rows of `left`: for few of those
   void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
 };
 

@@ -17,10 +17,10 @@ const Blocks& blocks();
 template <typename T>
 bool library_product_is_faster();
 
-// Up to how many rows x @ weight.T is best made of dot products with the weight as it lies,
-// unpacked. On a Zen 3 core, float: 0.575 ms for 0.585 by strips with 32 rows of 768 x 768, 4.3
-// for 5.3 of 2048 x 2048; with 48 rows the strips win. Not timed with AVX-512, where only what
-// streams the weight once is taken.
+// Up to how many rows the weight is read as it lies: x @ weight.T by dot products, dx by strips. On
+// a Zen 3 core, float: 0.575 ms for 0.585 by strips with 32 rows of 768 x 768, 4.3 for 5.3 of 2048
+// x 2048; with 48 rows the strips win. Not timed with AVX-512, where only what streams the weight
+// once is taken.
 int64_t rows_of_dots();
 
 }  // namespace lora_ext::cpu

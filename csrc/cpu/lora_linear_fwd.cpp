@@ -5,8 +5,9 @@
 //   block of columns before it is stored;
 // - where PyTorch's GEMM runs at the CPU's rate, it makes the whole base product first, and a
 //   second pass over row blocks of y adds the low-rank part: y is read and written once more;
-// - where it does not (16-bit dtypes without hardware for them), strips of our own, with the
-//   low-rank part as R more steps of the summed dimension.
+// - where ours is the faster one (isa.h: AVX2, all but double), strips of it, with the low-rank
+// part
+//   as R more steps of the summed dimension.
 #include "cpu/tensors.h"
 #include "lora_linear.h"
 

@@ -41,9 +41,6 @@ Tensor pack_weight_cpu(const Tensor& weight, bool transposed) {
   cpu::with_storage_type(weight.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     using A = cpu::Acc<T>;
-    STD_TORCH_CHECK(!cpu::library_product_is_faster<T>(),
-                    "PyTorch's own product, which takes no packed weight, is the faster one for ",
-                    torch::headeronly::toString(weight.scalar_type()), " on this CPU");
     const auto view = cpu::matrix<const T>(weight);
     const auto factor = transposed ? view.transposed() : view;
     result =

@@ -9,6 +9,8 @@ A backend is a module with three functions (M rows, K in, N out, R rank; x is a 
     backward(dy, x, weight, A, B, h, alpha, needs) -> (dx, dweight, dbias, dA, dB)
         None where `needs`, five booleans, does not ask
 
+The forward and backward of `cpp` take `packed`, a weight laid out once, too (packed_weight.py).
+
 A new one is a file here and its name in NAMES, before the reference, which can always run.
 """
 

@@ -16,7 +16,7 @@ from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
 
 BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
 BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
 _FWD = torch.ops.lora_ext.lora_linear_fwd.default
@@ -27,7 +27,8 @@ _FWD_CUDA = torch.ops.lora_ext.lora_linear_fwd_cuda.default
 _BWD_CUDA = torch.ops.lora_ext.lora_linear_bwd_cuda.default
 
 try:
-    import_module("lora_ext._C")  # registers the kernels
+    _C = import_module("lora_ext._C")  # registers the kernels
+    _OWN_PRODUCTS = _C.build_info().get("own_products", [])
     _not_loaded = None
 except ImportError as error:
     _not_loaded = f"the extension lora_ext._C is not there ({error}); build it: {BUILD_COMMAND}"
@@ -48,7 +49,7 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
         and type(weight) in _PLAIN
         and type(A) in _PLAIN
         and x.is_cpu
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.layout is weight.layout is A.layout is torch.strided
     ):
         return None
@@ -56,7 +57,7 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
         return _not_loaded
     if not x.is_cpu and not x.is_cuda:
         return f"runs on cpu and cuda tensors, x is on {x.device.type}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
     for name, tensor in (("x", x), ("weight", weight), ("A", A)):
         if type(tensor) not in _PLAIN:
@@ -98,12 +99,23 @@ def load_cuda() -> str | None:
     return None
 
 
+def why_not_packed(weight: Tensor) -> str | None:
+    """Say why a weight can't be laid out by `pack_weight`, or need not be; None when it can."""
+    if _not_loaded is not None:
+        return _not_loaded
+    if not weight.is_cpu or weight.layout is not torch.strided:
+        return f"weight must be strided and on cpu, got {weight.layout} on {weight.device.type}"
+    if weight.dtype not in DTYPES:
+        return f"weight must have dtype float32, bfloat16 or float16, got {weight.dtype}"
+    if str(weight.dtype).removeprefix("torch.") not in _OWN_PRODUCTS:
+        return f"PyTorch's own product is the faster one for {weight.dtype} on this CPU"
+    return None
+
+
 def pack_weight(weight: Tensor, *, transposed: bool) -> Tensor:
     """Return weight (or weight.T, for the forward) in the kernels' panels: one dimension, opaque.
 
-    Raises:
-        RuntimeError: the kernels would not use it: PyTorch's own product is the faster one.
-
+    For a weight with no reason in `why_not_packed`.
     """
     return torch.ops.lora_ext.pack_weight.default(weight, transposed)
 
