@@ -27,8 +27,7 @@ _FWD_CUDA = torch.ops.lora_ext.lora_linear_fwd_cuda.default
 _BWD_CUDA = torch.ops.lora_ext.lora_linear_bwd_cuda.default
 
 try:
-    _C = import_module("lora_ext._C")  # registers the kernels
-    _OWN_PRODUCTS = _C.build_info().get("own_products", [])
+    import_module("lora_ext._C")  # registers the kernels
     _not_loaded = None
 except ImportError as error:
     _not_loaded = f"the extension lora_ext._C is not there ({error}); build it: {BUILD_COMMAND}"
@@ -107,7 +106,8 @@ def why_not_packed(weight: Tensor) -> str | None:
         return f"weight must be strided and on cpu, got {weight.layout} on {weight.device.type}"
     if weight.dtype not in DTYPES:
         return f"weight must have dtype float32, bfloat16 or float16, got {weight.dtype}"
-    if str(weight.dtype).removeprefix("torch.") not in _OWN_PRODUCTS:
+    own_products = import_module("lora_ext._C").build_info()["own_products"]
+    if str(weight.dtype).removeprefix("torch.") not in own_products:
         return f"PyTorch's own product is the faster one for {weight.dtype} on this CPU"
     return None
 
