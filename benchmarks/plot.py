@@ -17,7 +17,16 @@ Cells = dict[Shape, dict[str, Row]]
 COLORS = {OURS: "#1f5fa8", PLAIN: "#d1702c", "compile": "#7a4fa3", "addmm": "#2f8f5b"}
 COLORS |= {"peft": "#a33b52", "loralib": "#8a7a2a", FLOOR: "#777777"}
 MARKERS = {OURS: "s", PLAIN: "o", "compile": "^", "addmm": "D", "peft": "v", "loralib": "P"}
-RUN_COLORS = ("#1f5fa8", "#d1702c", "#2f8f5b", "#7a4fa3", "#a33b52", "#8a7a2a")
+RUN_COLORS = (
+    "#1f5fa8",
+    "#d1702c",
+    "#2f8f5b",
+    "#7a4fa3",
+    "#a33b52",
+    "#8a7a2a",
+    "#3fa7a0",
+    "#444444",
+)
 SWEEP = 4  # so many sizes of M or R, all else equal, are a sweep
 
 
