@@ -6,8 +6,7 @@
 // - where PyTorch's GEMM runs at the CPU's rate, it makes the whole base product first, and a
 //   second pass over row blocks of y adds the low-rank part: y is read and written once more;
 // - where ours is the faster one (isa.h: AVX2, all but double), strips of it, with the low-rank
-// part
-//   as R more steps of the summed dimension.
+//   part as R more steps of the summed dimension.
 #include "cpu/tensors.h"
 #include "lora_linear.h"
 
