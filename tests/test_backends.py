@@ -30,6 +30,8 @@ SHAPES = [
     Case((), 96, 160, 8),  # x is a vector
     TAILS,
     Case((37,), 91, 157, 8),  # K and N odd: rows at any alignment
+    Case((3,), 93, 70, 5),  # few rows, which may go ways of their own: not one row, not full ones
+    Case((4,), 70, 93, 9),
     Case((2,), 8, 3, 1),  # less than a vector everywhere
     Case((1,), 1, 1, 1),
     *(Case((19,), 72, 88, R) for R in (1, 3, 16, 64, 100)),  # below, at and past a block; R > K
@@ -40,6 +42,7 @@ SHAPES = [
     TAILS.but(alpha=1.0),
 ]
 CROSSES_EVERY_BLOCK = Case((400,), 1100, 700, 24)
+LARGE_WEIGHT = Case((40,), 1400, 1300, 8)  # over 3 MiB in 16 bits: more than a core's own caches
 
 
 @in_each_dtype(*SHAPES)
@@ -85,7 +88,7 @@ def test_rows_past_2_to_the_31_elements(backend: Backend):
     assert broken_rules(got, want) == []
 
 
-@in_each_dtype(CROSSES_EVERY_BLOCK)
+@in_each_dtype(CROSSES_EVERY_BLOCK, LARGE_WEIGHT)
 def test_many_blocks_keep_the_error_rule(backend: Backend, case):
     if backend.slow:
         pytest.skip(f"{backend} is too slow for a problem of this size")

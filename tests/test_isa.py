@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from lora_ext import _C, lora_linear
 from tests.numerics import LAYOUTS, broken_rules, expected, gradients
-from tests.test_backends import CROSSES_EVERY_BLOCK, DTYPES, SHAPES, TAILS
+from tests.test_backends import CROSSES_EVERY_BLOCK, DTYPES, LARGE_WEIGHT, SHAPES, TAILS
 
 import tests.conftest  # poisons malloc
 torch.use_deterministic_algorithms(True, warn_only=True)  # and at::empty, with NaN
-cases = [*SHAPES, CROSSES_EVERY_BLOCK, *(TAILS.but(layout=name) for name in LAYOUTS)]
+cases = [*SHAPES, CROSSES_EVERY_BLOCK, LARGE_WEIGHT, *(TAILS.but(layout=name) for name in LAYOUTS)]
 for case in cases:
     for dtype, adapter in DTYPES:
         case = case.but(dtype=dtype, adapter_dtype=adapter)

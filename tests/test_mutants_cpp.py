@@ -20,6 +20,7 @@ from torch.utils.cpp_extension import include_paths
 import lora_ext
 
 from .numerics import Case
+from .test_backends import LARGE_WEIGHT
 from .test_mutants import CASES, refused
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +42,9 @@ TORCH_HEADERS = [
 ]
 # Past one block of each kind: 384 of a summed dimension, 256 columns and 192 rows of a strip.
 LONG = Case((400,), 404, 264, 8)
-CPP_CASES = [*CASES, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
+FEW_ROWS = Case((3,), 93, 70, 5)
+CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
+CPP_CASES += [LARGE_WEIGHT]
 
 # name: (file, the line, what it becomes, the files that include it)
 MUTANTS = {
@@ -84,8 +87,8 @@ MUTANTS = {
     ),
     "dx_without_low_rank_part": (
         "cpu/lora_linear_bwd.cpp",
-        "out.block(row, col, rows, cols), &low, panels",
-        "out.block(row, col, rows, cols), nullptr, panels",
+        "&low,\n",
+        "nullptr,\n",
         BACKWARD,
     ),
     "last_block_of_h_alone": (
@@ -120,15 +123,46 @@ MUTANTS = {
     ),
     "tail_of_dots_forgotten": (
         "cpu/blocks_impl.h",
-        "int64_t tail = p; tail < depth",
-        "int64_t tail = p; tail < p",
+        "if (p > 0 && p < depth)",
+        "if (false)",
         BLOCKS,
+    ),
+    "tail_of_dots_summed_twice": ("cpu/vectors.h", "kLanes<A> - count", "0", BLOCKS),
+    "dots_of_less_than_a_vector_forgotten": (
+        "cpu/blocks_impl.h",
+        "if (p == 0)",
+        "if (false)",
+        BLOCKS,
+    ),
+    "sum_of_half_the_lanes": (
+        "cpu/vectors.h",
+        "width = kVectorBytes / 32; width > 0",
+        "width = 0; width > 0",
+        BLOCKS,
+    ),
+    "rows_combined_last_alone": (
+        "cpu/blocks_impl.h",
+        "add ? read<V>(to) + sum[i] : sum[i]",
+        "sum[i]",
+        BLOCKS,
+    ),
+    "dx_of_few_rows_without_low_rank_part": (
+        "cpu/lora_linear_bwd.cpp",
+        "cols, true);",
+        "cols, false);",
+        BACKWARD,
+    ),
+    "first_columns_of_a_large_weight_for_all": (
+        "cpu/products.h",
+        "matrix_.block(k, col, depth, cols)",
+        "matrix_.block(k, 0, depth, cols)",
+        FORWARD + BACKWARD,
     ),
     "edge_columns_not_summed": ("cpu/blocks_impl.h", "start + tile[", "tile[", BLOCKS),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
-        "round = 1; round < lanes",
-        "round = 2; round < lanes",
+        "round = 1; round < kRows",
+        "round = 2; round < kRows",
         BLOCKS,
     ),
 }

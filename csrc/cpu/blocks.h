@@ -78,6 +78,9 @@ struct StorageOps {
   // out (left.rows, right.rows; dense rows of `ld`) = left @ right.T, or += with `add`; both have
   // dense rows. Packs nothing, and reads `right` once for 3 or 4 rows of `left`: for few of those
   void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
+  // out (left.rows, right.cols; dense rows of `ld`) = left @ right, as sums of right's rows, which
+  // are dense. Packs nothing, and reads `right` from end to end once for 4 rows of `left`
+  void (*combine_rows)(View<const A> left, View<const T> right, A* out, int64_t ld);
 };
 
 // What a product is added to: nothing; a matrix of dense rows, such as the result itself; or, with
@@ -86,6 +89,16 @@ template <typename A>
 struct Addend {
   const A* data = nullptr;
   int64_t row_stride = 0;
+
+  Addend from(int64_t col) const { return {data == nullptr ? data : data + col, row_stride}; }
+};
+
+// What will be read next and lies far away, as panels of as many rows as those at hand: one line of
+// a row of each is asked for while those are worked on. Strides in bytes; it may reach past the end
+// of what there is.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row_stride = 0, panel_stride = 0;
 };
 
 template <typename A>
@@ -93,7 +106,7 @@ struct MultiplyOps {
   // c (a.rows, cols; dense rows of `ldc`) = a @ b + addend; a.cols rows of b's panels are read.
   // Columns past `cols` are not written.
   void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
-                   Addend<A> addend);
+                   Addend<A> addend, Ahead ahead);
 };
 
 struct Blocks {

@@ -67,7 +67,7 @@ class Backward {
       const RightFactor<Sum> right(dy_view_, R);
       const View<const Sum> left_t = {left.get(), R, M, 1, ld_};
       blocks().products<Sum>().multiply(left_t, right.from(0, 0), N,
-                                        static_cast<Sum*>(out.data_ptr()), N, {});
+                                        static_cast<Sum*>(out.data_ptr()), N, {}, {});
       return;
     }
     adapter_gradient<T>(left.get(), ld_, R, dy_view_, alpha_, out, false);
@@ -88,7 +88,7 @@ class Backward {
     const View<T> out_view = matrix<T>(out);
     for_each_strip(shape_.N, shape_.K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       product_strip<T>(dy_t.block(row, 0, rows, shape_.M), x_view.block(0, col, shape_.M, cols),
-                       nullptr, out_view.block(row, col, rows, cols), nullptr);
+                       is_far(x_view), nullptr, out_view.block(row, col, rows, cols), nullptr);
     });
   }
 
@@ -107,7 +107,7 @@ class Backward {
       const auto x_t = matrix<const Sum>(x).transposed();
       const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
       blocks().products<Sum>().multiply(x_t, right.from(0, 0), R, static_cast<Sum*>(out.data_ptr()),
-                                        R, {});
+                                        R, {}, {});
       return;
     }
     adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);
@@ -117,23 +117,18 @@ class Backward {
           const std::optional<Tensor>& packed, const Tensor& out) const {
     const auto [M, K, N, R] = shape_;
     const View<T> out_view = matrix<T>(out);
-    const bool ours =
-        (sizeof(T) == 2 || M > kMaxRowsOfDot) &&
-        (packed.has_value() || M <= rows_of_dots() || !library_product_is_faster<T>());
-    if (!ours) mm_out(dy_, weight, out);
+    const View<const T> weight_view = matrix<const T>(weight);
     with_adapter<T>(A, [&](auto view) {
-      if (!ours && M <= kMaxRowsOfDot && has_dense_rows(view)) {
-        using TA = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
-        update<T>(out_view, [&](Sum* values, int64_t ld) {
-          blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, view, values, ld, true);
-        });
+      if (M <= kMaxRowsOfDot && has_dense_rows(weight_view) && has_dense_rows(view)) {
+        dx_of_few_rows(alpha_t, weight_view, view, out_view);
         return;
       }
       const RightFactor<Sum> right(view.transposed(), M);
-      if (ours) {
-        product_with_weight(alpha_t, weight, packed, right, out_view);
+      if (packed.has_value() || M <= rows_of_dots() || !library_product_is_faster<T>()) {
+        product_with_weight(alpha_t, weight_view, packed, right, out_view);
         return;
       }
+      mm_out(dy_, weight, out);
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
         add_low_rank<T>({alpha_t.get() + row * ld_, ld_, R, right.from(0, 0)},
                         out_view.block(row, 0, rows, K));
@@ -170,15 +165,32 @@ class Backward {
     });
   }
 
-  void product_with_weight(const Scratch<Sum>& alpha_t, const Tensor& weight,
+  // dx of so few rows that the weight and A are read where they lie, once, from end to end.
+  template <typename TA>
+  void dx_of_few_rows(const Scratch<Sum>& alpha_t, View<const T> weight, View<const TA> A,
+                      View<T> out) const {
+    const auto [M, K, N, R] = shape_;
+    const Scratch<Sum> left(M * N);
+    blocks().storage<T>().load(dy_view_, left.get(), N);
+    for_each_part(K, even_part(K, K, 256, kPanel<Sum>), [&](int64_t col, int64_t cols) {
+      const Scratch<Sum> sum(M * cols);
+      blocks().storage<T>().combine_rows({left.get(), M, N, N, 1}, weight.block(0, col, N, cols),
+                                         sum.get(), cols);
+      blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, A.block(col, 0, cols, R), sum.get(),
+                                 cols, true);
+      blocks().storage<T>().store(sum.get(), cols, Sum(1), nullptr, out.block(0, col, M, cols));
+    });
+  }
+
+  void product_with_weight(const Scratch<Sum>& alpha_t, View<const T> weight,
                            const std::optional<Tensor>& packed, const RightFactor<Sum>& A_t,
                            View<T> out) const {
     const auto [M, K, N, R] = shape_;
-    const View<const T> weight_view = matrix<const T>(weight);
     for_each_strip(M, K, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = {alpha_t.get() + row * ld_, ld_, R, A_t.from(0, col)};
-      product_strip<T>(dy_view_.block(row, 0, rows, N), weight_view.block(0, col, N, cols), nullptr,
-                       out.block(row, col, rows, cols), &low, panels_of<Sum>(packed, N, col));
+      product_strip<T>(dy_view_.block(row, 0, rows, N), weight.block(0, col, N, cols),
+                       is_far(weight), nullptr, out.block(row, col, rows, cols), &low,
+                       panels_of<Sum>(packed, N, col));
     });
   }
 

@@ -55,7 +55,7 @@ class Forward {
         const LowRank<Sum> low = low_rank(0, col);
         blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
         blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
-                                          kCols, {sum.get(), kCols});
+                                          kCols, {sum.get(), kCols}, {});
         blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col), y.block(0, col, M, cols));
       }
     });
@@ -75,7 +75,7 @@ class Forward {
     for_each_strip(M, N, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
       const LowRank<Sum> low = low_rank(row, col);
       product_strip<T>(x_.block(row, 0, rows, K), weight_.transposed().block(0, col, K, cols),
-                       bias(col), y.block(row, col, rows, cols), &low,
+                       is_far(weight_), bias(col), y.block(row, col, rows, cols), &low,
                        panels_of<Sum>(packed_, K, col));
     });
   }
