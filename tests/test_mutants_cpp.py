@@ -93,8 +93,8 @@ MUTANTS = {
     ),
     "last_block_of_h_alone": (
         "cpu/products.h",
-        "right.from(k, 0), R, out, ld, sum_so_far(k, out, ld)",
-        "right.from(k, 0), R, out, ld, {}",
+        "right.from(k, 0), ld, out, ld, sum_so_far(k, out, ld)",
+        "right.from(k, 0), ld, out, ld, {}",
         FORWARD + BACKWARD,
     ),
     "last_rows_of_dA_alone": (

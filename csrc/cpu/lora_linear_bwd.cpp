@@ -9,8 +9,9 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-// Columns that one thread has at a time of a product summed over all rows (dA, dB).
-constexpr int64_t kColumnBlock = 128;
+// Columns that one thread has at a time of a product summed over all rows (dA, dB): of one that
+// packs them, and of one that reads them where they lie.
+constexpr int64_t kColumnBlock = 128, kInPlaceColumns = 512;
 
 // Up to this many rows, t and the low-rank part of dx are dot products with the rows of B and A as
 // they lie: packing those (30 us at 2048 x 16) costs more than using them.
@@ -21,7 +22,8 @@ template <typename T, typename TOut>
 void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T> right,
                         double scale, View<TOut> out) {
   using Sum = Acc<T>;
-  const int64_t part = even_part(right.cols, kColumnBlock, 32, kPanel<float>);
+  const int64_t most = R <= kInPlaceRank ? kInPlaceColumns : kColumnBlock;
+  const int64_t part = even_part(right.cols, most, 32, kPanel<float>);
   for_each_part(right.cols, part, [&](int64_t col, int64_t cols) {
     const Scratch<Sum> sum(R * cols);
     skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
@@ -160,7 +162,7 @@ class Backward {
       }
       const RightFactor<Sum> right(view.transposed(), M);
       for_each_row_block(M, [&](int64_t row, int64_t rows) {
-        skinny_product<T>(dy_view_.block(row, 0, rows, N), right, R, out + row * ld_, ld_);
+        skinny_product<T>(dy_view_.block(row, 0, rows, N), right, out + row * ld_, ld_);
       });
     });
   }

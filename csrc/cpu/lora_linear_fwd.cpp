@@ -85,7 +85,7 @@ class Forward {
   void shrink(int64_t row, int64_t rows, View<T> h) const {
     const int64_t R = shape_.R;
     Sum* block = alpha_h_.get() + row * ld_;
-    skinny_product<T>(x_.block(row, 0, rows, shape_.K), A_, R, block, ld_);
+    skinny_product<T>(x_.block(row, 0, rows, shape_.K), A_, block, ld_);
     blocks().storage<T>().store(block, ld_, Sum(1), nullptr, h.block(row, 0, rows, R));
     blocks().storage<Sum>().store(block, ld_, Sum(alpha_), nullptr, {block, rows, R, ld_, 1});
   }
