@@ -1,11 +1,13 @@
 """Say what a CPU takes at least for the shapes of a run, and how near each provider came.
 
-    floor = the longer of FLOPs / GEMM rate and bytes / read rate
+    floor = the longer of FLOPs / GEMM rate and bytes / read rate, plus the host's time for a call
 
 The GEMM rate is the best that PyTorch reaches here on square matrices of the run's dtype, the read
 rate that of a sum over as many bytes as the weight has. FLOPs are those of the adapted layer,
-bytes those of the weight, once a product. No layer of this arithmetic can take less on this machine
-unless its GEMM beats that rate, so plain / floor is the most that plain / ours can come to.
+bytes those of the weight, once a product. The host's time is that of PyTorch's least operator on
+one element, for forward and backward as an autograd step: the thread that pays it is the one that
+computes. No layer of this arithmetic can take less on this machine unless its GEMM beats that
+rate, so plain / floor is the most that plain / ours can come to.
 """
 
 import argparse
@@ -34,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = DTYPES[rows[0]["dtype"]]
     cells = by_shape(rows)
     rate = gemm_gflops(dtype, args.seconds)
+    host = host_ms(rows[0]["mode"], args.seconds)
     sizes = {K * N * dtype.itemsize for _, K, N, _ in cells}
     reads = {nbytes: read_gbs(nbytes, args.seconds) for nbytes in sizes}
     console = wide_console()
     console.print(
         f"{header['command']}\n{rows[0]['dtype']} {rows[0]['mode']}, threads {header['threads']}: "
         f"GEMM at best {rate:.1f} GFLOP/s, reads at {min(reads.values()):.1f} to "
-        f"{max(reads.values()):.1f} GB/s; times of the run, on {header['device']}"
+        f"{max(reads.values()):.1f} GB/s, a call takes {1e3 * host:.1f} us; times of the run, on "
+        f"{header['device']}"
     )
-    floors = {shape: floor_ms(shape, rows[0]["mode"], dtype, rate, reads) for shape in cells}
+    floors = {shape: floor_ms(shape, rows[0]["mode"], dtype, rate, reads, host) for shape in cells}
     console.print(_table(cells, floors))
     return 0
 
@@ -63,8 +67,25 @@ def read_gbs(nbytes: int, budget_s: float) -> float:
     return nbytes / _ms(data.sum, budget_s) / 1e6
 
 
+def host_ms(mode: str, budget_s: float) -> float:
+    """Return the milliseconds of a call that computes next to nothing: `neg` of one element.
+
+    For "fwd_bwd" with its gradient, by the one autograd node that a layer has at least.
+    """
+    x = torch.ones(1, requires_grad=mode != "fwd")
+    if mode == "fwd":
+        return _ms(x.neg, budget_s)
+    dy = torch.ones(1)
+    return _ms(lambda: torch.autograd.grad(x.neg(), x, dy), budget_s)
+
+
 def floor_ms(
-    shape: Shape, mode: str, dtype: torch.dtype, gflops: float, reads: dict[int, float]
+    shape: Shape,
+    mode: str,
+    dtype: torch.dtype,
+    gflops: float,
+    reads: dict[int, float],
+    host: float,
 ) -> float:
     """Return the milliseconds that the adapted layer takes at least.
 
@@ -74,12 +95,13 @@ def floor_ms(
         dtype: of the weight.
         gflops: rate of products.
         reads: GB/s by the bytes of a weight.
+        host: of a call, see `host_ms`.
 
     """
     products = 1 if mode == "fwd" else 2
     nbytes = shape.K * shape.N * dtype.itemsize
     bytes_ms = products * nbytes / reads[nbytes] / 1e6
-    return max(flops(shape, mode, lora=True) / gflops / 1e6, bytes_ms)
+    return max(flops(shape, mode, lora=True) / gflops / 1e6, bytes_ms) + host
 
 
 def _ms(run: Any, budget_s: float) -> float:

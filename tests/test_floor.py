@@ -29,9 +29,9 @@ def run_file(tmp_path):
 def test_floor_is_the_longer_of_flops_and_bytes():
     reads = {32 * 48 * 4: 1e-3}  # GB/s
     flops = 2 * 64 * 32 * 48 + 2 * 64 * 4 * (32 + 48)
-    by_flops = floor.floor_ms(SHAPE, "fwd", torch.float32, 1e-3, reads)
-    assert by_flops == pytest.approx(flops / 1e-3 / 1e6)
-    by_bytes = floor.floor_ms(SHAPE, "fwd_bwd", torch.float32, 1e9, reads)
+    by_flops = floor.floor_ms(SHAPE, "fwd", torch.float32, 1e-3, reads, host=0.25)
+    assert by_flops == pytest.approx(flops / 1e-3 / 1e6 + 0.25)
+    by_bytes = floor.floor_ms(SHAPE, "fwd_bwd", torch.float32, 1e9, reads, host=0)
     assert by_bytes == pytest.approx(2 * 32 * 48 * 4 / 1e-3 / 1e6)
 
 
@@ -39,11 +39,12 @@ def test_table_has_the_ratios_of_the_run(run_file, capsys, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(floor, "gemm_gflops", lambda *_: 1e-3)
     monkeypatch.setattr(floor, "read_gbs", lambda *_: 1e9)
+    monkeypatch.setattr(floor, "host_ms", lambda *_: 5.0)
     assert floor.main([str(run_file)]) == 0
     torch.set_num_threads(threads)
     line = next(line for line in capsys.readouterr().out.splitlines() if "64,32,48,4" in line)
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    floor_ms = (2 * 64 * 32 * 48 + 2 * 64 * 4 * 80) / 1e3
+    floor_ms = (2 * 64 * 32 * 48 + 2 * 64 * 4 * 80) / 1e3 + 5
     want = [4 / floor_ms, 4 / 3, floor_ms / 2, 3 / 2, 3 / floor_ms]
     assert cells[1] == f"{floor_ms:.3g}"
     assert cells[2:] == [f"{ratio:.2f}" for ratio in want]
@@ -52,6 +53,7 @@ def test_table_has_the_ratios_of_the_run(run_file, capsys, monkeypatch):
 def test_rates_are_of_this_machine():
     assert 0.01 < floor.gemm_gflops(torch.float32, 0.01) < 1e5
     assert 0.01 < floor.read_gbs(2**20, 0.01) < 1e5
+    assert 0 < floor.host_ms("fwd", 0.01) < floor.host_ms("fwd_bwd", 0.01) < 100
 
 
 @pytest.mark.parametrize(

@@ -48,16 +48,13 @@ class Forward {
     const Scratch<Sum> copy(M * K);
     View<const Sum> x = {copy.get(), M, K, K, 1};
     blocks().storage<T>().load(x_, copy.get(), K);
-    torch::stable::parallel_for(0, (N + kCols - 1) / kCols, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<Sum> sum(M * kCols);
-      for (int64_t col = begin * kCols; col < std::min(end * kCols, N); col += kCols) {
-        const int64_t cols = std::min(kCols, N - col);
-        const LowRank<Sum> low = low_rank(0, col);
-        blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), kCols, false);
-        blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(),
-                                          kCols, {sum.get(), kCols}, {});
-        blocks().storage<T>().store(sum.get(), kCols, Sum(1), bias(col), y.block(0, col, M, cols));
-      }
+    for_each_part(N, even_part(N, kCols, 32, kPanel<float>), [&](int64_t col, int64_t cols) {
+      const Scratch<Sum> sum(M * cols);
+      const LowRank<Sum> low = low_rank(0, col);
+      blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), cols, false);
+      blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(), cols,
+                                        {sum.get(), cols}, {});
+      blocks().storage<T>().store(sum.get(), cols, Sum(1), bias(col), y.block(0, col, M, cols));
     });
   }
 
