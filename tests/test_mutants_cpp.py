@@ -3,9 +3,14 @@
 The libraries are built without optimisation by one ninja run (a mutant of a header builds the
 files that include it, the rest and torch's headers are shared) and run on AVX2, where every way is
 taken. Each is loaded by a process of its own in place of lora_ext._C.
+
+One more is right: the AVX-512 kernels with the compiler's 64-byte vectors lowered to AVX2, so that
+all of them but their instructions runs on a CPU without AVX-512.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -19,8 +24,8 @@ from torch.utils.cpp_extension import include_paths
 
 import lora_ext
 
-from .numerics import Case
-from .test_backends import LARGE_WEIGHT
+from .numerics import LAYOUTS, Case
+from .test_backends import LARGE_WEIGHT, SHAPES, TAILS
 from .test_mutants import CASES, refused
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +50,10 @@ LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
 CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
 CPP_CASES += [LARGE_WEIGHT]
+LOWERED = "avx512_lowered_to_avx2"
+AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.float16)] + SHAPES
+AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
+AVX512_CASES += [c.but(dtype=torch.float16) for c in (LONG, LARGE_WEIGHT)]
 
 # name: (file, the line, what it becomes, the files that include it)
 MUTANTS = {
@@ -198,25 +207,41 @@ def libraries(tmp_path_factory):
         copy_changed(sources, file, old, new)
         objects = shared | {user: compile_to(f"{name}/{user}.o", sources, user) for user in users}
         rules.append(f"build {name}.so: link {' '.join(objects.values())}")
+    lowered = lowered_avx512(folder / LOWERED)
+    objects = shared | {
+        source: compile_to(f"{LOWERED}/{source}.o", lowered, source)
+        for source in ("cpu/isa", "cpu/blocks_avx512")
+    }
+    rules.append(f"build {LOWERED}.so: link {' '.join(objects.values())}")
     (folder / "torch.h").write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS))
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout
-    return {name: folder / f"{name}.so" for name in ["none", *MUTANTS]}
+    return {name: folder / f"{name}.so" for name in ["none", LOWERED, *MUTANTS]}
 
 
 def copy_changed(target: Path, file: str, old: str, new: str) -> None:
     """Copy csrc with one place of one file changed."""
-    for source in (ROOT / "csrc").rglob("*.*"):
-        text = source.read_text()
-        name = source.relative_to(ROOT / "csrc")
-        if name == Path(file):
-            assert text.count(old) == 1, (
-                f"{file} has {old!r} {text.count(old)} times: mend the test"
-            )
-            text = text.replace(old, new)
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(text)
+    shutil.copytree(ROOT / "csrc", target)
+    change(target / file, re.escape(old), new, times=1)
+
+
+def lowered_avx512(target: Path) -> Path:
+    """Copy csrc to where it takes AVX-512 for there and compiles its kernels for AVX2."""
+    shutil.copytree(ROOT / "csrc", target)
+    # All but avx512fp16, so that float16 goes through our own product.
+    has = r'__builtin_cpu_supports\("avx512(f|bw|dq|vl)"\)'
+    change(target / "cpu/isa.cpp", has, "true", times=4)
+    pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
+    change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
+    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=2)
+    return target
+
+
+def change(file: Path, old: str, new: str, times: int) -> None:
+    text, found = re.subn(old, lambda _: new, file.read_text())
+    assert found == times, f"{file.name} has {old!r} {found} times: mend the test"
+    file.write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +249,7 @@ def verdicts(libraries):
     """Return what the checks say of each library."""
     ran = subprocess.run(
         [sys.executable, "-m", __name__, *map(str, libraries.values())],
-        env=os.environ | {"LORA_EXT_CPU_ISA": "avx2", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -233,8 +258,9 @@ def verdicts(libraries):
     return dict(zip(libraries, ran.stdout.splitlines(), strict=True))
 
 
-def test_right_kernels_are_accepted(verdicts):
-    assert verdicts["none"] == "accepted"
+@pytest.mark.parametrize("name", ["none", LOWERED])
+def test_right_kernels_are_accepted(verdicts, name):
+    assert verdicts[name] == "accepted"
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -243,8 +269,11 @@ def test_wrong_kernel_is_refused(verdicts, name):
 
 
 def print_verdict(library: str) -> None:
+    lowered = Path(library).stem == LOWERED
+    os.environ["LORA_EXT_CPU_ISA"] = "avx512" if lowered else "avx2"
     torch.ops.load_library(library)
-    why = refused(partial(lora_ext.lora_linear, backend="cpp"), CPP_CASES)
+    cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
+    why = refused(partial(lora_ext.lora_linear, backend="cpp"), cases)
     print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 

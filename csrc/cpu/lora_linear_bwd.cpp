@@ -13,9 +13,10 @@ namespace {
 // packs them, and of one that reads them where they lie.
 constexpr int64_t kColumnBlock = 128, kInPlaceColumns = 512;
 
-// Up to this many rows, t and the low-rank part of dx are dot products with the rows of B and A as
-// they lie: packing those (30 us at 2048 x 16) costs more than using them.
-constexpr int64_t kMaxRowsOfDot = 4;
+// Up to this many rows, t and dx read B, A and the weight as they lie: t and the low-rank part of
+// dx are dot products with rows (packing those takes 30 us at 2048 x 16, more than using them), and
+// the rest of dx combines the weight's rows as they stream by.
+constexpr int64_t kRowsThatStream = 4;
 
 // out (R, cols) = scale * left.T @ right, left (M, R; dense rows of `ld`), split over columns.
 template <typename T, typename TOut>
@@ -121,7 +122,7 @@ class Backward {
     const View<T> out_view = matrix<T>(out);
     const View<const T> weight_view = matrix<const T>(weight);
     with_adapter<T>(A, [&](auto view) {
-      if (M <= kMaxRowsOfDot && has_dense_rows(weight_view) && has_dense_rows(view)) {
+      if (M <= kRowsThatStream && has_dense_rows(weight_view) && has_dense_rows(view)) {
         dx_of_few_rows(alpha_t, weight_view, view, out_view);
         return;
       }
@@ -153,7 +154,7 @@ class Backward {
   void unscaled_t(const Tensor& B, Sum* out) const {
     const auto [M, K, N, R] = shape_;
     with_adapter<T>(B, [&](auto view) {
-      if (M <= kMaxRowsOfDot && has_dense_rows(view)) {
+      if (M <= kRowsThatStream && has_dense_rows(view)) {
         using TB = std::remove_const_t<std::remove_pointer_t<decltype(view.data)>>;
         const Scratch<Sum> left(M * N);
         blocks().storage<T>().load(dy_view_, left.get(), N);
