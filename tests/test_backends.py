@@ -42,7 +42,7 @@ SHAPES = [
     TAILS.but(alpha=1.0),
 ]
 CROSSES_EVERY_BLOCK = Case((400,), 1100, 700, 24)
-LARGE_WEIGHT = Case((40,), 1400, 1300, 8)  # over 3 MiB in 16 bits: more than a core's own caches
+LARGE_WEIGHT = Case((40,), 1400, 1300, 8)  # over 3 MiB in 16 bits: what is_far (products.h) takes
 
 
 @in_each_dtype(*SHAPES)
