@@ -131,14 +131,14 @@ MUTANTS = {
         FORWARD + BACKWARD,
     ),
     "tail_of_dots_forgotten": (
-        "cpu/blocks_impl.h",
+        "cpu/few_rows_impl.h",
         "if (p > 0 && p < depth)",
         "if (false)",
         BLOCKS,
     ),
     "tail_of_dots_summed_twice": ("cpu/vectors.h", "kLanes<A> - count", "0", BLOCKS),
     "dots_of_less_than_a_vector_forgotten": (
-        "cpu/blocks_impl.h",
+        "cpu/few_rows_impl.h",
         "if (p == 0)",
         "if (false)",
         BLOCKS,
@@ -150,7 +150,7 @@ MUTANTS = {
         BLOCKS,
     ),
     "rows_combined_last_alone": (
-        "cpu/blocks_impl.h",
+        "cpu/few_rows_impl.h",
         "add ? read<V>(to) + sum[i] : sum[i]",
         "sum[i]",
         BLOCKS,
