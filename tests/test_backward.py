@@ -5,6 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+import lora_ext
+
 from .conftest import Backend
 from .numerics import NAMES, Case, broken_rules, expected, gradients, make_inputs
 
@@ -174,3 +176,14 @@ def test_undefined_output_gradient_is_taken_as_zero(backend: Backend):
     y = backend.linear(*tensors, CASE.alpha)
     (y * 0).sum().backward()
     assert all(not t.grad.any() for t in tensors)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0)])
+def test_no_features_give_zeros(rows, K, N):
+    x, A = torch.ones(rows, K, requires_grad=True), torch.ones(K, 2, requires_grad=True)
+    B = torch.ones(2, N, requires_grad=True)
+    y = lora_ext.lora_linear(x, torch.ones(N, K), None, A, B, 0.5)
+    y.sum().backward()
+    for got, like in ((y, torch.zeros(rows, N)), (x.grad, x), (A.grad, A), (B.grad, B)):
+        assert torch.equal(got, torch.zeros_like(like))

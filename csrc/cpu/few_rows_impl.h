@@ -177,6 +177,11 @@ inline void combine_tile(View<const Acc<T>> left, View<const T> right, Acc<T>* o
 
 template <int kLeft, int kDepth, typename T>
 void combine_for(View<const Acc<T>> left, View<const T> right, Acc<T>* out, int64_t ld) {
+  if (right.rows == 0) {
+    for (int64_t i = 0; i < kLeft; ++i) {
+      for (int64_t j = 0; j < right.cols; ++j) out[i * ld + j] = 0;
+    }
+  }
   int64_t p = 0;
   const auto tile = [&]<int kRows>() {
     combine_tile<kLeft, kRows>(left.block(0, p, kLeft, kRows), right.block(p, 0, kRows, right.cols),

@@ -175,14 +175,15 @@ class Backward {
     const auto [M, K, N, R] = shape_;
     const Scratch<Sum> left(M * N);
     blocks().storage<T>().load(dy_view_, left.get(), N);
-    for_each_part(K, even_part(K, K, 256, kPanel<Sum>), [&](int64_t col, int64_t cols) {
-      const Scratch<Sum> sum(M * cols);
-      blocks().storage<T>().combine_rows({left.get(), M, N, N, 1}, weight.block(0, col, N, cols),
-                                         sum.get(), cols);
-      blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, A.block(col, 0, cols, R), sum.get(),
-                                 cols, true);
-      blocks().storage<T>().store(sum.get(), cols, Sum(1), nullptr, out.block(0, col, M, cols));
-    });
+    for_each_part(
+        K, even_part(K, std::max<int64_t>(K, 1), 256, kPanel<Sum>), [&](int64_t col, int64_t cols) {
+          const Scratch<Sum> sum(M * cols);
+          blocks().storage<T>().combine_rows({left.get(), M, N, N, 1},
+                                             weight.block(0, col, N, cols), sum.get(), cols);
+          blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, A.block(col, 0, cols, R),
+                                     sum.get(), cols, true);
+          blocks().storage<T>().store(sum.get(), cols, Sum(1), nullptr, out.block(0, col, M, cols));
+        });
   }
 
   void product_with_weight(const Scratch<Sum>& alpha_t, View<const T> weight,
