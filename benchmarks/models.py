@@ -25,9 +25,9 @@ class Work:
 
 def minilm() -> Work:
     """Return the demo's model and longest batch: all-MiniLM-L6-v2 on 16 SMS texts."""
-    from lora_ext.demo.packages import DemoError
-    from lora_ext.demo.sms import Sms
-    from lora_ext.demo.task import Settings
+    from benchmarks.finetune.packages import DemoError
+    from benchmarks.finetune.sms import Sms
+    from benchmarks.finetune.task import Settings
 
     try:
         task = Sms(Settings())

@@ -15,7 +15,7 @@ from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
 
-from .numerics import Linear
+from tests.numerics import Linear
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .reference import LinearWithLoRA as PlainLinearWithLoRA
+from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 NAMES = ("x", "weight", "bias", "A", "B")

@@ -25,7 +25,7 @@ def run_cases(cases: dict[str, Case], world: int) -> dict[str, str]:
     # A server that has torch imported forks each process: 2 s in place of 6, and unlike a fork of
     # this process it has no OpenMP threads, whose locks a child would wait for. DTensor imports
     # torch._dynamo at its first operator, 3 s in each process.
-    multiprocessing.set_forkserver_preload(["tests.test_tensor_parallel", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(["tests.stacks.test_tensor_parallel", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_worker, (world, cases, folder), world, start_method="forkserver")
         failures: dict[str, str] = {}

@@ -1,6 +1,6 @@
 // What the kernels ask of the hardware: number formats, shared memory, the barrier, asynchronous
 // copies, matrix instructions, and the launch. The kernels have no other way to it, so that the
-// tests can give each of these its documented meaning on a CPU (tests/emulator).
+// tests can give each of these its documented meaning on a CPU (tests/gpu/emulator).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,6 +1,6 @@
 """Which tile sizes a card may be given: few, and each compiled and inspected by the tests.
 
-tests/test_triton_codegen.py compiles every entry for its card: no stack, no spills, shared memory
+tests/gpu/test_triton_codegen.py compiles every entry for its card: no stack, no spills, shared memory
 within the card, matrix instructions in the loop. What failed there is not here.
 """
 

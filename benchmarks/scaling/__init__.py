@@ -1,0 +1,1 @@
+"""Simulated steps of a large decoder over many ranks, without the ranks."""

@@ -1,0 +1,173 @@
+"""Adapters as files: what is saved comes back."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lora_ext import (
+    LinearWithLoRA,
+    load_adapter,
+    lora_state_dict,
+    replace_linear_with_lora,
+    save_adapter,
+)
+
+from tests.layers.test_inject import TOKENS, ToyLM, names_of, randomise
+
+
+def base_model():
+    torch.manual_seed(11)
+    return ToyLM()
+
+
+def adapted_model():
+    model = base_model()
+    replace_linear_with_lora(model, 3, 2.0, scaling="alpha/rank")
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[nn.Module, Path]:
+    model = adapted_model()
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["plain_model", "adapted_model"])
+def test_saved_adapter_comes_back(saved, fresh):
+    model, path = saved
+    other = base_model() if fresh else adapted_model()
+    state = torch.get_rng_state()
+    load_adapter(other, str(path))
+    assert torch.equal(torch.get_rng_state(), state), "loading drew random numbers"
+    assert names_of(other) == names_of(model)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert other.head.weight is other.embed.weight
+    lora = other.blocks[0].up.lora
+    assert (lora.rank, lora.alpha, lora.scaling) == (3, 2.0, "alpha/rank")
+    assert lora.A.requires_grad and lora.A.is_leaf
+
+
+def test_file_holds_the_adapters_alone(saved):
+    model, path = saved
+    with safe_open(path, "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+    assert keys == set(lora_state_dict(model)) and len(keys) == 10
+    assert {k: json.loads(metadata[k]) for k in ("rank", "alpha", "scaling")} == {
+        "rank": 3,
+        "alpha": 2.0,
+        "scaling": "alpha/rank",
+    }
+    assert oct(path.stat().st_mode & 0o777) == oct(0o666 & ~umask())
+    assert os.listdir(path.parent) == [path.name], "a temporary file is left"
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_each_layer_keeps_its_rank_and_scaling(tmp_path):
+    model = base_model()
+    replace_linear_with_lora(model, 3, 2.0, target_modules=["up"])
+    replace_linear_with_lora(model, 5, 4, target_modules=["head"], scaling="alpha/sqrt(rank)")
+    replace_linear_with_lora(model, 1, 0.5, target_modules=["0.down"])
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    other = base_model()
+    load_adapter(other, tmp_path / "a")
+    assert names_of(other) == names_of(model)
+    assert [other.get_submodule(n).lora.rank for n in names_of(other)] == [3, 1, 3, 5]
+    assert torch.equal(other(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype_of_the_adapters_comes_back(tmp_path, adapter):
+    model = base_model().to(torch.bfloat16)
+    replace_linear_with_lora(model, 3, 2.0, dtype=adapter)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    other = base_model().to(torch.bfloat16)
+    load_adapter(other, tmp_path / "a")
+    assert other.head.lora.A.dtype == adapter
+    assert torch.equal(other(TOKENS), model(TOKENS))
+
+
+def test_modules_to_save_come_back_whole(tmp_path):
+    model = adapted_model()
+    nn.init.normal_(model.blocks[0].norm.weight)
+    save_adapter(model, tmp_path / "a", modules_to_save=["blocks.0.norm"])
+    other = base_model()
+    load_adapter(other, tmp_path / "a")
+    assert torch.equal(other.blocks[0].norm.weight, model.blocks[0].norm.weight)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    with pytest.raises(ValueError, match="modules_to_save must name modules .* no 'blocks.7'"):
+        save_adapter(model, tmp_path / "b", modules_to_save=["blocks.7"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_shared_linear_gets_its_adapter_in_every_place(tmp_path):
+    def make():
+        torch.manual_seed(2)
+        shared = nn.Linear(12, 12)
+        return nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+
+    model = make()
+    replace_linear_with_lora(model, 3, 2.0)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    other = make()
+    load_adapter(other, tmp_path / "a")
+    x = torch.randn(4, 12)
+    assert other[2][0] is other[0] and torch.equal(other(x), model(x))
+
+
+def test_adapter_of_a_single_layer(tmp_path):
+    layers = [LinearWithLoRA(nn.Linear(4, 3), 2, 1.0) for _ in range(2)]
+    nn.init.normal_(layers[0].lora.B)
+    save_adapter(layers[0], tmp_path / "a")
+    load_adapter(layers[1], tmp_path / "a")
+    assert torch.equal(layers[1].lora.B, layers[0].lora.B)
+
+
+def test_state_dict_of_the_adapters():
+    model = adapted_model()
+    adapters = lora_state_dict(model)
+    assert all(key.endswith(("lora.A", "lora.B")) for key in adapters)
+    only = lora_state_dict(model, "lora_only")
+    assert set(only) - set(adapters) == {f"blocks.{i}.up.linear.bias" for i in (0, 1)}
+    every = lora_state_dict(model, "all")
+    assert set(every) - set(only) == {f"blocks.{i}.norm.bias" for i in (0, 1)}
+    other = adapted_model()
+    assert not other.load_state_dict(adapters, strict=False).unexpected_keys
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    with pytest.raises(ValueError, match="bias must be 'none', 'lora_only' or 'all', got 'x'"):
+        lora_state_dict(model, "x")
+    with pytest.raises(ValueError, match="model must have LinearWithLoRA layers"):
+        lora_state_dict(base_model())
+
+
+def test_failed_save_leaves_the_old_file(saved, monkeypatch):
+    model, path = saved
+    before = path.read_bytes()
+    randomise(model)
+
+    def fail(tensors, target, metadata):
+        Path(target).write_bytes(b"half a fi")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lora_ext.adapters.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+    with pytest.raises(ValueError, match="model must have LinearWithLoRA layers"):
+        save_adapter(base_model(), path)
+    assert path.read_bytes() == before

@@ -1,0 +1,222 @@
+"""Every (kernel, configuration) the library can launch, compiled for every card and inspected.
+
+No GPU is asked: see codegen.py. `pytest -rP` shows the tables of what was compiled.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
+
+from lora_ext.backends.triton_kernels import (
+    cards,
+    choice,
+    gradients,
+    launch,
+    regimes,
+    tuning,
+)
+
+from tests.gpu import codegen
+
+BASE_KERNELS = (
+    "lora_linear_decode_kernel",
+    "lora_linear_fwd_kernel",
+    "lora_linear_fwd_in_loop_kernel",
+    "lora_linear_h_first_kernel",
+    "lora_linear_bwd_dx_kernel",
+)
+N = K = 4096
+
+
+class Types(NamedTuple):
+    """What a set of launches has in common, and over which numbers of rows it is drawn."""
+
+    dtype: torch.dtype
+    adapter: torch.dtype
+    R: int
+    kind: str = "half"
+    loops: bool = True  # whether to read them: 0.3 s a kernel
+    rows: tuple[int, ...] = (16, 64, 512, 2048, 4096, 8192)
+
+
+# Registers and shared memory grow with the rank, of which a kernel takes at most 64 at once, and
+# float16 has the longer epilogue: the second is the hardest of the halves. The first is drawn where
+# it alone takes other kernels (dB in parts), and float32 A and B where most is in flight; both have
+# the second's loops over x and weight. Without tf32 a float32 base product is PyTorch's.
+DTYPES = {
+    "bf16-R16": Types(torch.bfloat16, torch.bfloat16, 16, loops=False, rows=(8192,)),
+    "fp16-R64": Types(torch.float16, torch.float16, 64),
+    "fp16-R64-fp32-AB": Types(torch.float16, torch.float32, 64, loops=False, rows=(64, 8192)),
+    "tf32-R64": Types(torch.float32, torch.float32, 64, "tf32", rows=(16, 8192)),
+    "fp32-R64": Types(torch.float32, torch.float32, 64, "fp32", loops=False, rows=(16, 8192)),
+}
+Launch = tuple[Any, tuple, tuple, dict]
+
+
+class Inspected(NamedTuple):
+    """One kernel of one card: what was compiled, and what came of it."""
+
+    kernel: str
+    tile: str
+    types: str
+    rows: int  # of a tile
+    wide: int  # 128-bit loads that one step of a base product takes; 0 where none is read
+    machine: codegen.Machine | str  # or the compiler's complaint
+
+    def __str__(self) -> str:
+        return f"{self.kernel:31} {self.tile:22} {self.types:17}"
+
+    def figures(self) -> str:
+        """Return the rest of its line in the table."""
+        m = self.machine
+        if isinstance(m, str):
+            return m
+        figures = f"{m.registers:4} {m.shared / 1024:6.1f}K"
+        return figures + f"  {m.matrix}, {m.wide} wide loads, {m.narrow} others" * (self.wide > 0)
+
+
+def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield a label and what runs it, for every regime and tile of a card."""
+    card = next(card for card in cards.KNOWN.values() if card.family == family)
+    dtype, adapter, R, _, _, rows = DTYPES[dtypes]
+
+    def forward_of(M: int) -> regimes.Forward:
+        tensors = [(M, K), (N, K), (N,), (K, R), (R, N)]
+        x, w, bias = (torch.empty(s, dtype=dtype, device="meta") for s in tensors[:3])
+        A, B = (torch.empty(s, dtype=adapter, device="meta") for s in tensors[3:])
+        return regimes.Forward(x, w, bias, A, B, 0.5, card)
+
+    def backward_of(M: int, *, need_dx: bool = True) -> gradients.Backward:
+        f = forward_of(M)
+        dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
+        needs = (need_dx, False, False, True, True)
+        return gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, 0.5, needs, card)
+
+    for M in rows:
+        call = forward_of(M)
+        p = tuning.problem(call, call.x, call.A, bias=True)
+        for name in choice.FORWARD:
+            for tile in choice.forward_tiles(name, p, card, True):
+                yield tile_label(tile), partial(regimes.FORWARD[name], call, tile)
+        call = backward_of(M)
+        for name in choice.BACKWARD:
+            for tile in choice.backward_tiles(name, p, card, True):
+                yield tile_label(tile), partial(gradients.BACKWARD[name], call, tile)
+        call = backward_of(M, need_dx=False)
+        tile = tuning.choose_backward(call, None, None)[1]
+        yield tile_label(tile), partial(gradients.two_launches, call, tile)
+
+
+def tile_label(tile) -> str:
+    loads = " tma" if tile.descriptors else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k} {tile.warps}w {tile.stages}s{loads}"
+
+
+@cache
+def launches(family: str, dtypes: str) -> list[tuple[str, Launch]]:
+    """Return a label and the launch for each different kernel that the problems end in."""
+    found: dict[str, tuple[str, Launch]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (regimes, gradients):
+            patch.setattr(module, "kind_of", lambda dtype: DTYPES[dtypes].kind)
+        for label, run in problems(family, dtypes):
+
+            def record(kernel, grid, *args, label=label, **options):
+                pairs = zip(args, kernel.params, strict=False)
+                kinds = [type(a) if p.do_not_specialize else specialised(a) for a, p in pairs]
+                key = repr((kernel.__name__, kinds, sorted(options.items())))
+                found.setdefault(key, (label, (kernel, grid, args, options)))
+
+            for module in (launch, regimes, gradients):
+                patch.setattr(module, "launch", record)
+            run()
+    return list(found.values())
+
+
+def specialised(argument: object) -> object:
+    """Return what of an argument makes Triton compile anew."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    if hasattr(argument, "block_shape"):
+        return argument.base.dtype, tuple(argument.block_shape)
+    return (argument == 1, argument % 16 == 0) if isinstance(argument, int) else type(argument)
+
+
+def inspect(family: str, types: str, index: int) -> Inspected:
+    """Compile one launch and read it."""
+    tile, (kernel, grid, args, options) = launches(family, types)[index]
+    rows = options["BLOCK_M"]
+    wide = 0
+    if DTYPES[types].loops:
+        wide = wide_loads(kernel.__name__, options, family, DTYPES[types].dtype.itemsize)
+    machine: codegen.Machine | str
+    try:
+        compiled = codegen.compile_launch(family, kernel, grid, args, options)
+        machine = codegen.read(compiled, loops=wide > 0)
+    except Exception as error:  # the table shows what any compiler stage says
+        machine = f"{type(error).__name__}: {error}"
+    return Inspected(kernel.__name__, tile, types, rows, wide, machine)
+
+
+def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
+    """Return how many 128-bit loads a thread needs for one step's tiles of x and weight.
+
+    Two where the copy engine loads a tile at once; none where no base product is ours.
+    """
+    if kernel not in BASE_KERNELS or options.get("BASE_DONE") or not options.get("WANT_DX", True):
+        return 0
+    if options.get("DESCRIPTORS"):
+        return 2
+    m, n, k = (options[f"BLOCK_{name}"] for name in "MNK")
+    if "WANT_DX" in options:
+        n, k = k, n
+    threads = options["num_warps"] * (64 if family == "gfx942" else 32)
+    return max(1, m * k * size // (threads * 16)) + max(1, n * k * size // (threads * 16))
+
+
+def faults_of(row: Inspected, family: str) -> Iterator[str]:
+    """Yield what is wrong with a kernel."""
+    machine, amd = row.machine, family == "gfx942"
+    if isinstance(machine, str):
+        yield machine
+        return
+    shared = next(c for c in cards.KNOWN.values() if c.family == family).shared_bytes
+    if machine.stack:
+        yield f"stack of {machine.stack} bytes, so registers spill"
+    if machine.shared > shared:
+        yield f"{machine.shared} bytes of shared memory, {shared} there"
+    # Atomic sums change their order from run to run. h_first raises flags by one, may read them so.
+    if machine.atomics not in ((1, 2) if row.kernel == "lora_linear_h_first_kernel" else (0,)):
+        yield f"{machine.atomics} atomics"
+    if not row.wide:
+        return
+    expected = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(family, "HMMA")
+    # wgmma and tcgen05 take 64 rows at least.
+    if not machine.matrix.startswith(expected if row.rows >= 64 or amd else "HMMA"):
+        yield f"{machine.matrix or 'no matrix instruction'} in its loop"
+    if machine.wide < row.wide:
+        yield f"{machine.wide} 128-bit loads in its loop, not {row.wide}"
+
+
+@pytest.mark.parametrize("types", DTYPES)
+@pytest.mark.parametrize("family", cards.FAMILIES)
+def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeypatch):
+    """No spills, shared memory that is there, no atomic sums, matrix units fed by wide loads."""
+    # Compiled anew whatever the machine has compiled before, and only read here.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
+    rows = [inspect(family, types, index) for index in range(len(launches(family, types)))]
+    print(f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops")
+    for row in rows:
+        print(f"{row} {family:7} {row.figures()}")
+    faults = [f"{row} {fault}" for row in rows for fault in faults_of(row, family)]
+    assert rows and not faults, "\n".join(faults)
+    assert any(row.wide for row in rows) == DTYPES[types].loops

@@ -1,0 +1,335 @@
+"""prepack_(): the same numbers from weights laid out once; a stale layout is dropped."""
+
+import copy
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lora_ext
+from lora_ext import LinearWithLoRA, PackedWeight, prepack_, replace_linear_with_lora, unpack_
+from lora_ext.backends import cpp
+
+from tests.numerics import Case, broken_rules, expected
+
+WHY_NOT = cpp.why_not_packed(torch.ones(1, 1))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+CASES = [
+    Case((37,), 96, 160, 8),
+    Case((40,), 91, 157, 3),  # K and N odd
+    Case((1,), 96, 160, 8),  # dot products
+    Case((300,), 900, 520, 24),  # past a strip, a tile and two blocks of the summed dimension
+    Case((3, 50), 400, 264, 16),
+]
+
+
+@pytest.fixture
+def model():
+    """Return two frozen layers with adapters, one tied weight among them, B random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 33))
+    replace_linear_with_lora(model, 4, 0.7)
+    lora_ext.mark_only_lora_as_trainable(model)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora.B)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_weight_keeps_the_error_rule(case, dtype):
+    want = expected(case.but(dtype=dtype))
+    weight = want.inputs["weight"]
+    packed = PackedWeight(weight, backward=True)
+    leaves = {n: want.inputs[n].detach().requires_grad_() for n in ("x", "bias", "A", "B")}
+    x, bias, A, B = leaves.values()
+    y = lora_ext.lora_linear(x, weight, bias, A, B, case.alpha, backend="cpp", packed=packed)
+    grads = torch.autograd.grad(y, list(leaves.values()), want.inputs["dy"])
+    got = {"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+    assert not broken_rules(got, want)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_layout_is_read_for_y_and_for_dx(model, backward):
+    """Poisoned with NaN, it must show: else the test above compares the plain way with itself."""
+    prepack_(model, backward=backward)
+    x = torch.randn(40, 48, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.isfinite().all()
+    for layer in (model[0], model[2]):
+        layer._packed.forward.fill_(torch.nan)
+    y = model(x)
+    assert y.isnan().all()
+    if backward:
+        unpack_(model)
+        prepack_(model, backward=True)
+        for layer in (model[0], model[2]):
+            layer._packed.backward.fill_(torch.nan)
+        y = model(x)
+        assert y.isfinite().all()
+        x.grad = None
+        y.sum().backward()
+        assert x.grad.isnan().all()
+
+
+def test_operators_pass_opcheck():
+    inputs = expected(CASES[1]).inputs
+    x, weight, bias, A, B = (inputs[n] for n in ("x", "weight", "bias", "A", "B"))
+    ops = torch.ops.lora_ext
+    for transposed in (True, False):
+        torch.library.opcheck(ops.pack_weight.default, (weight, transposed))
+    arguments = (x, weight, bias, A, B, 0.7, ops.pack_weight(weight, True))
+    torch.library.opcheck(ops.lora_linear_fwd_packed.default, arguments)
+    needs = [True, False, False, True, True]
+    arguments = (inputs["dy"], x, weight, A, B, x @ A, 0.7, needs, ops.pack_weight(weight, False))
+    torch.library.opcheck(ops.lora_linear_bwd_packed.default, arguments)
+
+
+def test_report_counts_layers_and_memory(model):
+    report = prepack_(model)
+    assert report.packed == ["0", "2"] and not report.left
+    rounded_up = 4 * (48 * 80 + 80 * 48)  # 33 columns take three panels of 16
+    assert report.mib == pytest.approx(rounded_up / 2**20)
+    assert str(report) == f"prepacked 2 layers in {rounded_up / 2**20:.1f} MiB, left 0"
+    assert prepack_(model, backward=True).mib > report.mib
+
+
+def test_what_is_left_has_its_reason(model):
+    model[0].weight.requires_grad_(True)
+    report = prepack_(model)
+    assert report.packed == ["2"]
+    assert report.left == {"0": "the weight requires grad: it is not frozen"}
+    assert "left 1: the weight requires grad: it is not frozen (0)" in str(report)
+    model.double()
+    assert prepack_(model).left["2"] == (
+        "PyTorch's own product is the faster one for torch.float64 on this CPU"
+    )
+
+
+def test_a_second_call_starts_anew(model):
+    prepack_(model)
+    model[0].backend = "reference"
+    report = prepack_(model)
+    assert report.left == {"0": "the layer runs backend 'reference'"}
+    assert model[0]._packed is None and model[2]._packed is not None
+
+
+def test_a_merged_layer_is_left(model):
+    lora_ext.merge_(model)
+    report = prepack_(model)
+    assert set(report.left.values()) == {"the adapter is merged: the layer runs linear(x)"}
+
+
+def test_a_layer_on_the_composed_path_is_left(model):
+    model[0].lora = nn.Identity()
+    assert "lora is a Identity" in prepack_(model).left["0"]
+
+
+def test_explain_tells(model):
+    assert "laid out" not in lora_ext.explain(model[0])
+    prepack_(model)
+    assert lora_ext.explain(model[0]).splitlines()[0] == (
+        "cpp: runs, its weight laid out by prepack_"
+    )
+
+
+def _replace_data(layer):
+    layer.weight.data = layer.weight.data * 2
+
+
+CHANGES = {
+    "written": (lambda layer: layer.weight.mul_(2), "written to"),
+    "replaced": (lambda layer: setattr(layer, "weight", copy.deepcopy(layer.weight)), "another"),
+    # Twice: the address that the first one frees may come back.
+    "data_replaced_twice": (
+        lambda layer: [_replace_data(layer) for _ in range(2)],
+        "moved or repl",
+    ),
+    "data_replaced": (
+        lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+        "moved or replaced",
+    ),
+    "unfrozen": (lambda layer: layer.weight.requires_grad_(), "requires grad"),
+    "loaded": (lambda layer: layer.load_state_dict(layer.state_dict()), "written to"),
+    "cast": (lambda layer: layer.to(torch.float64), "moved or replaced"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_drops_its_layout_and_says_so(model, change):
+    act, why = CHANGES[change]
+    prepack_(model)
+    layer = model[0]
+    with pytest.warns(UserWarning, match=f"a prepacked weight is dropped: .*{why}"):
+        with torch.no_grad():
+            act(layer)
+        x = torch.randn(40, 48, dtype=layer.weight.dtype)
+        y = layer(x)
+    assert layer._packed is None and model[2]._packed is not None
+    want = layer.linear(x) + layer.lora(x)
+    torch.testing.assert_close(y, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        layer(x)
+
+
+def test_to_drops_the_layout_without_a_call(model):
+    prepack_(model)
+    with pytest.warns(UserWarning, match="dropped"):
+        model.to(torch.bfloat16)
+    assert model[0]._packed is None
+
+
+def test_merging_and_unmerging_keep_it(model):
+    prepack_(model)
+    x = torch.randn(40, 48)
+    before = model(x)
+    lora_ext.merge_(model)
+    torch.testing.assert_close(model(x), before)
+    lora_ext.unmerge_(model)
+    assert torch.equal(model(x), before) and model[0]._packed is not None
+
+
+def test_copies_and_files_go_without(model, tmp_path):
+    x = torch.randn(40, 48)
+    plain = copy.deepcopy(model)
+    prepack_(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.save(model, tmp_path / "model.pt")
+    copies = {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "file": torch.load(tmp_path / "model.pt", weights_only=False),
+    }
+    for name, other in copies.items():
+        assert other[0]._packed is None, name
+        assert torch.equal(other(x), plain(x)), name
+        prepack_(other)
+        assert torch.equal(other(x), model(x)), name
+    assert model[0]._packed is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_after_use(model):
+    prepack_(model)
+    x = torch.randn(40, 48)
+    want = model(x)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # a forked process has none of the parent's threads
+        os._exit(0 if torch.equal(model(x), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_autocast_goes_without(model):
+    """The weight is cast there, and the layout is the old dtype's."""
+    x = torch.randn(40, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+        prepack_(model)
+        assert torch.equal(model(x), want)
+
+
+def test_a_compiled_model_goes_without(model):
+    prepack_(model)
+    x = torch.randn(40, 48)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_unpack_gives_the_memory_back(model):
+    prepack_(model)
+    unpack_(model)
+    assert model[0]._packed is None
+
+
+def test_the_same_storage_read_otherwise_drops_it():
+    layer = LinearWithLoRA(nn.Linear(64, 64).requires_grad_(False), 2, 1.0)
+    prepack_(layer)
+    layer.weight.data = layer.weight.data.t()
+    x = torch.randn(40, 64)
+    with pytest.warns(UserWarning, match="moved or replaced"):
+        y = layer(x)
+    torch.testing.assert_close(y, layer.linear(x) + layer.lora(x))
+
+
+def test_a_prepacked_model_can_swap_its_parameters(model):
+    prepack_(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.warns(UserWarning, match="dropped"):
+            model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x = torch.randn(40, 48, dtype=torch.float64)
+    torch.testing.assert_close(model[0](x), model[0].linear(x) + model[0].lora(x))
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "message"),
+    [
+        ("abc", TypeError, "packed must be a PackedWeight or None, got str"),
+        (
+            torch.ones(48, 16),
+            ValueError,
+            "packed must stand for weight as it is: .* another weight",
+        ),
+    ],
+    ids=["text", "another-weight"],
+)
+def test_layout_that_does_not_fit_is_named(packed, error, message):
+    x, A, B = torch.ones(40, 16), torch.ones(16, 2), torch.ones(2, 32)
+    if isinstance(packed, torch.Tensor):
+        packed = PackedWeight(packed)
+    with pytest.raises(error, match=message):
+        lora_ext.lora_linear(x, torch.ones(32, 16), None, A, B, 1.0, packed=packed)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ("abc", TypeError, "weight must be a torch.Tensor, got str"),
+        (
+            torch.ones(4),
+            ValueError,
+            r"weight must have shape \(out_features, in_features\), got \(4,\)",
+        ),
+        (torch.ones(4, 4).long(), TypeError, "weight must have dtype float32, .* got torch.int64"),
+        (
+            torch.ones(4, 4, device="meta"),
+            ValueError,
+            "weight must be strided and on cpu, got .* meta",
+        ),
+        (
+            torch.ones(4, 4).to_sparse(),
+            ValueError,
+            "weight must be strided and on cpu, got .*sparse",
+        ),
+    ],
+    ids=["text", "vector", "int64", "meta", "sparse"],
+)
+def test_weight_that_can_not_be_laid_out_is_named(weight, error, message):
+    with pytest.raises(error, match=message):
+        PackedWeight(weight)
+
+
+def test_operator_names_a_layout_of_another_size():
+    x, weight, A, B = torch.ones(40, 16), torch.ones(32, 16), torch.ones(16, 2), torch.ones(2, 32)
+    packed = torch.ops.lora_ext.pack_weight(torch.ones(48, 16), True)
+    with pytest.raises(RuntimeError, match="packed must be what pack_weight makes of this weight"):
+        torch.ops.lora_ext.lora_linear_fwd_packed(x, weight, None, A, B, 1.0, packed)
+
+
+@pytest.mark.parametrize("argument", [None, nn.Linear(2, 2)], ids=["none", "no-lora"])
+def test_wrong_models_raise(argument):
+    with pytest.raises((TypeError, ValueError), match="model must"):
+        prepack_(argument)
+
+
+def test_layer_alone(model):
+    layer = LinearWithLoRA(nn.Linear(8, 8).requires_grad_(False), 2, 1.0)
+    assert prepack_(layer).packed == ["model"]

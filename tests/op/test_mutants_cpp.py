@@ -1,0 +1,288 @@
+"""Wrong C++ kernels that the checks must refuse: csrc built anew with one line of it changed.
+
+The libraries are built without optimisation by one ninja run (a mutant of a header builds the
+files that include it, the rest and torch's headers are shared) and run on AVX2, where every way is
+taken. Each is loaded by a process of its own in place of lora_ext._C.
+
+One more is right: the AVX-512 kernels with the compiler's 64-byte vectors lowered to AVX2, so that
+all of them but their instructions runs on a CPU without AVX-512.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+import lora_ext
+
+from tests.numerics import LAYOUTS, Case
+from tests.op.test_backends import SHAPES, TAILS
+from tests.op.test_mutants import CASES, refused
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
+)
+ROOT = Path(__file__).parents[2]
+SOURCES = ["lora_linear", "cpu/register", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
+SOURCES += ["cpu/pack_weight", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+FORWARD, BACKWARD, BLOCKS = (
+    ["cpu/lora_linear_fwd"],
+    ["cpu/lora_linear_bwd"],
+    ["cpu/blocks_avx2"],
+)
+TORCH_HEADERS = [
+    "inductor/aoti_torch/c/shim.h",
+    "inductor/aoti_torch/generated/c_shim_cpu.h",
+    "stable/ops.h",
+    "stable/tensor.h",
+]
+# Past one block of each kind: 384 of a summed dimension, 256 columns and 192 rows of a strip.
+LONG = Case((400,), 404, 264, 8)
+FEW_ROWS = Case((3,), 93, 70, 5)
+CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
+CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is_far takes
+LOWERED = "avx512_lowered_to_avx2"
+AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.float16)] + SHAPES
+AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
+AVX512_CASES += [LONG.but(dtype=torch.float16)]
+
+# name: (file, the line, what it becomes, the files that include it)
+MUTANTS = {
+    "scale_dropped_in_y": (
+        "cpu/lora_linear_fwd.cpp",
+        "Sum(alpha_), nullptr, {block",
+        "Sum(1), nullptr, {block",
+        FORWARD,
+    ),
+    "bias_of_first_columns": (
+        "cpu/lora_linear_fwd.cpp",
+        "(dense_bias_->data_ptr()) + col",
+        "(dense_bias_->data_ptr())",
+        FORWARD,
+    ),
+    "B_of_first_columns": ("cpu/lora_linear_fwd.cpp", "B_.from(0, col)", "B_.from(0, 0)", FORWARD),
+    "h_scaled": (
+        "cpu/lora_linear_fwd.cpp",
+        "Sum(1), nullptr, h.block",
+        "Sum(alpha_), nullptr, h.block",
+        FORWARD,
+    ),
+    "scale_dropped_in_t": (
+        "cpu/lora_linear_bwd.cpp",
+        "scale(out.get());",
+        "",
+        BACKWARD,
+    ),
+    "scale_dropped_in_dB_of_few_rows": (
+        "cpu/lora_linear_bwd.cpp",
+        "scale(left.get());",
+        "",
+        BACKWARD,
+    ),
+    "one_percent_in_dB": (
+        "cpu/lora_linear_bwd.cpp",
+        "dy_view_, alpha_, out, false",
+        "dy_view_, 1.01 * alpha_, out, false",
+        BACKWARD,
+    ),
+    "dx_without_low_rank_part": (
+        "cpu/lora_linear_bwd.cpp",
+        "&low,\n",
+        "nullptr,\n",
+        BACKWARD,
+    ),
+    "last_block_of_h_alone": (
+        "cpu/products.h",
+        "right.from(k, 0), ld, out, ld, sum_so_far(k, out, ld)",
+        "right.from(k, 0), ld, out, ld, {}",
+        FORWARD + BACKWARD,
+    ),
+    "last_rows_of_dA_alone": (
+        "cpu/products.h",
+        "out_ld, sum_so_far(m, out, out_ld)",
+        "out_ld, {}",
+        BACKWARD,
+    ),
+    "first_block_of_the_weight_for_all": (
+        "cpu/products.h",
+        "if (k >= rows_packed_)",
+        "if (rows_packed_ == 0)",
+        FORWARD + BACKWARD,
+    ),
+    "bias_lost_after_the_first_block": (
+        "cpu/products.h",
+        "      addend = {sum, ld};\n",
+        "      if (k > 0) addend = {sum, ld};\n",
+        FORWARD + BACKWARD,
+    ),
+    "low_rank_part_of_first_rows": (
+        "cpu/products.h",
+        "low->left + row * low->ld",
+        "low->left",
+        FORWARD + BACKWARD,
+    ),
+    "tail_of_dots_forgotten": (
+        "cpu/few_rows_impl.h",
+        "if (p > 0 && p < depth)",
+        "if (false)",
+        BLOCKS,
+    ),
+    "tail_of_dots_summed_twice": ("cpu/vectors.h", "kLanes<A> - count", "0", BLOCKS),
+    "dots_of_less_than_a_vector_forgotten": (
+        "cpu/few_rows_impl.h",
+        "if (p == 0)",
+        "if (false)",
+        BLOCKS,
+    ),
+    "sum_of_half_the_lanes": (
+        "cpu/vectors.h",
+        "width = kVectorBytes / 32; width > 0",
+        "width = 0; width > 0",
+        BLOCKS,
+    ),
+    "rows_combined_last_alone": (
+        "cpu/few_rows_impl.h",
+        "add ? read<V>(to) + sum[i] : sum[i]",
+        "sum[i]",
+        BLOCKS,
+    ),
+    "dx_of_few_rows_without_low_rank_part": (
+        "cpu/lora_linear_bwd.cpp",
+        "cols, true);",
+        "cols, false);",
+        BACKWARD,
+    ),
+    "first_columns_of_a_large_weight_for_all": (
+        "cpu/products.h",
+        "matrix_.block(k, col, depth, cols)",
+        "matrix_.block(k, 0, depth, cols)",
+        FORWARD + BACKWARD,
+    ),
+    "edge_columns_not_summed": ("cpu/blocks_impl.h", "start + tile[", "tile[", BLOCKS),
+    "transposed_by_one_round_less": (
+        "cpu/vectors.h",
+        "round = 1; round < kRows",
+        "round = 2; round < kRows",
+        BLOCKS,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """Return {name: path} of the libraries: each mutant's, and "none" with nothing changed."""
+    folder = tmp_path_factory.mktemp("mutants")
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
+    library_folder = Path(torch.__file__).parent / "lib"
+    rules = [
+        f"includes = {includes}",
+        "flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000",
+        "rule precompile",
+        "  command = c++ $flags $includes -x c++-header $in -o $out",
+        "build torch.h.gch: precompile torch.h",
+        "rule compile",
+        "  command = c++ $flags -I$sources $includes -include ./torch.h -c $in -o $out",
+        "rule link",
+        f"  command = c++ -shared $in -o $out -L{library_folder} -ltorch -ltorch_cpu -lc10",
+    ]
+
+    def compile_to(target: str, sources: Path, source: str) -> str:
+        rules.append(f"build {target}: compile {sources / source}.cpp | torch.h.gch")
+        rules.append(f"  sources = {sources}")
+        return target
+
+    shared = {source: compile_to(f"none/{source}.o", ROOT / "csrc", source) for source in SOURCES}
+    rules.append(f"build none.so: link {' '.join(shared.values())}")
+    for name, (file, old, new, users) in MUTANTS.items():
+        sources = folder / name / "csrc"
+        copy_changed(sources, file, old, new)
+        objects = shared | {user: compile_to(f"{name}/{user}.o", sources, user) for user in users}
+        rules.append(f"build {name}.so: link {' '.join(objects.values())}")
+    lowered = lowered_avx512(folder / LOWERED)
+    objects = shared | {
+        source: compile_to(f"{LOWERED}/{source}.o", lowered, source)
+        for source in ("cpu/isa", "cpu/blocks_avx512")
+    }
+    rules.append(f"build {LOWERED}.so: link {' '.join(objects.values())}")
+    (folder / "torch.h").write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS))
+    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+    built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout
+    return {name: folder / f"{name}.so" for name in ["none", LOWERED, *MUTANTS]}
+
+
+def copy_changed(target: Path, file: str, old: str, new: str) -> None:
+    """Copy csrc with one place of one file changed."""
+    shutil.copytree(ROOT / "csrc", target)
+    change(target / file, re.escape(old), new, times=1)
+
+
+def lowered_avx512(target: Path) -> Path:
+    """Copy csrc to where it takes AVX-512 for there and compiles its kernels for AVX2."""
+    shutil.copytree(ROOT / "csrc", target)
+    # All but avx512fp16, so that float16 goes through our own product.
+    has = r'__builtin_cpu_supports\("avx512(f|bw|dq|vl)"\)'
+    change(target / "cpu/isa.cpp", has, "true", times=4)
+    pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
+    change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
+    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=2)
+    return target
+
+
+def change(file: Path, old: str, new: str, times: int) -> None:
+    text, found = re.subn(old, lambda _: new, file.read_text())
+    assert found == times, f"{file.name} has {old!r} {found} times: mend the test"
+    file.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def verdicts(libraries):
+    """Return what the checks say of each library."""
+    ran = subprocess.run(
+        [sys.executable, "-m", __name__, *map(str, libraries.values())],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return dict(zip(libraries, ran.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["none", LOWERED])
+def test_right_kernels_are_accepted(verdicts, name):
+    assert verdicts[name] == "accepted"
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_kernel_is_refused(verdicts, name):
+    assert verdicts[name].startswith("refused: ")
+
+
+def print_verdict(library: str) -> None:
+    lowered = Path(library).stem == LOWERED
+    os.environ["LORA_EXT_CPU_ISA"] = "avx512" if lowered else "avx2"
+    torch.ops.load_library(library)
+    cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
+    why = refused(partial(lora_ext.lora_linear, backend="cpp"), cases)
+    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
+
+
+if __name__ == "__main__":
+    # An operator takes one kernel a process: each library gets a fork of this one.
+    sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
+    for library in sys.argv[1:]:
+        process = get_context("fork").Process(target=print_verdict, args=[library])
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            print(f"ended by {process.exitcode}", flush=True)

@@ -1,0 +1,131 @@
+"""torch.func, torch.export and torch.compile with moving shapes, over layers of ours."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ext import lora_linear
+
+from tests.conftest import Backend
+from tests.numerics import assert_same_up_to_rounding, make_inputs
+from tests.training import batches, loss_of, make_models
+from tests.op.test_autograd import CASE, leaves, make_layer
+from tests.training.test_compile import NEEDS_COMPILER
+from tests.training.test_training import use_backend
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])
+def test_transform_of_lora_linear_raises_and_says_what_to_do(backend: Backend, transform):
+    x, *others = leaves(CASE)
+    with pytest.raises(RuntimeError, match="lora_linear has no rule .* call a LinearWithLoRA"):
+        transform(lambda x: backend.linear(x, *others, CASE.alpha).sum())(x)
+
+
+def test_other_errors_of_lora_linear_stay_as_they_are():
+    x, weight, bias, A, B = leaves(CASE)
+    with pytest.raises(ValueError, match="A must have shape"):
+        torch.func.grad(lambda x: lora_linear(x, weight, bias, A.T, B, 1.0).sum())(x)
+
+
+def test_vmap_over_models_is_each_model_by_itself(backend: Backend):
+    """An ensemble: parameters stacked, one functional call."""
+    models = [make_models()["ours"] for _ in range(3)]
+    for model in models:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        use_backend(model, None)
+    stacked, _ = torch.func.stack_module_state(models)
+    x = batches()[0][0]
+    got = torch.func.vmap(
+        lambda state: torch.func.functional_call(models[0], state, (x,)), randomness="error"
+    )(stacked)
+    for model, y in zip(models, got, strict=True):
+        use_backend(model, backend.name)
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got[0], got[1])
+
+
+def test_functional_call_computes_with_what_it_is_given():
+    model = make_models()["ours"]
+    x = batches()[0][0]
+    other = {n: torch.randn_like(p) * 0.3 for n, p in model.named_parameters()}
+    y = torch.func.functional_call(model, other, (x,))
+    assert not torch.allclose(y, model(x))
+    model.load_state_dict(other)
+    torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_jvp_through_the_layer_is_the_derivative():
+    layer = make_layer(CASE.but(dtype=torch.float64))
+    inputs = make_inputs(CASE.but(dtype=torch.float64))
+    x, direction = inputs["x"], torch.randn_like(inputs["x"])
+    _, tangent = torch.func.jvp(layer, (x,), (direction,))
+    with torch.no_grad():  # linear in x but for the bias
+        torch.testing.assert_close(tangent, layer(x + direction) - layer(x))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+def test_exported_model_gives_the_same_for_any_batch(strict):
+    model = make_models()["ours"]
+    x = batches(rows=6)[0][0]
+    dynamic = ({0: torch.export.Dim("rows", min=1)},)
+    program = torch.export.export(model, (x[:3],), dynamic_shapes=dynamic, strict=strict)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    assert set(program.state_dict) == set(model.state_dict())
+    with torch.no_grad():
+        assert_same_up_to_rounding(loaded.module()(x), model(x))
+
+
+def test_exported_model_trains():
+    """In the default mode; a strict export holds the forward of an autograd Function alone."""
+    model = make_models(torch.float64)["ours"]
+    x, target = batches(rows=6)[0]
+    exported = torch.export.export(model, (x.double(),)).module()
+    loss_of(exported, x, target).backward()
+    loss_of(model, x, target).backward()
+    for name, parameter in exported.named_parameters():
+        if name.endswith(("lora.A", "lora.B")):
+            torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+def test_compiled_training_takes_any_batch_without_a_recompile(compiler):
+    """dynamic=True: one graph for every batch size, forward and backward."""
+    models = make_models(torch.float64)
+    model, plain = (models[name].blocks[0].up for name in ("ours", "plain"))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=compiler)
+    for number, rows in enumerate((4, 7, 2, 11)):
+        x = batches(rows=rows)[number][0].double()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            y = compiled(x)
+        y.square().sum().backward()
+        want = plain(x)
+        want.square().sum().backward()
+        torch.testing.assert_close(y, want)
+        for factor in "AB":
+            ours, theirs = (getattr(layer.lora, factor).grad for layer in (model, plain))
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_default_compile_goes_over_to_dynamic_shapes_once(backend: Backend):
+    """Without dynamic= a second batch size compiles again, as shapes become symbols; no more."""
+    model = make_models(torch.float64)["ours"].blocks[0]
+    use_backend(model, backend.name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for rows in (4, 7, 5, 11):
+        x = batches(rows=rows)[0][0].double()
+        assert torch.equal(compiled(x), model(x))
+    assert counter.frame_count == 2

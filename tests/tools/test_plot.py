@@ -1,0 +1,56 @@
+"""The plots of the benchmarks: which panels a set of runs gives, and that they can be drawn."""
+
+import json
+
+import pytest
+
+from benchmarks import plot
+from benchmarks.grids import GRIDS, Shape
+
+from tests.tools.test_bench import made_row
+
+
+def made_run(shapes, mode="fwd", providers=("linear", "reference", "lora_ext")):
+    rows = [made_row(name, 1.0 + i, shape) for shape in shapes for i, name in enumerate(providers)]
+    header = {"device": "a CPU", "torch": "2.0", "threads": 1, "commit": "c0ffee", "date": "2026"}
+    header["command"] = "python -m benchmarks.bench_linear"
+    return {"header": header, "rows": [row | {"mode": mode} for row in rows]}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_panel_for_each_kind_of_run(tmp_path, capsys):
+    runs = [
+        made_run(GRIDS["cpu"]["standard"]),
+        made_run(GRIDS["cpu"]["standard"], "fwd_bwd"),
+        made_run(GRIDS["cpu"]["rows"]),
+        made_run(GRIDS["cpu"]["ranks"]),
+    ]
+    files = []
+    for number, run in enumerate(runs):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(run))
+    picture = tmp_path / "all.png"
+    assert plot.main([*map(str, files), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    titles = json.loads(f"[{capsys.readouterr().out.partition(': ')[2]}]")
+    assert titles == [
+        "Speedup over the plain layer",
+        "Memory of one step",
+        "Over bare F.linear, fp32 forward, 1 thread",
+        "Time per row, fp32 forward, 1 thread",
+        "By rank, fp32 forward, 1 thread",
+    ]
+
+
+def test_a_sweep_varies_one_size_alone():
+    assert plot.sweep(made_run(GRIDS["cpu"]["rows"]), "M")
+    assert plot.sweep(made_run(GRIDS["cpu"]["rows"]), "R") is None
+    assert plot.sweep(made_run(GRIDS["cpu"]["standard"]), "M") is None
+    assert plot.sweep(made_run([Shape(1, 2, 3, 4), Shape(2, 2, 3, 4)]), "M") is None
+
+
+def test_nothing_to_draw_is_said(tmp_path, capsys):
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"header": {}, "rows": []}))
+    assert plot.main([str(empty)]) == 1
+    assert "plot: no run" in capsys.readouterr().err

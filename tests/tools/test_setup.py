@@ -1,0 +1,184 @@
+"""What setup.py builds: LORA_EXT_BUILD, where nvcc is looked for, the list of architectures."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch.version.cuda or "13.0"
+WHICH = shutil.which
+NVCC = """#!/bin/sh
+case $1 in
+  --version) echo 'Cuda compilation tools, release {release}, V1' ;;
+  --list-gpu-code) printf 'sm_80\\nsm_90\\nsm_121\\n' ;;
+  --dryrun) echo '#$ LIBRARIES=  "-L{folder}/of/toolkit"' >&2 ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """Import setup.py, with no variable set, no nvcc on the PATH and a torch built for CUDA."""
+    for name in ("LORA_EXT_BUILD", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", CUDA)
+    spec = spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.shutil, "which", which_only_under("/nowhere"))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.chdir(ROOT)
+    return module
+
+
+def which_only_under(folder: object):
+    """Return a shutil.which that finds nothing outside a folder."""
+
+    def find(name: str, path: str | None = None) -> str | None:
+        found = WHICH(name, path=path)
+        return found if found is not None and found.startswith(str(folder)) else None
+
+    return find
+
+
+def make_nvcc(folder: Path, release: str = CUDA, library: str = "lib") -> Path:
+    """Write an nvcc that answers what setup.py asks, and the runtime library beside it."""
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.format(release=release, folder=folder))
+    nvcc.chmod(0o755)
+    if library:
+        (folder / library).mkdir(parents=True)
+        (folder / library / "libcudart_static.a").touch()
+    return nvcc
+
+
+def test_unknown_choice_is_refused(setup, monkeypatch):
+    monkeypatch.setenv("LORA_EXT_BUILD", "gpu")
+    with pytest.raises(SystemExit, match="must be one of auto, cpu, cuda, none, got 'gpu'"):
+        setup.build_arguments()
+
+
+def test_none_builds_nothing_and_says_so(setup, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_EXT_BUILD", "none")
+    assert setup.build_arguments() == {}
+    assert capsys.readouterr().out == (
+        "lora_ext: LORA_EXT_BUILD=none, the C++ kernels are not built\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "why"), [("cpu", "LORA_EXT_BUILD=cpu"), ("auto", "no nvcc is found; set CUDA_HOME")]
+)
+def test_without_cuda_the_cpu_kernels_are_built_and_one_line_says_why(
+    setup, monkeypatch, capsys, choice, why
+):
+    monkeypatch.setenv("LORA_EXT_BUILD", choice)
+    (module,) = setup.build_arguments()["ext_modules"]
+    assert module.name == "lora_ext._C" and ("LORA_EXT_BUILT_CUDA", '"none"') in (
+        module.define_macros
+    )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"lora_ext: the CUDA kernels are not built: {why}")
+
+
+def test_cuda_that_cannot_be_built_is_an_error(setup, monkeypatch):
+    monkeypatch.setenv("LORA_EXT_BUILD", "cuda")
+    with pytest.raises(SystemExit, match="LORA_EXT_BUILD=cuda, but .* no nvcc is found"):
+        setup.build_arguments()
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_with_a_toolkit_both_are_built(setup, monkeypatch, capsys, tmp_path, choice):
+    nvcc = make_nvcc(tmp_path)
+    monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_EXT_BUILD", choice)
+    cpu, cuda = setup.build_arguments()["ext_modules"]
+    assert ("LORA_EXT_BUILT_CUDA", f'"{CUDA} for 8.0 9.0 and PTX"') in cpu.define_macros
+    assert cuda.name == "lora_ext._cuda" and "cudart_static" in cuda.libraries
+    assert str(tmp_path / "lib") in cuda.library_dirs
+    assert f"building the CUDA kernels by {nvcc} for 8.0 9.0 and PTX" in capsys.readouterr().out
+
+
+def test_nvcc_of_cuda_home_then_of_the_path_then_of_a_package(setup, monkeypatch, tmp_path):
+    home, path, package = (make_nvcc(tmp_path / n) for n in ("home", "path", "nvidia/cu13"))
+    monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(setup, "find_spec", lambda name: found if name == "nvidia" else None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert setup.find_nvcc() == (str(package), "")
+    monkeypatch.setenv("PATH", str(path.parent))
+    assert setup.find_nvcc() == (str(path), "")
+    monkeypatch.setenv("CUDA_HOME", str(home.parents[1]))
+    assert setup.find_nvcc() == (str(home), "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # named, so nothing else is taken instead
+    assert setup.find_nvcc() == (None, f"CUDA_HOME is {tmp_path} and has no bin/nvcc")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "why"),
+    [
+        ({"release": "9.2"}, f"is of CUDA 9.2, torch is built for {CUDA}"),
+        ({"library": ""}, "has no libcudart_static.a; pip install nvidia-cuda-runtime"),
+    ],
+)
+def test_a_toolkit_that_does_not_fit_is_left_alone(setup, monkeypatch, tmp_path, nvcc, why):
+    make_nvcc(tmp_path, **nvcc)
+    monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found, reason = setup.find_nvcc()
+    assert found is None and reason.endswith(why)
+
+
+def test_the_toolkits_own_folder_of_the_runtime_is_taken(setup, tmp_path):
+    nvcc = make_nvcc(tmp_path, library="of/toolkit")
+    assert setup.runtime_folder(str(nvcc)) == str(tmp_path / "of/toolkit")
+
+
+def test_torch_for_the_cpu_builds_no_cuda(setup, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert setup.find_nvcc() == (None, f"torch {torch.__version__} is not built for CUDA")
+
+
+def test_default_architectures_are_cut_to_what_nvcc_knows(setup, tmp_path):
+    assert setup.architectures(str(make_nvcc(tmp_path))) == ([80, 90], True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("9.0", ([90], False)),
+        ("8.0;8.6+PTX", ([80, 86], True)),
+        ("9.0a 12.1", ([90, 121], False)),
+    ],
+)
+def test_architectures_asked_for_are_taken_as_they_are(setup, monkeypatch, asked, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup.architectures("no nvcc is asked") == expected
+
+
+@pytest.mark.parametrize("asked", ["7.5", "Hopper", "9", "8.0,8.6"])
+def test_an_architecture_that_cannot_be_is_named(setup, monkeypatch, asked):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {asked}")
+    with pytest.raises(SystemExit, match=f"compute capabilities from 8.0 on.* got '{asked}'"):
+        setup.architectures("no nvcc is asked")
+
+
+def test_a_failing_build_is_an_error(tmp_path):
+    """And not a package without its kernels."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "-t", str(tmp_path), "-b", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"LORA_EXT_BUILD": "cpu", "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0 and "no-such-compiler" in result.stderr
