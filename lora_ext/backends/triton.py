@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops  # noqa: F401  the schemas that kernels are registered for
+from ..call import Call
 from . import reference
 from .triton_kernels import choice
 
@@ -29,14 +30,18 @@ _Needs = tuple[bool, bool, bool, bool, bool]
 _forced: dict[str, Any] = {"forward": None, "backward": None, "descriptors": None}
 
 
-def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Say why the Triton kernels can't run on these tensors; None when they can."""
+    x, A, B = call.x, call.low.A, call.low.B
+    if call.weight is None or call.low.keep is not None:
+        return "takes a weight and no dropout mask"
+    weight = call.weight.data
     if not x.is_cuda and not (_INTERPRETED and x.is_cpu):
         # Asked first at every call on a CPU, where device.type makes its string anew (4 us cold).
         return _ON_CPU if x.is_cpu else f"runs on cuda tensors, x is on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"takes float16, bfloat16 and float32, x is {x.dtype}"
-    for name, tensor in (("x", x), ("weight", weight), ("A", A)):
+    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B)):
         if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
             return (
                 f"takes plain strided tensors, {name} is {type(tensor).__name__}, {tensor.layout}"
