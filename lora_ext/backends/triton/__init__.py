@@ -1,13 +1,13 @@
 """Triton GPU kernels: forward and backward as one operator each.
 
-    common.py            what the kernels share: loads, dropout's mask, products, the epilogue
-    forward_kernels.py   kernels of y and h, those for few rows too
-    backward_kernels.py  kernels of the gradients
-    cards.py             what is known of a card: its limits, its speeds, its tile sizes
-    regimes.py           the table of regimes, the ways to run a call: tiles and cost of each
-    forward.py           the launches of each forward regime
-    backward.py          the launches of each backward regime
-    tuning.py            the choice among them, measured once, and the plan of a call
+    common.py             what the kernels share: loads, dropout's mask, products, the epilogue
+    forward_kernels.py    kernels of y and h, those for few rows too
+    backward_kernels.py   kernels of the gradients
+    cards.py              what is known of a card: its limits, its speeds, its tile sizes
+    regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
+    forward_launches.py   the launches of each forward regime
+    backward_launches.py  the launches of each backward regime
+    tuning.py             the choice among them, measured once, and the plan of a call
 
 `import triton` and every question to a device wait for the first tensor: the one costs 0.3 s and
 may be missing.

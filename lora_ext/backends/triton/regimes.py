@@ -1,7 +1,7 @@
 """The regimes: the ways to run a forward or a backward, with the tiles and the cost of each.
 
-One table, REGIMES. A new regime is an entry there and a function of its name in forward.py or
-backward.py that launches it. Nothing here imports Triton.
+One table, REGIMES. A new regime is an entry there and a function of its name in
+forward_launches.py or backward_launches.py. Nothing here imports Triton.
 
 Cost: each tensor's bytes count once for each kernel that reads or writes it. A kernel takes the
 longer of moving its bytes and of its FLOPs, in whole waves of tiles over the SMs; then a launch.
@@ -241,7 +241,7 @@ class Regime(NamedTuple):
     """A way to run a forward or a backward.
 
     Attributes:
-        direction: "forward" or "backward", the module with its launches, under its name.
+        direction: "forward" or "backward": its launches are in forward_launches.py or the other.
         name: for `backends.triton.regime`, the tuning file and the benchmarks.
         tiles: (problem, card) -> the tiles it can run with, none where it can't run.
         cost: (problem, tile, card) -> its kernels.

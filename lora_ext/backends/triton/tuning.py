@@ -22,10 +22,10 @@ from torch import Tensor
 from triton import knobs
 
 from ..._version import __version__
-from . import backward, forward
-from .backward import Backward
+from . import backward_launches, forward_launches
+from .backward_launches import Backward, Gradients
 from .cards import Card, Tile, card_of
-from .forward import Forward
+from .forward_launches import Forward, words_of
 from .regimes import DIRECTIONS, Candidate, Problem, candidates
 
 MEASURED = 4  # candidates, the cheapest by their cost
@@ -51,7 +51,7 @@ def run_forward(call: Forward) -> tuple[Tensor, Tensor]:
     return (_plans.get(key) or _plan(key, call, forward_problem(call)))(call)
 
 
-def run_backward(call: Backward) -> backward.Gradients:
+def run_backward(call: Backward) -> Gradients:
     """Return (dx, dA, dB), None where `needs` does not ask."""
     dy, x, weight, A, B, _, _, needs, keep = call
     key = (
@@ -137,7 +137,8 @@ def planned(
     direction: str, name: str, call: Forward | Backward, p: Problem, tile: Tile, card: Card
 ) -> Callable[[Any], tuple]:
     """Return what runs a call, and all like it, by a regime and tile."""
-    return getattr(forward if direction == "forward" else backward, name)(call, p, tile, card)
+    module = forward_launches if direction == "forward" else backward_launches
+    return getattr(module, name)(call, p, tile, card)
 
 
 def choose(direction: str, call: Forward | Backward, p: Problem, card: Card) -> Choice:

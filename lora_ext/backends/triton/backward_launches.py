@@ -1,4 +1,4 @@
-"""The launches of a backward, a function for each regime, planned once as in forward.py."""
+"""The launches of a backward, a function for each regime, planned once as in forward_launches.py."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from .. import reference
 from . import cards
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card, Tile
-from .forward import Launch, base_operands, bits_of, split_scale, strides
+from .forward_launches import Launch, base_operands, bits_of, split_scale, strides
 from .regimes import Problem
 
 _SUM_PARTS, _SUM_N = 16, 256  # parts of dB a step, elements a program
@@ -93,7 +93,7 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 class PassOverDy:
     """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in forward.Shrink, until there is a program for each SM. A part of dB is laid
+    N is split, like K in forward_launches.Shrink, until there is a program for each SM. A part of dB is laid
     out as dB is.
     """
 
