@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lora_ext
+from lora_ext.testing import NAMES, Case, broken_rules, expected, gradients, make_inputs
 from tests.conftest import Backend
-from tests.numerics import NAMES, Case, broken_rules, expected, gradients, make_inputs
 
 CASE = Case((37,), 96, 160, 8)
 EVERY_NEED = [needs for needs in product((False, True), repeat=5) if any(needs)]

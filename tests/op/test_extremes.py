@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lora_ext.testing import NAMES, Case, expected, gradients, make_inputs, plain_linear
 from tests.conftest import Backend
-from tests.numerics import NAMES, Case, expected, gradients, make_inputs, plain_linear
 
 CASE = Case((37,), 96, 160, 8)
 HALVES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,8 +17,9 @@ import sys
 from functools import partial
 import torch
 from lora_ext import _C, lora_linear
-from tests.numerics import LAYOUTS, broken_rules, expected, gradients
-from tests.op.test_backends import CROSSES_EVERY_BLOCK, DTYPES, LARGE_WEIGHT, SHAPES, TAILS
+from lora_ext.testing import LAYOUTS, broken_rules, expected, gradients
+from lora_ext.testing import DTYPES, SHAPES, TAILS
+from tests.op.test_backends import CROSSES_EVERY_BLOCK, LARGE_WEIGHT
 
 import tests.conftest  # poisons malloc
 torch.use_deterministic_algorithms(True, warn_only=True)  # and at::empty, with NaN

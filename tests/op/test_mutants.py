@@ -17,10 +17,9 @@ import torch
 
 import lora_ext
 from lora_ext.backends import BACKENDS
-from tests.numerics import Case, Linear, broken_rules, expected, gradients
+from lora_ext.testing import TAILS, Case, Linear, broken_rules, expected, gradients
 
 FOLDER = Path(lora_ext.__file__).parent
-TAILS = Case((37,), 96, 160, 8)
 CASES = [TAILS, TAILS.but(lead=(0,)), TAILS.but(lead=(3, 5)), TAILS.but(dtype=torch.bfloat16)]
 CASES += [Case((19,), 64, 64, 8), Case((19,), 40, 24, 24, bias=False)]  # square: transposes fit
 CASES += [TAILS.but(dtype=torch.float16, adapter_dtype=torch.float32)]

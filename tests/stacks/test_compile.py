@@ -7,8 +7,8 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
+from lora_ext.testing import NAMES, Case, broken_rules, expected, gradients
 from tests.conftest import Backend
-from tests.numerics import NAMES, Case, broken_rules, expected, gradients
 from tests.op.test_autograd import make_layer
 
 CASE = Case((6,), 24, 40, 4)
