@@ -7,14 +7,12 @@ from .explain import explain
 from .functional import lora_linear
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
-from .packed_weight import PackedWeight
 from .prepack import prepack_, unpack_
 
 __all__ = [
     "__version__",
     "LinearWithLoRA",
     "LoRALayer",
-    "PackedWeight",
     "explain",
     "load_adapter",
     "load_peft_adapter",

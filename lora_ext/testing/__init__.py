@@ -20,7 +20,7 @@ rule. Nothing but torch and the standard library is imported.
 """
 
 from .backend import check_backend, make_call
-from .cases import DTYPES, LAYOUTS, NAMES, SHAPES, TAILS, Case, every_case, make_inputs, unpack_keep
+from .cases import DTYPES, LAYOUTS, NAMES, SHAPES, TAILS, Case, every_case, make_inputs
 from .plain import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from .rule import (
     NORMS,
@@ -63,5 +63,4 @@ __all__ = [
     "make_inputs",
     "plain_linear",
     "replace_linear_with_lora",
-    "unpack_keep",
 ]

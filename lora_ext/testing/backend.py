@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import Call, LowRank, Weight
 from .cases import NAMES, TAILS, Case, every_case
 from .rule import Inputs, broken_rules, expected
 
@@ -17,10 +18,8 @@ NEEDS = [tuple(i == j for j in range(5)) for i in range(5)]
 NEEDS += [(True, False, False, True, True), (False, False, False, True, True)]
 
 
-def make_call(inputs: Inputs, alpha: float) -> Any:
+def make_call(inputs: Inputs, alpha: float) -> Call:
     """Return the `Call` of these inputs, x as a matrix (M, K)."""
-    from ..call import Call, LowRank, Weight
-
     x, A, B = (_given(inputs, name) for name in "xAB")
     weight = inputs["weight"]
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
@@ -38,15 +37,15 @@ def run_backend(
     call, dy = make_call(inputs, alpha), _given(inputs, "dy")
     y, h = backend.forward(call)
     need_dx, need_dweight, _, need_dA, need_dB = needs
-    saved = call._replace(
-        x=call.x if need_dA or need_dweight else None,
-        weight=call.weight if need_dx else None,
-        low=call.low._replace(
-            A=call.low.A if need_dx else None, B=call.low.B if need_dx or need_dA else None
-        ),
-    )
+    read_A, read_B = need_dx or need_dA, need_dx or need_dA or need_dB  # for dA its layout
+    low = {"A": call.low.A if read_A else None, "B": call.low.B if read_B else None}
+    read: dict[str, Any] = {
+        "x": call.x if need_dA or need_dweight else None,
+        "weight": call.weight if need_dx else None,
+        "low": call.low._replace(**low),  # type: ignore[arg-type]
+    }
     rows = dy.reshape(len(y), dy.shape[-1])
-    grads = backend.backward(rows, saved, h if need_dB else None, needs)
+    grads = backend.backward(rows, call._replace(**read), h if need_dB else None, needs)
     asked = {f"d{n}": g for n, g in zip(NAMES, grads, strict=True) if g is not None}
     if [g is not None for g in grads] != list(needs):
         raise AssertionError(f"needs {needs} asks for other gradients than {', '.join(asked)}")

@@ -7,6 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..dropout import pack_bits
+
 NAMES = ("x", "weight", "bias", "A", "B")
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
@@ -160,21 +162,8 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
     }
     if case.dropout:
         kept = torch.rand(case.M, K, generator=g, device="cpu") >= case.dropout
-        inputs["keep"] = pack_keep(kept).to(device)
+        inputs["keep"] = pack_bits(kept).to(device)
     name, lay_out = LAYOUTS[case.layout]
     if (tensor := inputs[name]) is not None:
         inputs[name] = lay_out(tensor)
     return inputs
-
-
-def pack_keep(kept: Tensor) -> Tensor:
-    """Return a mask (M, K) of bool as bits: element k is bit k % 8 of byte k // 8, the rest 0."""
-    M, K = kept.shape
-    bits = torch.nn.functional.pad(kept.to(torch.uint8), (0, -K % 8)).view(M, -(-K // 8), 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(2).to(torch.uint8)
-
-
-def unpack_keep(keep: Tensor, K: int) -> Tensor:
-    """Return a mask's bits (M, ceil(K / 8)) as (M, K) of bool."""
-    bits = keep[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=keep.device) & 1
-    return bits.flatten(1)[:, :K].bool()

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .cases import NAMES, Case, make_inputs, unpack_keep
+from ..dropout import unpack_bits
+from .cases import NAMES, Case, make_inputs
 from .plain import LinearWithLoRA
 
 # Called like `lora_linear`: (x, weight, bias, A, B, alpha), and `keep` by name where there is one.
@@ -102,7 +103,7 @@ def plain_linear(
     with torch.device("meta"):
         layer = LinearWithLoRA(nn.Linear(K, B.shape[1], bias=bias is not None), R, alpha)
     if keep is not None:
-        kept = unpack_keep(keep, K).reshape(x.shape)
+        kept = unpack_bits(keep, K).reshape(x.shape)
         layer.lora.register_forward_pre_hook(lambda _, inputs: inputs[0] * kept)
     A, B = A.to(x.dtype), B.to(x.dtype)
     if weight is None:
@@ -166,7 +167,7 @@ def _plain_results(inputs: Inputs, alpha: float, of: Sequence[str]) -> dict[str,
     x, A, keep = inputs["x"], inputs["A"], inputs.get("keep")
     assert x is not None and A is not None
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    seen = rows if keep is None else rows * unpack_keep(keep, A.shape[0])
+    seen = rows if keep is None else rows * unpack_bits(keep, A.shape[0])
     return gradients(plain_linear, inputs, alpha, of) | {"h": seen.detach() @ A.to(x.dtype)}
 
 

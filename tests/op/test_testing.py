@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_ext import lora_linear
+from lora_ext.dropout import pack_bits, unpack_bits
 from lora_ext.testing import (
     LAYOUTS,
     NAMES,
@@ -26,9 +27,7 @@ from lora_ext.testing import (
     gradients,
     make_inputs,
     plain_linear,
-    unpack_keep,
 )
-from lora_ext.testing.cases import pack_keep
 
 MASKED = TAILS.but(K=91, dropout=0.3)
 
@@ -47,7 +46,7 @@ def test_plain_of_the_rule_is_the_reference_class():
 def test_plain_with_a_mask_drops_for_the_low_rank_part_alone():
     want = expected(MASKED.but(dtype=torch.float64))
     x, weight, bias, A, B = (want.inputs[n] for n in NAMES)
-    kept = unpack_keep(want.inputs["keep"], 91)
+    kept = unpack_bits(want.inputs["keep"], 91)
     y = F.linear(x, weight, bias) + MASKED.alpha * ((x * kept) @ A @ B)
     torch.testing.assert_close(want.plain["y"], y)
     dx = want.inputs["dy"] @ weight
@@ -76,9 +75,9 @@ def test_plain_without_a_base_is_the_low_rank_part():
 @pytest.mark.parametrize("K", [1, 7, 8, 9, 91, 96])
 def test_mask_is_packed_least_significant_bit_first(K):
     kept = torch.rand(5, K) < 0.5
-    bits = pack_keep(kept)
+    bits = pack_bits(kept)
     assert bits.shape == (5, -(-K // 8)) and bits.dtype == torch.uint8
-    assert torch.equal(unpack_keep(bits, K), kept)
+    assert torch.equal(unpack_bits(bits, K), kept)
     for m, k in torch.cartesian_prod(torch.arange(5), torch.arange(bits.shape[1] * 8)).tolist():
         bit = int(bits[m, k // 8]) >> (k % 8) & 1
         assert bit == (bool(kept[m, k]) if k < K else 0)
@@ -86,7 +85,7 @@ def test_mask_is_packed_least_significant_bit_first(K):
 
 def test_mask_drops_its_share():
     keep = make_inputs(Case((100,), 100, 1, 1, dropout=0.3))["keep"]
-    assert 0.27 < 1 - unpack_keep(keep, 100).double().mean() < 0.33
+    assert 0.27 < 1 - unpack_bits(keep, 100).double().mean() < 0.33
 
 
 def test_a_mask_leaves_the_other_inputs_as_they_are():
