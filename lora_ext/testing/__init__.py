@@ -19,8 +19,19 @@ Three subjects: `plain` has the layer as people write it by hand, `cases` the pr
 rule. Nothing but torch and the standard library is imported.
 """
 
-from .backend import check_backend, make_call
-from .cases import DTYPES, LAYOUTS, NAMES, SHAPES, TAILS, Case, every_case, make_inputs
+from .backend import NEEDS, check_backend, make_call, run_backend
+from .cases import (
+    DTYPES,
+    LAYOUTS,
+    MASKED,
+    NAMES,
+    SHAPES,
+    TAILS,
+    WITHOUT_BASE,
+    Case,
+    every_case,
+    make_inputs,
+)
 from .plain import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from .rule import (
     NORMS,
@@ -40,10 +51,13 @@ from .rule import (
 __all__ = [
     "DTYPES",
     "LAYOUTS",
+    "MASKED",
     "NAMES",
+    "NEEDS",
     "NORMS",
     "SHAPES",
     "TAILS",
+    "WITHOUT_BASE",
     "Case",
     "Error",
     "Expected",
@@ -63,4 +77,5 @@ __all__ = [
     "make_inputs",
     "plain_linear",
     "replace_linear_with_lora",
+    "run_backend",
 ]

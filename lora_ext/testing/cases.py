@@ -137,10 +137,10 @@ def every_case() -> list[Case]:
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
-    """Return x, weight, bias, A, B, dy and keep; each part of y has a variance of about 1.
+    """Return x, weight, bias, A, B and dy; each part of y has a variance of about 1.
 
-    On torch's default device, the same values on each. `keep` is dropout's mask as bits, (M,
-    ceil(K / 8)) uint8, or None.
+    On torch's default device, the same values on each. With dropout also `keep`, its mask as bits:
+    (M, ceil(K / 8)) uint8.
     """
     g = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device()
@@ -158,7 +158,6 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
         "A": randn(K, R, scale=K**-0.5, dtype=adapter),
         "B": randn(R, N, scale=R**-0.5, dtype=adapter),  # never zero: it would hide dA and dx
         "dy": randn(*case.lead, N),
-        "keep": None,
     }
     if case.dropout:
         kept = torch.rand(case.M, K, generator=g, device="cpu") >= case.dropout

@@ -10,13 +10,18 @@ from lora_ext.backends import BACKENDS
 from lora_ext.testing import (
     DTYPES,
     LAYOUTS,
+    MASKED,
+    NAMES,
+    NEEDS,
     SHAPES,
     TAILS,
+    WITHOUT_BASE,
     Case,
     broken_rules,
     check,
     expected,
     gradients,
+    run_backend,
 )
 from tests.conftest import Backend
 
@@ -53,6 +58,12 @@ def test_strides_keep_the_error_rule(backend: Backend, case):
 )
 def test_strides_without_bias_keep_the_error_rule(backend: Backend, case):
     check(backend.linear, case)
+
+
+def named(needs: tuple[bool, ...]) -> str:
+    """Return "dx-dA" for the needs of x and A."""
+    asked = (f"d{name}" for name, need in zip(NAMES, needs, strict=True) if need)
+    return "-".join(asked) or "none"
 
 
 def far_apart(matrix: Tensor) -> Tensor:
@@ -106,25 +117,19 @@ def test_any_number_of_threads_keeps_the_error_rule(backend: Backend):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("needs", ["none", "dx", "dweight", "dbias", "dA", "dB"])
-def test_backend_functions_keep_their_contract(backend: Backend, needs):
-    """What backends/__init__.py promises of the three functions, stand-ins included."""
-    module = BACKENDS[backend.name]
-    asked = tuple(needs == n for n in ("dx", "dweight", "dbias", "dA", "dB"))
-    want = expected(TAILS)
-    inputs = want.inputs
-    x, weight, A, B = (inputs[n] for n in ("x", "weight", "A", "B"))
-    y, h = module.forward(x, weight, inputs["bias"], A, B, TAILS.alpha)
-    assert y.shape == (37, 160) and h.shape == (37, 8)
-    torch.testing.assert_close(h, x @ A)
+@in_each_dtype(*MASKED, *WITHOUT_BASE)
+def test_a_mask_or_no_base_keeps_the_error_rule(backend: Backend, case):
+    check(backend.linear, case)
 
-    dx, dweight, _, dA, dB = asked
-    read = (dA or dweight, dx, dx, dx or dA, dB)
-    saved = [t if r else t.new_empty(0) for t, r in zip((x, weight, A, B, h), read, strict=True)]
-    grads = module.backward(inputs["dy"], *saved, TAILS.alpha, asked)
-    assert [g is not None for g in grads] == list(asked)
-    names = ("dx", "dweight", "dbias", "dA", "dB")
-    got = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+
+@pytest.mark.parametrize("needs", [(False,) * 5, *NEEDS, (True,) * 5], ids=named)
+@pytest.mark.parametrize("case", [TAILS, MASKED[0], WITHOUT_BASE[0]], ids=str)
+def test_backend_functions_keep_their_contract(backend: Backend, case, needs):
+    """What backends/__init__.py promises of the three functions, None for what is not read."""
+    want = expected(case)
+    given = [want.inputs[name] is not None for name in NAMES]
+    needs = tuple(need and has for need, has in zip(needs, given, strict=True))
+    got = run_backend(BACKENDS[backend.name], want.inputs, case.alpha, needs)
     assert broken_rules(got, want) == []
 
 
