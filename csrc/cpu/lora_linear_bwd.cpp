@@ -29,7 +29,7 @@ void transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<const T>
     const Scratch<Sum> sum(R * cols);
     skinny_transposed_product<T>(left, ld, R, right.block(0, col, right.rows, cols), sum.get(),
                                  cols);
-    cpu::blocks().storage<TOut>().store(sum.get(), cols, Sum(scale), nullptr,
+    cpu::blocks().storage<TOut>().store(sum.get(), cols, Sum(scale), nullptr, false,
                                         out.block(0, col, R, cols));
   });
 }
@@ -70,7 +70,7 @@ class Backward {
       const RightFactor<Sum> right(dy_view_, R);
       const View<const Sum> left_t = {left.get(), R, M, 1, ld_};
       blocks().products<Sum>().multiply(left_t, right.from(0, 0), N,
-                                        static_cast<Sum*>(out.data_ptr()), N, {}, {});
+                                        static_cast<Sum*>(out.data_ptr()), N, Sum(1), {}, {});
       return;
     }
     adapter_gradient<T>(left.get(), ld_, R, dy_view_, alpha_, out, false);
@@ -110,7 +110,7 @@ class Backward {
       const auto x_t = matrix<const Sum>(x).transposed();
       const RightFactor<Sum> right(View<const Sum>{alpha_t.get(), M, R, ld_, 1}, kFewRows);
       blocks().products<Sum>().multiply(x_t, right.from(0, 0), R, static_cast<Sum*>(out.data_ptr()),
-                                        R, {}, {});
+                                        R, Sum(1), {}, {});
       return;
     }
     adapter_gradient<T>(alpha_t.get(), ld_, R, matrix<const T>(x), 1, out, true);
@@ -148,7 +148,7 @@ class Backward {
 
   void scale(Sum* t) const {
     const auto [M, K, N, R] = shape_;
-    blocks().storage<Sum>().store(t, ld_, Sum(alpha_), nullptr, {t, M, R, ld_, 1});
+    blocks().storage<Sum>().store(t, ld_, Sum(alpha_), nullptr, false, {t, M, R, ld_, 1});
   }
 
   void unscaled_t(const Tensor& B, Sum* out) const {
@@ -175,15 +175,16 @@ class Backward {
     const auto [M, K, N, R] = shape_;
     const Scratch<Sum> left(M * N);
     blocks().storage<T>().load(dy_view_, left.get(), N);
-    for_each_part(
-        K, even_part(K, std::max<int64_t>(K, 1), 256, kPanel<Sum>), [&](int64_t col, int64_t cols) {
-          const Scratch<Sum> sum(M * cols);
-          blocks().storage<T>().combine_rows({left.get(), M, N, N, 1},
-                                             weight.block(0, col, N, cols), sum.get(), cols);
-          blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1}, A.block(col, 0, cols, R),
-                                     sum.get(), cols, true);
-          blocks().storage<T>().store(sum.get(), cols, Sum(1), nullptr, out.block(0, col, M, cols));
-        });
+    for_each_part(K, even_part(K, std::max<int64_t>(K, 1), 256, kPanel<Sum>),
+                  [&](int64_t col, int64_t cols) {
+                    const Scratch<Sum> sum(M * cols);
+                    blocks().storage<T>().combine_rows(
+                        {left.get(), M, N, N, 1}, weight.block(0, col, N, cols), sum.get(), cols);
+                    blocks().storage<TA>().dot({alpha_t.get(), M, R, ld_, 1},
+                                               A.block(col, 0, cols, R), sum.get(), cols, true);
+                    blocks().storage<T>().store(sum.get(), cols, Sum(1), nullptr, false,
+                                                out.block(0, col, M, cols));
+                  });
   }
 
   void product_with_weight(const Scratch<Sum>& alpha_t, View<const T> weight,

@@ -53,8 +53,9 @@ class Forward {
       const LowRank<Sum> low = low_rank(0, col);
       blocks().storage<T>().dot(x, weight_.block(col, 0, cols, K), sum.get(), cols, false);
       blocks().products<Sum>().multiply({low.left, M, R, ld_, 1}, low.right, cols, sum.get(), cols,
-                                        {sum.get(), cols}, {});
-      blocks().storage<T>().store(sum.get(), cols, Sum(1), bias(col), y.block(0, col, M, cols));
+                                        Sum(1), {sum.get(), cols}, {});
+      blocks().storage<T>().store(sum.get(), cols, Sum(1), bias(col), false,
+                                  y.block(0, col, M, cols));
     });
   }
 
@@ -83,8 +84,9 @@ class Forward {
     const int64_t R = shape_.R;
     Sum* block = alpha_h_.get() + row * ld_;
     skinny_product<T>(x_.block(row, 0, rows, shape_.K), A_, block, ld_);
-    blocks().storage<T>().store(block, ld_, Sum(1), nullptr, h.block(row, 0, rows, R));
-    blocks().storage<Sum>().store(block, ld_, Sum(alpha_), nullptr, {block, rows, R, ld_, 1});
+    blocks().storage<T>().store(block, ld_, Sum(1), nullptr, false, h.block(row, 0, rows, R));
+    blocks().storage<Sum>().store(block, ld_, Sum(alpha_), nullptr, false,
+                                  {block, rows, R, ld_, 1});
   }
 
   LowRank<Sum> low_rank(int64_t row, int64_t col) const {

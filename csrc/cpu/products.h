@@ -189,8 +189,8 @@ void skinny_product(View<const T> left, const RightFactor<Acc<T>>& right, Acc<T>
   for (int64_t k = 0; k < left.cols; k += kDepth) {
     const int64_t depth = std::min(kDepth, left.cols - k);
     const auto block = as_left_factor<T>(left.block(0, k, left.rows, depth), scratch.get());
-    blocks().products<A>().multiply(block, right.from(k, 0), ld, out, ld, sum_so_far(k, out, ld),
-                                    {});
+    blocks().products<A>().multiply(block, right.from(k, 0), ld, out, ld, A(1),
+                                    sum_so_far(k, out, ld), {});
   }
 }
 
@@ -230,18 +230,18 @@ void product_strip(View<const T> left, View<const T> right, bool far, const T* b
       const auto tile = as_left_factor<T>(left.block(row, k, rows, depth), copy.get());
       for (int64_t col = 0; col < cols; col += factor.block_cols()) {
         const int64_t width = std::min(factor.block_cols(), cols - col);
-        products.multiply(tile, factor.block(k, depth, col, width), width, sum + col, ld,
+        products.multiply(tile, factor.block(k, depth, col, width), width, sum + col, ld, A(1),
                           addend.from(col), factor.after(k, col));
       }
       addend = {sum, ld};
     }
     if (low != nullptr) {
       const View<const A> block = {low->left + row * low->ld, rows, low->rank, low->ld, 1};
-      products.multiply(block, low->right, cols, sum, ld, addend, {});
+      products.multiply(block, low->right, cols, sum, ld, A(1), addend, {});
     } else if (left.cols == 0) {
       for (int64_t i = 0; i < rows; ++i) std::fill_n(sum + i * ld, cols, A(0));
     }
-    if constexpr (!sums_in_place) blocks().storage<T>().store(sum, ld, A(1), nullptr, to);
+    if constexpr (!sums_in_place) blocks().storage<T>().store(sum, ld, A(1), nullptr, false, to);
   }
 }
 
@@ -269,7 +269,7 @@ void skinny_transposed_product(const Acc<T>* left, int64_t ld, int64_t R, View<c
       panels = Panels<const A>::packed(packed.get(), depth);
     }
     blocks().products<A>().multiply({left + m * ld, R, depth, 1, ld}, panels, right.cols, out,
-                                    out_ld, sum_so_far(m, out, out_ld), {});
+                                    out_ld, A(1), sum_so_far(m, out, out_ld), {});
   }
 }
 
@@ -286,7 +286,7 @@ void update(View<T> y, const F& change) {
     blocks().storage<T>().load({y.data, y.rows, y.cols, y.row_stride, y.col_stride}, values.get(),
                                wide);
     change(values.get(), wide);
-    blocks().storage<T>().store(values.get(), wide, A(1), nullptr, y);
+    blocks().storage<T>().store(values.get(), wide, A(1), nullptr, false, y);
   }
 }
 
@@ -295,7 +295,8 @@ template <typename T>
 void add_low_rank(const LowRank<Acc<T>>& low, View<T> y) {
   update<T>(y, [&](Acc<T>* values, int64_t ld) {
     const View<const Acc<T>> left = {low.left, y.rows, low.rank, low.ld, 1};
-    blocks().products<Acc<T>>().multiply(left, low.right, y.cols, values, ld, {values, ld}, {});
+    blocks().products<Acc<T>>().multiply(left, low.right, y.cols, values, ld, Acc<T>(1),
+                                         {values, ld}, {});
   });
 }
 
