@@ -2,19 +2,17 @@
 
 from ._version import __version__
 from .adapters import load_adapter, lora_state_dict, save_adapter
+from .adapters_peft import load_peft_adapter, save_peft_adapter
 from .explain import explain
 from .functional import lora_linear
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
-from .packed_weight import PackedWeight
-from .adapters_peft import load_peft_adapter, save_peft_adapter
 from .prepack import prepack_, unpack_
 
 __all__ = [
     "__version__",
     "LinearWithLoRA",
     "LoRALayer",
-    "PackedWeight",
     "explain",
     "load_adapter",
     "load_peft_adapter",

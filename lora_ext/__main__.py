@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import torch
 
 import lora_ext
-from lora_ext.backends import BACKENDS, cpp, unsupported_reasons
+from lora_ext.backends import BACKENDS, choose, cpp, unsupported_reasons
+from lora_ext.call import Call, LowRank, Weight
 
 _SELF_TEST_SHAPE = (37, 96, 160, 8)  # M, K, N, R: no size a multiple of every block
 # The largest error allowed, of the largest value. Sums of up to 160 products: in float32
@@ -111,12 +112,16 @@ def _relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def _reasons(device: str) -> dict[str, str | None]:
-    x = torch.zeros(4, 8, device=device)
-    return unsupported_reasons(x, x, x)
+    return unsupported_reasons(_small_call(device))
 
 
 def _first_that_runs(device: str) -> str:
-    return next(name for name, reason in _reasons(device).items() if reason is None)
+    return choose(None, _small_call(device))
+
+
+def _small_call(device: str) -> Call:
+    x = torch.zeros(8, 8, device=device)
+    return Call(x, Weight(x), None, LowRank(x, x, 1.0))
 
 
 def _gpu() -> str:
@@ -144,7 +149,7 @@ def _extension() -> str:
 def _compiler() -> str:
     path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if path is None:
-        return "none: building the extension needs one (g++ 11 or later)"
+        return "none: building the extension needs one (g++ 12 or later)"
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     return version.stdout.partition("\n")[0] or path
 

@@ -1,4 +1,7 @@
-"""Every check of an argument: each error names it, what was expected and what came."""
+"""Every check of an argument: each error names it, what was expected and what came.
+
+And how a report lists what did not pass.
+"""
 
 import math
 from numbers import Real
@@ -17,23 +20,29 @@ SCALINGS = {
 
 
 def fit(x: Any, weight: Any, bias: Any, A: Any, B: Any, alpha: Any) -> bool:
-    """Answer at a glance (2 us) what `check_arguments` answers in words (9 us).
+    """Fast path (2 us): True only if `check_arguments` (9 us) would not raise.
 
-    True only where that would not raise; False sends the unusual to it.
+    On False, call that for the message.
     """
     try:
-        out_features, in_features = weight.shape
-        rank = A.shape[1]
+        in_features, rank = A.shape
+        out_features = B.shape[1]
         dtype, device, adapter = x.dtype, x.device, A.dtype
         return (
             x.shape[-1] == in_features
-            and A.shape == (in_features, rank)
             and B.shape == (rank, out_features)
             and rank > 0
-            and weight.dtype is dtype
             and (adapter is dtype or (adapter is torch.float32 and dtype in HALF))
             and B.dtype is adapter
-            and weight.device == device == A.device == B.device
+            and device == A.device == B.device
+            and (
+                weight is None
+                or (
+                    weight.shape == (out_features, in_features)
+                    and weight.dtype is dtype
+                    and weight.device == device
+                )
+            )
             and (
                 bias is None
                 or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device)
@@ -46,12 +55,15 @@ def fit(x: Any, weight: Any, bias: Any, A: Any, B: Any, alpha: Any) -> bool:
 
 
 def check_arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless all fit `lora_linear`."""
+    """Raise TypeError or ValueError, naming the argument, unless all fit `lora_linear`.
+
+    A weight of None is the low-rank part alone, which has no base.
+    """
     named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B}
-    if bias is None:
-        del named["bias"]
+    for absent in [name for name in ("weight", "bias") if named[name] is None]:
+        del named[absent]
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -68,10 +80,15 @@ def check_arguments(
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
-    if weight.dim() != 2:
+def _check_shapes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor
+) -> None:
+    if weight is not None and weight.dim() != 2:
         raise ValueError(_expected("weight", "(out_features, in_features)", weight))
-    N, K = weight.shape
+    if weight is None and (A.dim() != 2 or B.dim() != 2):
+        name, factor = ("A", A) if A.dim() != 2 else ("B", B)
+        raise ValueError(_expected(name, "of two dimensions", factor))
+    N, K = (B.shape[1], A.shape[0]) if weight is None else weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(_expected("x", f"(..., {K})", x))
     if bias is not None and bias.shape != (N,):
@@ -115,15 +132,27 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
         )
 
 
-def check_dropout(p: Any) -> None:
-    """Raise TypeError or ValueError unless `p` is a probability below 1."""
+def check_dropout(p: Any, mask: Any = "hash") -> None:
+    """Raise TypeError or ValueError unless `p` is a probability and `mask` a way to draw."""
     if not isinstance(p, (int, float)) or isinstance(p, bool):
         raise TypeError(f"dropout must be a number, got {type(p).__name__}")
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {p}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must be from 0 to 1, got {p}")
+    if mask not in ("hash", "torch"):
+        raise ValueError(f"dropout_mask must be 'hash' or 'torch', got {mask!r}")
 
 
 def check_backend(name: Any, known: tuple[str, ...]) -> None:
     """Raise ValueError unless `name` is None or a backend's."""
     if name is not None and name not in known:
         raise ValueError(f"backend must be None or one of {', '.join(known)}, got {name!r}")
+
+
+def lines_by_reason(title: str, reasons: dict[str, str]) -> list[str]:
+    """Return a line for each reason in {name: reason}: how many have it, and the first of them."""
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, its in reasons.items() if its == reason]
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        lines.append(f"{title} {len(names)}: {reason} ({shown})")
+    return lines

@@ -3,19 +3,26 @@
 import torch
 from torch import Tensor
 
-from .backends import unsupported_reasons
+from .backends import choose, unsupported_reasons
+from .bases import why_not_now
+from .call import Call, LowRank
+from .functional import call_of
 from .layers import LinearWithLoRA, why_composed
 
 
 def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     """Say which backend a layer runs on an input, and why each other one does not.
 
+    Asks the function that each call asks, in the autocast region and training mode it is called
+    in; runs nothing and draws no random number.
+
     Args:
         layer: a LinearWithLoRA.
         x: an input for it, (..., in_features); None takes one row of the weight's dtype.
 
     Returns:
-        A line for what runs, then one for each other backend.
+        A line for what runs, or for the error that the call would raise, then one for each other
+        backend.
 
     Raises:
         TypeError: `layer` is no LinearWithLoRA.
@@ -29,16 +36,33 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         x = torch.empty(1, layer.in_features, dtype=like.dtype, device=like.device)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
-    if (why := why_composed(layer.linear, layer.lora, x)) is not None:
+    if layer._parallel is not None:
+        return layer._parallel.explain(layer, x)
+    if (why := why_composed(layer.linear, layer.lora) or why_not_now(x)) is not None:
+        if layer.backend is not None:
+            return f"raises: backend {layer.backend!r} can't run this layer: {why}"
         return f"runs linear(x) + lora(x), composed: {why}"
-    reasons = unsupported_reasons(x, weight, layer.lora.A)
-    if layer.lora.dropout and layer.lora.training:
-        no_mask = "takes no dropout mask, as this layer has in training"
-        reasons = {n: None if n == "reference" else r or no_mask for n, r in reasons.items()}
-    chosen = layer.backend or next(name for name, reason in reasons.items() if reason is None)
-    lines = [f"{chosen}: {'asked for, but ' + r if (r := reasons.pop(chosen)) else 'runs'}"]
-    if chosen == "cpp" and layer._packed is not None:
-        lines[0] += ", its weight laid out by prepack_"
-    for name, reason in reasons.items():
-        lines.append(f"{name}: {reason or f'can run, comes after {chosen}'}")
-    return "\n".join(lines)
+    lora = layer.lora
+    try:
+        call = call_of(x, weight, layer.bias, lora.A, lora.B, lora.scale)
+        if lora.dropout and lora.training:
+            K = call.x.shape[-1]
+            rows = call.x.numel() // K if K else 0
+            keep = torch.empty(rows, -(-K // 8), dtype=torch.uint8, device=call.x.device)
+            call = Call(call.x, call.weight, call.bias, LowRank(*call.low[:3], keep))
+        chosen = choose(layer.backend, call)
+    except (TypeError, ValueError) as error:
+        return f"raises: {error}"
+    first = f"{chosen}: runs"
+    if chosen == "cpp" and layer._panels is not None and call.weight.data is weight:
+        first += ", its weight laid out by prepack_"
+    return "\n".join([first, *other_backends(call, chosen)])
+
+
+def other_backends(call: Call, chosen: str) -> list[str]:
+    """Return a line for each backend but the chosen one."""
+    return [
+        f"{name}: {reason or f'can run, comes after {chosen}'}"
+        for name, reason in unsupported_reasons(call).items()
+        if name != chosen
+    ]

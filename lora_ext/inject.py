@@ -21,6 +21,7 @@ def replace_linear_with_lora(
     dtype: torch.dtype | None = None,
     scaling: str = "alpha",
     dropout: float = 0.0,
+    dropout_mask: str = "hash",
 ) -> None:
     """Replace every `nn.Linear` in a model by a `LinearWithLoRA` around it, in place.
 
@@ -38,6 +39,7 @@ def replace_linear_with_lora(
         dtype: of A and B, see `LinearWithLoRA`.
         scaling: "alpha" (default), "alpha/rank", or "alpha/sqrt(rank)".
         dropout: on the low-rank part's input, in training only, see `lora_linear`.
+        dropout_mask: "hash" or "torch", see `lora_linear`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -48,7 +50,7 @@ def replace_linear_with_lora(
     """
     require_module(model)
     check_hyperparameters(rank, alpha, scaling)
-    check_dropout(dropout)
+    check_dropout(dropout, dropout_mask)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(model, nn.Linear):
@@ -78,7 +80,13 @@ def replace_linear_with_lora(
     for _, _, _, linear in places:
         if linear not in wrapped:
             wrapped[linear] = LinearWithLoRA(
-                linear, rank, alpha, scaling=scaling, dtype=dtype, dropout=dropout
+                linear,
+                rank,
+                alpha,
+                scaling=scaling,
+                dtype=dtype,
+                dropout=dropout,
+                dropout_mask=dropout_mask,
             )
     for parent, attribute, _, linear in places:
         setattr(parent, attribute, wrapped[linear])
@@ -131,10 +139,7 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
     if unload and isinstance(model, LinearWithLoRA):
         raise ValueError("model is itself a LinearWithLoRA: merge_(model), then use model.linear")
     for name, layer in layers.items():
-        why = why_composed(layer.linear, layer.lora, layer.weight)
-        if why is None and type(layer.weight) is not Parameter:
-            why = f"its weight is a {type(layer.weight).__name__}, a part of it on each rank"
-        if why is not None:
+        if (why := why_composed(layer.linear, layer.lora)) is not None:
             raise ValueError(f"{name or 'model'} can't be merged: {why}")
     for layer in layers.values():
         if layer._unmerged_weight:

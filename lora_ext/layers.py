@@ -2,15 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules import module as every_module
 
-from .backends import NAMES, dtensor
+from .backends import NAMES
+from .bases import base_of, hooks_of, why_not_now
 from .checks import (
     HALF,
     SCALINGS,
@@ -19,9 +19,8 @@ from .checks import (
     check_hyperparameters,
     check_linear,
 )
-from .dropout import drop
-from .functional import lora_delta, lora_linear
-from .packed_weight import PackedWeight
+from .functional import adapted, lora_delta
+from .panels import Panels
 
 
 class LoRALayer(nn.Module):
@@ -40,10 +39,11 @@ class LoRALayer(nn.Module):
         device: of A and B; None takes torch's default.
         dropout: probability with which an element of x is taken as zero in training, see
             `lora_linear`.
+        dropout_mask: "hash" or "torch", see `lora_linear`.
 
     Raises:
         TypeError: a rank that is not an integer, an alpha or dropout that is not a number.
-        ValueError: rank below 1, an unknown scaling, a dropout below 0 or not below 1.
+        ValueError: rank below 1, an unknown scaling or dropout_mask, a dropout below 0 or above 1.
 
     Source:
         Hu et al., arXiv:2106.09685; "alpha/sqrt(rank)": Kalajdzievski, arXiv:2312.03732.
@@ -51,6 +51,7 @@ class LoRALayer(nn.Module):
     """
 
     dropout: float = 0.0
+    dropout_mask: str = "hash"
 
     def __init__(
         self,
@@ -63,16 +64,18 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dropout: float = 0.0,
+        dropout_mask: str = "hash",
     ) -> None:
         super().__init__()
         check_hyperparameters(rank, alpha, scaling)
-        check_dropout(dropout)
+        check_dropout(dropout, dropout_mask)
         self.A = Parameter(torch.empty(in_dim, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.B = Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
         self.alpha = alpha
         self.scaling = scaling
         self.dropout = dropout
+        self.dropout_mask = dropout_mask
         self.register_forward_pre_hook(_part_of_the_output)
 
     @property
@@ -89,10 +92,9 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `scale * (x @ A @ B)`, (..., out_dim)."""
-        if self.dropout and self.training:
-            scale = self.scale / (1 - self.dropout)
-            return lora_delta(drop(x, self.dropout), self.A, self.B, scale)
-        return lora_delta(x, self.A, self.B, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        mask = self.dropout_mask
+        return lora_delta(x, self.A, self.B, self.scale, dropout=dropout, mask=mask)
 
     def extra_repr(self) -> str:
         """Sizes and hyperparameters, for print(model)."""
@@ -120,16 +122,20 @@ class LinearWithLoRA(nn.Module):
             dtype (float32 over bfloat16 and float16), else the base's dtype.
         backend: name of the backend to use; None lets each call choose.
         dropout: of the low-rank part's input, in training only, see `lora_linear`.
+        dropout_mask: "hash" or "torch", see `lora_linear`.
 
     Raises:
         TypeError: `linear` is no linear layer, rank is no integer, alpha or dropout is no number.
-        ValueError: rank below 1, an unknown scaling or backend, a dropout out of range.
+        ValueError: rank below 1, an unknown scaling, backend or dropout_mask, a dropout out of
+            range.
 
     """
 
     linear: nn.Linear  # or any module with its attributes
     lora: LoRALayer
-    _packed: PackedWeight | None = None  # by prepack_; of the class, so that no state has it
+    # Of the class, so that no state has them.
+    _panels: Panels | None = None  # by prepack_
+    _parallel: Callable[["LinearWithLoRA", Tensor], Tensor] | None = None  # by distributed.py
 
     def __init__(
         self,
@@ -141,6 +147,7 @@ class LinearWithLoRA(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         dropout: float = 0.0,
+        dropout_mask: str = "hash",
     ) -> None:
         super().__init__()
         check_linear(linear)
@@ -160,6 +167,7 @@ class LinearWithLoRA(nn.Module):
             dtype=_adapter_dtype(weight.dtype) if dtype is None else dtype,
             device="meta" if weight.is_meta else None,
             dropout=dropout,
+            dropout_mask=dropout_mask,
         ).to(weight.device)
         self.backend = backend
         self._unmerged_weight: list[Parameter] = []  # a list, so that it is no parameter of ours
@@ -170,21 +178,24 @@ class LinearWithLoRA(nn.Module):
         linear, lora = modules["linear"], modules["lora"]
         if self._unmerged_weight:
             return linear(x)
-        why = why_composed(linear, lora, x)
+        if self._parallel is not None:
+            return self._parallel(self, x)
+        why = why_composed(linear, lora) or why_not_now(x)
         if why is None:
             base, low = linear._parameters, lora._parameters
+            dropout = lora.dropout if lora.training else 0.0
+            panels = None if self._panels is None else self._fresh_panels()
             weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
-            if lora.dropout and lora.training:
-                options = {"backend": self.backend, "dropout": lora.dropout}
-                return lora_linear(x, weight, bias, A, B, lora.scale, **options)
-            if self._packed is not None:
-                options = {"backend": self.backend, "packed": self._fresh_packed()}
-                return lora_linear(x, weight, bias, A, B, lora.scale, **options)
-            return lora_linear(x, weight, bias, A, B, lora.scale, backend=self.backend)
+            drawn = (dropout, lora.dropout_mask)
+            return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
-        y = linear(x)
-        return y + lora(x).to(y.dtype)
+        return self._composed(x)
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """Call the linear, and add what the low-rank part gives."""
+        y = self.linear(x)
+        return y + self.lora(x).to(y.dtype)
 
     weight = property(lambda self: self.linear.weight, doc="The linear's weight, (out, in).")
     bias = property(lambda self: self.linear.bias, doc="The linear's bias, (out,), or None.")
@@ -198,26 +209,26 @@ class LinearWithLoRA(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _fresh_packed(self) -> PackedWeight | None:
+    def _fresh_panels(self) -> Panels | None:
         """Return what prepack_ laid out; if the weight has changed since, drop it and say so."""
-        packed = self._packed
-        if packed is None or torch.compiler.is_compiling():
+        panels = self._panels
+        if panels is None or torch.compiler.is_compiling():
             return None
-        if (why := packed.why_stale(self.weight)) is None:
-            return packed
-        self._packed = None
+        if (why := panels.why_stale(self.weight)) is None:
+            return panels
+        self._panels = None
         warnings.warn(f"a prepacked weight is dropped: {why}; prepack_ again", stacklevel=2)
         return None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)  # .to(), .double(), ...
-        if self._packed is not None:
-            self._fresh_packed()
+        if self._panels is not None:
+            self._fresh_panels()
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: all but the layout of `prepack_`."""
-        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+        return {key: value for key, value in self.__dict__.items() if key != "_panels"}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; while merged it holds the unmerged weight, which A and B belong to."""
@@ -234,54 +245,26 @@ class LinearWithLoRA(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def why_composed(linear: nn.Module, lora: LoRALayer, x: Tensor) -> str | None:
-    """Say why the layer must call `linear` itself instead of reading its weight; None if not."""
-    if type(linear) is not nn.Linear:
-        return f"linear is a {type(linear).__name__}, not an nn.Linear"
+def why_composed(linear: nn.Module, lora: LoRALayer, *, kind: type = Parameter) -> str | None:
+    """Say why the layer must call `linear` itself instead of reading its weight; None if not.
+
+    Args:
+        linear: the base.
+        lora: the low-rank part.
+        kind: the class that all parameters must have, see `bases.base_of`.
+
+    """
+    if type(base := base_of(linear, kind=kind)) is str:
+        return f"linear {base}"
     if type(lora) is not LoRALayer:
         return f"lora is a {type(lora).__name__}, not a LoRALayer"
-    own, lora_own = linear.__dict__, lora.__dict__
-    if "forward" in own or "forward" in lora_own:
-        return "the forward of linear or lora was replaced"
-    parameters, factors = own["_parameters"], lora_own["_parameters"]
-    if not (
-        type(parameters.get("weight"))
-        is type(factors.get("A"))
-        is type(factors.get("B"))
-        is Parameter
-        and type(parameters.get("bias")) in (Parameter, type(None))
-    ) and not _all_sharded(x, parameters, factors):
-        return "weight, bias, A or B is not a plain Parameter"
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or lora_own["_forward_hooks"]
-        or len(lora_own["_forward_pre_hooks"]) > 1  # one is ours, see _part_of_the_output
-        or lora_own["_backward_hooks"]
-        or lora_own["_backward_pre_hooks"]
-        or every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    ):
-        return "hooks are attached to linear or lora"
-    if x.is_nested:
-        return "x is a nested tensor"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
+    own = lora.__dict__
+    factors = own["_parameters"]
+    if type(factors.get("A")) is not kind or type(factors.get("B")) is not kind:
+        return f"lora has an A or B that is not a {kind.__name__}"
+    if (why := hooks_of(own, 1)) is not None:  # its one pre-hook is _part_of_the_output
+        return f"lora {why}"
     return None
-
-
-def _all_sharded(x: Tensor, parameters: dict[str, Any], factors: dict[str, Any]) -> bool:
-    """Whether all are DTensors that the operators have rules for."""
-    if type(x) not in dtensor.TYPES:
-        return False
-    weight, bias = (parameters.get(name) for name in ("weight", "bias"))
-    A, B = (factors.get(name) for name in "AB")
-    alike = all(type(t) is type(x) for t in (weight, A, B)) and type(bias) in (type(x), type(None))
-    return alike and dtensor.unsupported(x, cast(Tensor, weight), cast(Tensor, A)) is None
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:

@@ -1,56 +1,73 @@
-"""The operators of `lora_ext`: schema and shape rule here, a kernel per device in the backends.
+"""The operators: schema and shape rule here, a kernel per device in the backends.
 
 All are functional (nothing is written into an argument) and take `x` as a matrix, so that a
-device file has one shape to serve. M rows, K in, N out, R rank.
+device file has one shape to serve. Their operands are call.py's, flat: a dispatch of nested lists
+costs twice as much. What a call does not have is None.
+
+`lora_ext` has the C++ kernels for the CPU and for CUDA. Triton's, for CUDA too, are registered
+under `lora_ext_triton`: an operator takes one kernel a device.
 """
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("lora_ext", "DEF")
-_FWD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float alpha)"
-    " -> (Tensor y, Tensor h)"
-)
-# A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for comes back with no elements,
-# and an input that only it would read may be a stand-in: a tensor with the dtype and no elements.
-_BWD = (
-    "(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor h, float alpha,"
-    " bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
-)
+SCHEMAS = {
+    "linear_fwd": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, float scale, *,"
+        ' str format="plain", Tensor? keep=None) -> (Tensor y, Tensor h)'
+    ),
+    # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for has no elements.
+    "linear_bwd": (
+        "(Tensor dy, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? h, float scale,"
+        ' bool[5] needs, *, str format="plain", Tensor? keep=None)'
+        " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
+    ),
+}
 
 
-def _fwd_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    packed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def fwd_fake(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
+    """Shapes of linear_fwd: y (M, N) and h (M, R)."""
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(M, A.shape[1])
+    return x.new_empty(M, B.shape[1]), x.new_empty(M, A.shape[1])
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    alpha: float,
-    needs: list[bool],
-    packed: Tensor | None = None,
+def bwd_fake(
+    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
 ) -> tuple[Tensor, ...]:
+    """Shapes of linear_bwd: a gradient has the shape of its argument, or no elements."""
     M, N = dy.shape
-    K = x.shape[1] if needs[3] or needs[1] else weight.shape[1] if needs[0] else 0
-    R = B.shape[0] if needs[3] else h.shape[1] if needs[4] else 0
-    like = ((dy, (M, K)), (dy, (N, K)), (dy, (N,)), (A, (K, R)), (B, (R, N)))
-    return tuple(
-        t.new_empty(shape if need else (0,)) for need, (t, shape) in zip(needs, like, strict=True)
-    )
+    dx = dy.new_empty(M, A.shape[0]) if needs[0] else dy.new_empty(0)
+    dweight = dy.new_empty(N, x.shape[1]) if needs[1] else dy.new_empty(0)
+    dbias = dy.new_empty(N) if needs[2] else dy.new_empty(0)
+    dA = empty_like_factor(A) if needs[3] else dy.new_empty(0)
+    dB = empty_like_factor(B) if needs[4] else dy.new_empty(0)
+    return dx, dweight, dbias, dA, dB
+
+
+def empty_like_factor(factor: Tensor) -> Tensor:
+    """Return memory for the gradient of A or B, (rows, cols), laid out as the factor is.
+
+    A transposed factor, as PEFT's `weight.T` is, gets a transposed gradient, which autograd then
+    hands on without a copy.
+    """
+    if is_transposed(factor):
+        return factor.new_empty(factor.shape[1], factor.shape[0]).t()
+    return factor.new_empty(factor.shape)
+
+
+def is_transposed(factor: Tensor) -> bool:
+    """Whether a matrix is the transpose of one with dense rows."""
+    return factor.layout is torch.strided and factor.stride(0) == 1 and factor.stride(1) != 1
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Declare the operators of SCHEMAS under a namespace, with their shape rules."""
+    library = torch.library.Library(namespace, "DEF")
+    fakes = {"linear_fwd": fwd_fake, "linear_bwd": bwd_fake}
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    return library
 
 
 def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
@@ -60,17 +77,8 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-# An operator takes one kernel a device. For CUDA tensors there are two: Triton's under the first
-# name, and under "_cuda" the CUDA C++ ones. "_packed" reads a weight that pack_weight has laid out
-# (transposed for the forward), on the CPU.
-for _name, _schema, _fake in (
-    ("lora_linear_fwd", _FWD, _fwd_fake),
-    ("lora_linear_bwd", _BWD, _bwd_fake),
-    ("lora_linear_fwd_cuda", _FWD, _fwd_fake),
-    ("lora_linear_bwd_cuda", _BWD, _bwd_fake),
-    ("lora_linear_fwd_packed", _FWD.replace(") ->", ", Tensor? packed) ->"), _fwd_fake),
-    ("lora_linear_bwd_packed", _BWD.replace(") ->", ", Tensor? packed) ->"), _bwd_fake),
-    ("pack_weight", "(Tensor weight, bool transposed) -> Tensor", _pack_fake),
-):
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"lora_ext::{_name}", _fake, lib=_LIBRARY)
+_LIBRARY = define("lora_ext")
+_LIBRARY.define(
+    "pack_weight(Tensor weight, bool transposed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.register_fake("lora_ext::pack_weight", _pack_fake, lib=_LIBRARY)

@@ -1,14 +1,14 @@
-"""prepack_(): frozen weights laid out once, and not anew at each call."""
+"""prepack_(): frozen weights laid out once, and not again at each call."""
 
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from .backends import cpp
+from .checks import lines_by_reason
 from .inject import require_lora_layers
 from .layers import LinearWithLoRA, why_composed
-from .packed_weight import PackedWeight
-from .report import lines_by_reason
+from .panels import Panels
 
 MIB = 2**20
 
@@ -20,7 +20,7 @@ class Report:
     Attributes:
         packed: layers whose weight is laid out.
         left: the others, and why.
-        mib: what the layouts take beside the weights, MiB.
+        mib: what the layouts take next to the weights, MiB.
 
     """
 
@@ -35,7 +35,7 @@ class Report:
 
 
 def prepack_(model: nn.Module, *, backward: bool = False) -> Report:
-    """Lay a model's frozen weights out once for the CPU kernels, beside the weights themselves.
+    """Lay a model's frozen weights out once for the CPU kernels, next to the weights themselves.
 
     It pays with some tens of rows (README has the figures) and costs 4 bytes an element, twice that
     with `backward`. A layer drops its layout, with a warning, when its weight changes: written to
@@ -58,13 +58,13 @@ def prepack_(model: nn.Module, *, backward: bool = False) -> Report:
     """
     report = Report()
     for name, layer in require_lora_layers(model).items():
-        layer._packed = None
+        layer._panels = None
         if (why := _why_not(layer)) is not None:
             report.left[name or "model"] = why
             continue
-        layer._packed = PackedWeight(layer.weight, backward=backward)
+        layer._panels = Panels(layer.weight, backward=backward)
         report.packed.append(name or "model")
-        report.mib += layer._packed.nbytes / MIB
+        report.mib += layer._panels.nbytes / MIB
     return report
 
 
@@ -77,14 +77,14 @@ def unpack_(model: nn.Module) -> None:
 
     """
     for layer in require_lora_layers(model).values():
-        layer._packed = None
+        layer._panels = None
 
 
 def _why_not(layer: LinearWithLoRA) -> str | None:
     weight = layer.weight
     if layer._unmerged_weight:
         return "the adapter is merged: the layer runs linear(x)"
-    if (why := why_composed(layer.linear, layer.lora, weight)) is not None:
+    if (why := why_composed(layer.linear, layer.lora)) is not None:
         return why
     if layer.backend not in (None, "cpp"):
         return f"the layer runs backend {layer.backend!r}"

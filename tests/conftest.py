@@ -14,7 +14,6 @@ import torch
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
-
 from tests.numerics import Linear
 
 

@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_ext
-from lora_ext import LinearWithLoRA
 from benchmarks.finetune import plain
+from lora_ext import LinearWithLoRA
 from lora_ext.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from lora_ext.inject import linears
 

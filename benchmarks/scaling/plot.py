@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plot import RUN_COLORS
+
 from .trace import KINDS
 
 HATCHES = {"plain": "///", "lora_ext": None}

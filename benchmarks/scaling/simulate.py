@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import arguments
-from .decoder import DecoderShape
 from benchmarks.report import make_header, wide_console
+
+from .decoder import DecoderShape
 from .trace import KINDS, LAYERS, Trace, Traffic, simulate_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -233,5 +234,3 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _ranks(text: str) -> list[int]:
     return sorted(set(map(arguments.positive(int), text.split(","))))
-
-

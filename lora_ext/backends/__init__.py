@@ -1,50 +1,50 @@
-"""The backends, in order of preference, and the choice among them.
+"""The backends, which of them a device asks, and the choice among them.
 
-A backend is a module with three functions (M rows, K in, N out, R rank; x is a matrix (M, K)):
+A backend is a module with three functions over a `Call` (call.py):
 
-    unsupported(x, weight, A) -> str | None
-        why it can't run on these tensors, in words; None when it can
-    forward(x, weight, bias, A, B, alpha) -> (y, h)
-        y = x @ weight.T + bias + alpha * h @ B, (M, N);  h = x @ A, (M, R), kept for backward
-    backward(dy, x, weight, A, B, h, alpha, needs) -> (dx, dweight, dbias, dA, dB)
-        None where `needs`, five booleans, does not ask
+    unsupported(call) -> str | None
+        why it can't run the whole call, in words; None when it can
+    forward(call) -> (y, h)
+        y = x @ weight.T + bias + scale * h @ B, (M, N);  h = (keep * x) @ A, (M, R)
+    backward(dy, call, h, needs) -> (dx, dweight, dbias, dA, dB)
+        None where `needs`, five booleans, does not ask; what they do not read is None in the call
 
-The forward and backward of `cpp` take `packed`, a weight laid out once, too (packed_weight.py).
-
-A new one is a file here and its name in NAMES, before the reference, which can always run.
+A new one is a file here, its name in BACKENDS, and in BY_DEVICE where it is to be chosen unasked.
 """
 
-from importlib import import_module
 from types import ModuleType
 
-from torch import Tensor
-
+from ..call import Call
 from ..checks import check_backend
+from . import cpp, reference, triton
 
-NAMES = ("triton", "cpp", "dtensor", "reference")
-BACKENDS: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in NAMES}
-_BEFORE_REFERENCE = tuple((name, BACKENDS[name]) for name in NAMES if name != "reference")
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpp": cpp, "reference": reference}
+NAMES = tuple(BACKENDS)
+# Asked in this order for tensors on a device, before the reference, which can always run.
+BY_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "cpp")}
+_ON_CPU = BY_DEVICE["cpu"]
 
 
-def choose(name: str | None, x: Tensor, weight: Tensor, A: Tensor) -> str:
+def choose(name: str | None, call: Call) -> str:
     """Return the name of the backend to run: the one asked for, else the first that can.
 
     Raises:
-        ValueError: `name` is no backend, or can't run on these tensors (the message says why).
+        ValueError: `name` is no backend, or can't run this call (the message says why).
 
     """
     if name is None:
-        for candidate, backend in _BEFORE_REFERENCE:
-            if backend.unsupported(x, weight, A) is None:
+        x = call.x  # device.type makes its string again at each call, 4 us cold
+        for candidate in _ON_CPU if x.is_cpu else BY_DEVICE.get(x.device.type, ()):
+            if BACKENDS[candidate].unsupported(call) is None:
                 return candidate
         return "reference"
     check_backend(name, tuple(BACKENDS))
-    reason = BACKENDS[name].unsupported(x, weight, A)
+    reason = BACKENDS[name].unsupported(call)
     if reason is not None:
         raise ValueError(f"backend {name!r} can't run on these tensors: {reason}")
     return name
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, A: Tensor) -> dict[str, str | None]:
-    """Return every backend's answer: None when it can run, else why not."""
-    return {name: backend.unsupported(x, weight, A) for name, backend in BACKENDS.items()}
+def unsupported_reasons(call: Call) -> dict[str, str | None]:
+    """Return every backend's answer: None when it can run the call, else why not."""
+    return {name: backend.unsupported(call) for name, backend in BACKENDS.items()}

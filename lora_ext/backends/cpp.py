@@ -13,18 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
+from ..call import Call, Weight
 
 BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
 BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # The overload and not the packet, which would choose it anew at each call (1 us).
-_FWD = torch.ops.lora_ext.lora_linear_fwd.default
-_BWD = torch.ops.lora_ext.lora_linear_bwd.default
-_FWD_PACKED = torch.ops.lora_ext.lora_linear_fwd_packed.default
-_BWD_PACKED = torch.ops.lora_ext.lora_linear_bwd_packed.default
-_FWD_CUDA = torch.ops.lora_ext.lora_linear_fwd_cuda.default
-_BWD_CUDA = torch.ops.lora_ext.lora_linear_bwd_cuda.default
+_FWD = torch.ops.lora_ext.linear_fwd.default
+_BWD = torch.ops.lora_ext.linear_bwd.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -40,16 +37,20 @@ except ImportError as error:
     )
 
 
-def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
-    """Say why the C++ kernels can't run on these tensors; None when they can."""
+def unsupported(call: Call) -> str | None:
+    """Say why the C++ kernels can't run a call; None when they can."""
+    x, weight, bias, (A, B, _, keep) = call
+    data = x if weight is None else weight.data
     if (
         _not_loaded is None
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(A) in _PLAIN
         and x.is_cpu
         and x.dtype in DTYPES
-        and x.layout is weight.layout is A.layout is torch.strided
+        and type(x) in _PLAIN
+        and type(data) in _PLAIN
+        and type(A) in _PLAIN
+        and type(B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and x.layout is data.layout is A.layout is B.layout is torch.strided
     ):
         return None
     if x.is_cpu and _not_loaded is not None:
@@ -58,11 +59,13 @@ def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
         return f"runs on cpu and cuda tensors, x is on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16, float16 and float64, x is {x.dtype}"
-    for name, tensor in (("x", x), ("weight", weight), ("A", A)):
-        if type(tensor) not in _PLAIN:
+    for name, tensor in (("x", x), ("weight", data), ("bias", bias), ("A", A), ("B", B)):
+        if tensor is not None and type(tensor) not in _PLAIN:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
-        if tensor.layout is not torch.strided:
+        if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
+    if x.is_cuda and (keep is not None or weight is None):
+        return "has no CUDA kernel for " + ("a dropout mask" if weight else "the low-rank part alone")
     return _why_not_on(x.device)
 
 
@@ -112,52 +115,34 @@ def why_not_packed(weight: Tensor) -> str | None:
     return None
 
 
-def pack_weight(weight: Tensor, *, transposed: bool) -> Tensor:
+def pack_weight(weight: Tensor, *, transposed: bool) -> Weight:
     """Return weight (or weight.T, for the forward) in the kernels' panels: one dimension, opaque.
 
     For a weight with no reason in `why_not_packed`.
     """
-    return torch.ops.lora_ext.pack_weight.default(weight, transposed)
+    return Weight(torch.ops.lora_ext.pack_weight.default(weight, transposed), "panels")
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    packed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and h = x @ A (M, R), in x's dtype; products accumulate in float32.
-
-    `packed` is `pack_weight(weight, transposed=True)`, of a weight on the CPU.
-    """
-    if packed is not None:
-        return _FWD_PACKED(x, weight, bias, A, B, alpha, packed)
-    return (_FWD if x.is_cpu else _FWD_CUDA)(x, weight, bias, A, B, alpha)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and h (M, R), in x's dtype; products accumulate in float32."""
+    x, weight, bias, (A, B, scale, keep) = call
+    if weight is not None and keep is None and weight.format == "plain":  # defaults cost nothing
+        return _FWD(x, weight.data, bias, A, B, scale)
+    data, format = (None, "plain") if weight is None else weight
+    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep)
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    alpha: float,
-    needs: tuple[bool, bool, bool, bool, bool],
-    packed: Tensor | None = None,
+    dy: Tensor, call: Call, h: Tensor | None, needs: tuple[bool, bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask.
-
-    `packed` is `pack_weight(weight, transposed=False)`, of a weight on the CPU.
-    """
-    if packed is not None:
-        dx, dweight, dbias, dA, dB = _BWD_PACKED(dy, x, weight, A, B, h, alpha, needs, packed)
+    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
+    x, weight, _, (A, B, scale, keep) = call
+    data, format = (None, "plain") if weight is None else weight
+    if keep is None and format == "plain":
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs)
     else:
-        run = _BWD if dy.is_cpu else _BWD_CUDA
-        dx, dweight, dbias, dA, dB = run(dy, x, weight, A, B, h, alpha, needs)
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs, format=format, keep=keep)
+    dx, dweight, dbias, dA, dB = gradients
     return (
         dx if needs[0] else None,
         dweight if needs[1] else None,

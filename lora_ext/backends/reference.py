@@ -1,43 +1,59 @@
 """Plain PyTorch: the specification, what every other backend is tested against, the last fallback.
 
-y = x @ weight.T + bias + alpha * (x @ A @ B)
+y = x @ weight.T + bias + scale * ((keep * x) @ A @ B)
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import Call
+from ..dropout import unpack_bits
+from ..ops import is_transposed
 
-def unsupported(x: Tensor, weight: Tensor, A: Tensor) -> str | None:
-    """Answer None: whatever PyTorch can multiply runs here."""
+
+def unsupported(call: Call) -> str | None:
+    """Answer None for whatever PyTorch can multiply."""
+    if call.weight is not None and call.weight.format != "plain":
+        return f"takes a plain weight, not one in format {call.weight.format!r}"
     return None
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and h = x @ A (M, R), bit for bit as the plain layer computes them."""
-    h = x @ A.to(x.dtype)
-    return F.linear(x, weight, bias) + alpha * (h @ B.to(x.dtype)), h
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and h (M, R), without a mask bit for bit as the plain layer computes them."""
+    x, weight, bias, (A, B, scale, keep) = call
+    h = masked(x, keep) @ A.to(x.dtype)
+    low = scale * (h @ B.to(x.dtype))
+    return low if weight is None else F.linear(x, weight.data, bias) + low, h
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    alpha: float,
-    needs: tuple[bool, bool, bool, bool, bool],
+    dy: Tensor, call: Call, h: Tensor | None, needs: tuple[bool, bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask; t = dy @ B.T."""
+    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask; t = dy @ B.T.
+
+    By differentiable operations: under create_graph they are the gradients' own graph.
+    """
+    x, weight, _, (A, B, scale, keep) = call
     need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
     dx = dA = None
     if need_dx or need_dA:
         t = dy @ B.to(dy.dtype).T  # (M, R)
-        dx = dy @ weight + alpha * (t @ A.to(dy.dtype).T) if need_dx else None
-        dA = alpha * (x.T @ t).to(A.dtype) if need_dA else None
+    if need_dx:
+        dx = masked(scale * (t @ A.to(dy.dtype).T), keep)
+        dx = dx if weight is None else dy @ weight.data + dx
+    if need_dA:
+        dA = scale * product_like(A, masked(x, keep).T, t).to(A.dtype)
     dweight = dy.T @ x if need_dweight else None
     dbias = dy.sum(0) if need_dbias else None
-    dB = alpha * (h.T @ dy).to(B.dtype) if need_dB else None
+    dB = scale * product_like(B, h.T, dy).to(B.dtype) if need_dB else None
     return dx, dweight, dbias, dA, dB
+
+
+def masked(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Return keep * x, (M, K)."""
+    return x if keep is None else x.masked_fill(~unpack_bits(keep, x.shape[1]), 0)
+
+
+def product_like(factor: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right in the memory layout of `factor`, whose gradient it is."""
+    return (right.T @ left.T).T if is_transposed(factor) else left @ right

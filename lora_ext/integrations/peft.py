@@ -3,7 +3,7 @@
 A LoRA linear of PEFT keeps its parameters, adapters and configuration. Only its class changes, to a
 subclass whose forward makes one operation of what PEFT composes:
 
-    y = base(x) + lora_B(lora_A(x)) * scaling
+    y = base(x) + lora_B(lora_A(dropout(x))) * scaling
     x (..., in), lora_A.weight (rank, in), lora_B.weight (out, rank), y (..., out)
 """
 
@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.nn.modules import module as every_module
 
-from ..checks import HALF
+from ..bases import base_of, why_not_now
+from ..checks import HALF, check_dropout, lines_by_reason
 from ..functional import lora_linear
-from ..report import lines_by_reason
+
 
 try:
     from peft.tuners.lora import LoraLayer
@@ -34,63 +33,70 @@ class Report:
 
     Attributes:
         accelerated: layers that run our operation.
-        eval_only: those of them that run it in eval only, and why.
         left: layers that keep PEFT's own forward, and why.
 
     """
 
     accelerated: list[str] = field(default_factory=list)
-    eval_only: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Counts, and a line for each reason."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
-        lines += lines_by_reason("in eval only", self.eval_only)
         return "\n".join(lines + lines_by_reason("left", self.left))
 
 
 class AcceleratedLinear(PeftLinear):
     """PEFT's LoRA linear, run as one operation wherever that computes the same."""
 
+    dropout_mask = "torch"  # how dropout's mask is drawn: see `accelerate`
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns, (..., out_features) for x (..., in_features)."""
         if not (args or kwargs or self.disable_adapters or self.merged):
             parts = _parts(self)
             if not isinstance(parts, str):
-                base, low_A, low_B, dropout, name = parts
-                own, A, B = (
-                    base._parameters,
-                    low_A._parameters["weight"],
-                    low_B._parameters["weight"],
-                )
-                weight = own["weight"]
-                if _takes(x, weight, A) and not (dropout.training and _probability(dropout)):
-                    return lora_linear(x, weight, own["bias"], A.T, B.T, self.scaling[name])
+                base, A, B, dropout, name = parts
+                weight = base._parameters["weight"]
+                if _takes(x, weight, A):
+                    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+                    return lora_linear(
+                        x,
+                        weight,
+                        base._parameters["bias"],
+                        A.T,
+                        B.T,
+                        self.scaling[name],
+                        dropout=p,
+                        dropout_mask=self.dropout_mask,
+                    )
         return super().forward(x, *args, **kwargs)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
     """Run a PEFT model's LoRA linears on our operation, in place.
 
     Parameters, keys, adapters and configuration stay PEFT's: scaling (rsLoRA too), merging,
     switching and disabling adapters, `save_pretrained` work as before. A layer goes back to PEFT's
     own forward, call by call, where ours would compute something else: several active adapters,
-    `adapter_names`, hooks on its parts, dropout in training (the mask is PEFT's). Calling it again
-    takes layers that were added since. A model pickled whole names our class: `restore` it first
-    if it is to load without this package.
+    `adapter_names`, hooks on its parts. Calling it again takes layers that were added since. A
+    model pickled whole names our class: `restore` it first if it is to load without this package.
 
     Args:
         model: a PeftModel, or any module with PEFT LoRA layers in it.
+        dropout_mask: how lora_dropout draws its mask in training: "torch" as PEFT does, so that
+            under a seed a CPU run has PEFT's own masks and generator state; "hash" from a drawn
+            seed, which is faster. Compiled code draws masks of its own either way, as PEFT's does.
 
     Returns:
         The layers accelerated, and those left with the reason; `print` it.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: no PEFT layer in the model.
+        ValueError: no PEFT layer in the model, or an unknown dropout_mask.
 
     """
+    check_dropout(0.0, dropout_mask)
     report = Report()
     for name, layer in _tuner_layers(model).items():
         why = None if type(layer) is AcceleratedLinear else _why_never(layer)
@@ -99,9 +105,8 @@ def accelerate(model: nn.Module) -> Report:
             report.left[name] = parts
             continue
         layer.__class__ = AcceleratedLinear
+        layer.dropout_mask = dropout_mask
         report.accelerated.append(name)
-        if p := _probability(parts[3]):
-            report.eval_only[name] = f"in training its lora_dropout of {p} draws PEFT's own mask"
     return report
 
 
@@ -139,8 +144,11 @@ def why_own_forward(layer: Any) -> str | None:
     return parts if isinstance(parts, str) else None
 
 
-def _parts(layer: Any) -> tuple[Any, Any, Any, Any, str] | str:
-    """Return base, lora_A, lora_B and dropout of the active adapter, and its name; or why not."""
+def _parts(layer: Any) -> tuple[Any, Tensor, Tensor, nn.Module, str] | str:
+    """Return base, A and B as PEFT has them, dropout of the active adapter, its name; or why not.
+
+    A is lora_A's weight, (rank, in), and B lora_B's, (out, rank).
+    """
     modules = layer._modules  # by attribute each would cost 1 us
     lora_A = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in lora_A]
@@ -149,27 +157,17 @@ def _parts(layer: Any) -> tuple[Any, Any, Any, Any, str] | str:
     name = active[0]
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    base, A, B = modules["base_layer"], lora_A[name], modules["lora_B"]._modules[name]
-    for part, module in (("base_layer", base), ("lora_A", A), ("lora_B", B)):
-        if type(module) is not nn.Linear:
-            return f"its {part} is a {type(module).__name__}, not an nn.Linear"
-        own = module.__dict__
-        if type(own["_parameters"].get("weight")) is not Parameter:
-            return f"the weight of its {part} is not a plain Parameter"
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
-            return f"its {part} has hooks or a forward of its own"
-    if B._parameters["bias"] is not None:
+    base, low_A, low_B = modules["base_layer"], lora_A[name], modules["lora_B"]._modules[name]
+    weight, A, B = base_of(base), base_of(low_A), base_of(low_B)
+    for part, judged in (("base_layer", weight), ("lora_A", A), ("lora_B", B)):
+        if type(judged) is str:
+            return f"its {part} {judged}"
+    if low_B._parameters["bias"] is not None:
         return f"adapter {name!r} has a bias (lora_bias)"
     dropout = modules["lora_dropout"]._modules[name]
-    if _probability(dropout) is None:
+    if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(dropout).__name__}"
-    return base, A, B, dropout, name
+    return base, A.data, B.data, dropout, name
 
 
 def _why_never(layer: BaseTunerLayer) -> str | None:
@@ -182,25 +180,12 @@ def _why_never(layer: BaseTunerLayer) -> str | None:
 
 def _takes(x: Tensor, weight: Tensor, A: Tensor) -> bool:
     """Whether lora_linear takes this call; nested tensors, transforms, odd dtypes are PEFT's."""
-    hooked = (
-        every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    )
-    if hooked or x.is_nested or torch._C._are_functorch_transforms_active():
+    if why_not_now(x) is not None:
         return False
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return True
     fits = A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF)
     return fits and weight.dtype is x.dtype
-
-
-def _probability(dropout: nn.Module) -> float | None:
-    """Return with what probability a module drops; None for one that is no plain dropout."""
-    if type(dropout) is nn.Identity:
-        return 0.0
-    return dropout.p if type(dropout) is nn.Dropout else None
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

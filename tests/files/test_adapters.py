@@ -16,7 +16,6 @@ from lora_ext import (
     replace_linear_with_lora,
     save_adapter,
 )
-
 from tests.layers.test_inject import TOKENS, ToyLM, names_of, randomise
 
 

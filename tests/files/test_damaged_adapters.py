@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ext import load_adapter, merge_, replace_linear_with_lora, save_adapter
-
 from tests.files.test_adapters import adapted_model, base_model
 from tests.layers.test_inject import assert_unchanged, snapshot
 

@@ -28,7 +28,6 @@ from lora_ext.backends.triton_kernels import (
     tuning,
 )
 from lora_ext.backends.triton_kernels.cost_model import Problem
-
 from tests.gpu.codegen import specialisation
 
 H100 = cards.KNOWN["H100"]

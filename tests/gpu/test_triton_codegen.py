@@ -23,7 +23,6 @@ from lora_ext.backends.triton_kernels import (
     regimes,
     tuning,
 )
-
 from tests.gpu import codegen
 
 BASE_KERNELS = (

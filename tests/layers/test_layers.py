@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lora_ext import LinearWithLoRA, LoRALayer, explain, lora_linear
-
 from tests.conftest import Backend
 from tests.numerics import Case, assert_same_up_to_rounding, broken_rules, expected
 from tests.reference import LinearWithLoRA as PlainLinearWithLoRA

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from lora_ext import explain, merge_, replace_linear_with_lora, unmerge_
-
-from tests.numerics import assert_same_up_to_rounding
 from tests.layers.test_inject import TOKENS, ToyLM, assert_unchanged, randomise, snapshot
+from tests.numerics import assert_same_up_to_rounding
 
 
 def adapted(dtype=torch.float32, **options):

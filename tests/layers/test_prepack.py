@@ -12,7 +12,6 @@ from torch import nn
 import lora_ext
 from lora_ext import LinearWithLoRA, PackedWeight, prepack_, replace_linear_with_lora, unpack_
 from lora_ext.backends import cpp
-
 from tests.numerics import Case, broken_rules, expected
 
 WHY_NOT = cpp.why_not_packed(torch.ones(1, 1))

@@ -14,11 +14,10 @@ from lora_ext import (
     save_adapter,
 )
 from lora_ext.functional import lora_delta
-
+from tests.layers.test_inject import names_of
 from tests.numerics import Case, assert_same_up_to_rounding, make_inputs
 from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 from tests.training import MLP, batches, train
-from tests.layers.test_inject import names_of
 
 TARGETS = ["up", "down", "head"]
 X = batches()[0][0]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LinearWithLoRA
-
 from tests.conftest import Backend
 from tests.numerics import (
     LAYOUTS,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lora_ext.backends import BACKENDS
-
 from tests.conftest import Backend
 from tests.numerics import LAYOUTS, Case, broken_rules, check, expected, gradients, plain_linear
 from tests.reference import LinearWithLoRA as PlainLinearWithLoRA

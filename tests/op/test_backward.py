@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import lora_ext
-
 from tests.conftest import Backend
 from tests.numerics import NAMES, Case, broken_rules, expected, gradients, make_inputs
 

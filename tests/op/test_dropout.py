@@ -9,11 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LinearWithLoRA, explain, lora_linear, merge_, replace_linear_with_lora
 from lora_ext.dropout import drop
-
 from tests.numerics import NAMES, Case, assert_same_up_to_rounding, expected, make_inputs
-from tests.training import MLP, assert_trains_like_plain, batches, make_models, train
 from tests.op.test_autograd import leaves, make_layer
-from tests.training.test_compile import NEEDS_COMPILER
+from tests.stacks.test_compile import NEEDS_COMPILER
+from tests.training import MLP, assert_trains_like_plain, batches, make_models, train
 
 P = 0.3
 CASE = Case((5,), 12, 10, 3)

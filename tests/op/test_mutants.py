@@ -17,7 +17,6 @@ import torch
 
 import lora_ext
 from lora_ext.backends import BACKENDS
-
 from tests.numerics import Case, Linear, broken_rules, expected, gradients
 
 FOLDER = Path(lora_ext.__file__).parent

@@ -23,7 +23,6 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import lora_ext
-
 from tests.numerics import LAYOUTS, Case
 from tests.op.test_backends import SHAPES, TAILS
 from tests.op.test_mutants import CASES, refused

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_ext import replace_linear_with_lora
-
 from tests.conftest import Backend
+from tests.stacks.test_training import use_backend
 from tests.training import (
     MLP,
     assert_trains_like_plain,
@@ -17,7 +17,6 @@ from tests.training import (
     train,
     with_float32_adapters,
 )
-from tests.training.test_training import use_backend
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 

@@ -8,8 +8,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from tests.conftest import Backend
-from tests.training import assert_trains_like_plain, batches, loss_of, make_models, one_backward, train
-from tests.training.test_training import use_backend
+from tests.stacks.test_training import use_backend
+from tests.training import (
+    assert_trains_like_plain,
+    batches,
+    loss_of,
+    make_models,
+    one_backward,
+    train,
+)
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
 

@@ -7,7 +7,6 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
-
 from tests.conftest import Backend
 from tests.numerics import NAMES, Case, broken_rules, expected, gradients
 from tests.op.test_autograd import make_layer

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ext import functional
-
 from tests.processes import run_cases
 from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 from tests.training import (

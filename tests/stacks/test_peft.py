@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lora_ext import functional
-
 from tests.conftest import Backend
 from tests.numerics import assert_same_up_to_rounding
 from tests.training import MLP, batches, train

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.conftest import Backend
+from tests.stacks.test_training import use_backend
 from tests.training import batches, make_models, one_backward
-from tests.training.test_training import use_backend
 
 BATCHES = batches(steps=4)
 

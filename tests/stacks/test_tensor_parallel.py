@@ -12,11 +12,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from lora_ext import LinearWithLoRA, explain, merge_, unmerge_
 from lora_ext.backends import dtensor
 from lora_ext.distributed import LoRAColwiseParallel, LoRARowwiseParallel
-
 from tests.processes import run_cases
+from tests.stacks.test_compile import WITHOUT_CPP
+from tests.stacks.test_distributed import FP64, STEPS, assert_equals, counted_calls, loss_of
 from tests.training import batches, make_models, train
-from tests.training.test_compile import WITHOUT_CPP
-from tests.training.test_distributed import FP64, STEPS, assert_equals, counted_calls, loss_of
 
 NEEDS_CPP = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
 MODELS = ("ours", "exact")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lora_ext import LinearWithLoRA, mark_only_lora_as_trainable, replace_linear_with_lora
-
 from tests.conftest import Backend, backends_that_run_on
 from tests.reference import replace_linear_with_lora as replace_plain
 

@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from lora_ext import lora_linear
-
 from tests.conftest import Backend
 from tests.numerics import assert_same_up_to_rounding, make_inputs
-from tests.training import batches, loss_of, make_models
 from tests.op.test_autograd import CASE, leaves, make_layer
-from tests.training.test_compile import NEEDS_COMPILER
-from tests.training.test_training import use_backend
+from tests.stacks.test_compile import NEEDS_COMPILER
+from tests.stacks.test_training import use_backend
+from tests.training import batches, loss_of, make_models
 
 
 @pytest.fixture(autouse=True)

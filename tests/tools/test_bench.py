@@ -10,7 +10,6 @@ import torch
 from benchmarks import bench_linear, compare, gate, memory, providers, report, timing
 from benchmarks.cases import DTYPES, flops, make_case
 from benchmarks.grids import GRIDS, Shape, parse_shape, random_shapes
-
 from tests.reference import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)

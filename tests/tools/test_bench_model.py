@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import bench_model
-from benchmarks.models import MODELS
 from benchmarks.finetune import plain
+from benchmarks.models import MODELS
 
 
 @pytest.fixture(autouse=True)

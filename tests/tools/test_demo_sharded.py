@@ -17,7 +17,6 @@ import lora_ext
 from benchmarks.finetune import sharded
 from benchmarks.finetune.task import Settings
 from benchmarks.finetune.train import OURS, PLAIN, Run, train_in_lockstep
-
 from tests.processes import run_cases
 from tests.tools.toy_task import ROWS, Toy
 

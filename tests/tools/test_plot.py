@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import plot
 from benchmarks.grids import GRIDS, Shape
-
 from tests.tools.test_bench import made_row
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.grids import GRIDS
-
 from tests.tools.test_plot import made_run
 
 

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import simulate
 from benchmarks.scaling.decoder import DecoderShape, adapted_decoder, lay_out
 from benchmarks.scaling.trace import DIMENSIONS, LAYERS, Trace, Traffic, simulate_step, trace_step
-
 from tests.processes import run_cases
-from tests.training.test_compile import WITHOUT_CPP
+from tests.stacks.test_compile import WITHOUT_CPP
 
 NEEDS_CPP = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
 SHAPE = DecoderShape(2, hidden=64, ffn=128, heads=8, kv_heads=4, vocabulary=256, rank=4)

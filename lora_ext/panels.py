@@ -1,4 +1,4 @@
-"""PackedWeight: a frozen CPU weight laid out once for the C++ kernels."""
+"""Panels: a frozen CPU weight laid out once for the C++ kernels, and whether it still holds."""
 
 import torch
 from torch import Tensor
@@ -6,32 +6,19 @@ from torch import Tensor
 from .backends import cpp
 
 
-class PackedWeight:
-    """A CPU weight laid out for the C++ kernels: their panels of weight.T, and of weight for dx.
+class Panels:
+    """The panels of weight.T that the forward reads, and of weight for dx.
 
     Holds the weight it was made of. PyTorch counts no version for a write through `weight.data`,
-    NumPy, the storage, or a collective such as `dist.broadcast`: make it anew after those.
+    NumPy, the storage, or a collective such as `dist.broadcast`: make it again after those.
 
     Args:
-        weight: (out_features, in_features), frozen; float32, or bfloat16 or float16, whose panels
-            are of float32.
+        weight: (out_features, in_features), frozen, for which `cpp.why_not_packed` has no reason.
         backward: lay it out for dx = dy @ weight too, which takes as much memory again.
-
-    Raises:
-        TypeError: `weight` is no tensor, or of a dtype that the kernels don't take.
-        ValueError: not a matrix, not on the CPU, or PyTorch's own product, which takes no such
-            layout, is the faster one for this dtype on this CPU.
 
     """
 
     def __init__(self, weight: Tensor, *, backward: bool = False) -> None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-        if weight.dim() != 2:
-            shape = tuple(weight.shape)
-            raise ValueError(f"weight must have shape (out_features, in_features), got {shape}")
-        if (why := cpp.why_not_packed(weight)) is not None:
-            raise (TypeError if weight.dtype not in cpp.DTYPES else ValueError)(why)
         # Strong references: an address may come back once it is freed, and torch.utils.swap_tensors
         # refuses a tensor that has weak ones.
         self._weight, self._storage = weight, weight.untyped_storage()
@@ -42,7 +29,8 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        return self.forward.nbytes + (0 if self.backward is None else self.backward.nbytes)
+        layouts = (self.forward, self.backward)
+        return sum(layout.data.nbytes for layout in layouts if layout is not None)
 
     def why_stale(self, weight: Tensor) -> str | None:
         """Say why it no longer stands for `weight`; None while it does."""

@@ -1,0 +1,70 @@
+"""The one judge of modules: may a layer's weight be read, or must the module be called?
+
+Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules import module as every_module
+
+from .call import Weight
+
+
+def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
+    """Return a linear's weight for the kernels, or why the module must be called instead.
+
+    What may be attached to a module (hooks, a parametrization, a forward of its own, a subclass's)
+    is never read past.
+
+    Args:
+        module: any module.
+        kind: the class its weight and bias must have: DTensor once a parallel style has split it.
+
+    """
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not an nn.Linear"
+    own = module.__dict__
+    parameters = own["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not kind or (bias is not None and type(bias) is not kind):
+        other = weight if type(weight) is not kind else bias
+        return f"has a weight or bias that is a {type(other).__name__}, not a {kind.__name__}"
+    why = hooks_of(own, 0)
+    return Weight(weight) if why is None else why
+
+
+def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
+    """Say what is attached to a module that reading it would skip; None for nothing.
+
+    Args:
+        own: the module's `__dict__`.
+        expected_pre_hooks: how many forward pre-hooks are there by construction.
+
+    """
+    if (
+        own["_forward_hooks"]
+        or len(own["_forward_pre_hooks"]) > expected_pre_hooks
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return "has hooks"
+    return "has a forward of its own" if "forward" in own else None
+
+
+def why_not_now(x: Tensor) -> str | None:
+    """Say why no module may be read during this call; None if they may."""
+    if (
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are set"
+    if x.is_nested:
+        return "x is a nested tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    return None

@@ -1,0 +1,53 @@
+"""One call as data: the operands of every operator, backend and gradient.
+
+    y = x @ weight.T + bias + scale * ((keep * x) @ A @ B)
+
+M rows, K in, N out, R rank. A new operand is a field here; csrc/call.h has the same structs.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weight(NamedTuple):
+    """The base layer's weight and how it is stored.
+
+    Attributes:
+        data: (N, K) for "plain"; for "panels" what `pack_weight` made for this direction.
+        format: "plain" or "panels".
+
+    """
+
+    data: Tensor
+    format: str = "plain"
+
+
+class LowRank(NamedTuple):
+    """The low-rank part: `scale * ((keep * x) @ A @ B)`.
+
+    Attributes:
+        A: (K, R).
+        B: (R, N).
+        scale: alpha under the scaling rule; under dropout times 1 / (1 - p).
+        keep: dropout's mask as bits, (M, ceil(K / 8)) uint8: element k of a row is bit k % 8,
+            from the least significant on, of byte k // 8. None keeps all.
+
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    keep: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """One call: x (M, K), a weight or None for the low-rank part alone, bias (N,) or None.
+
+    In a backward, what the gradients asked for do not read is None, A and B too.
+    """
+
+    x: Tensor
+    weight: Weight | None
+    bias: Tensor | None
+    low: LowRank
