@@ -7,6 +7,7 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
+from lora_ext.call import Call, LowRank, Weight
 from tests.conftest import Backend
 from tests.numerics import NAMES, Case, broken_rules, expected, gradients
 from tests.op.test_autograd import make_layer
@@ -15,7 +16,9 @@ CASE = Case((6,), 24, 40, 4)
 NEEDS_COMPILER = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
 )
-WITHOUT_CPP = BACKENDS["cpp"].unsupported(*[torch.ones(1, 1)] * 3)
+ONE = torch.ones(1, 1)
+ONE_CALL = Call(ONE, Weight(ONE), None, LowRank(ONE, ONE, 1.0))
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(ONE_CALL)
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +133,6 @@ def test_operator_called_by_itself_checks_dtypes():
 def test_default_backend_is_the_first_that_runs():
     want = expected(CASE)
     arguments = [want.inputs[n] for n in NAMES]
-    first = next(n for n, b in BACKENDS.items() if b.unsupported(*[torch.ones(1, 1)] * 3) is None)
+    first = next(n for n, b in BACKENDS.items() if b.unsupported(ONE_CALL) is None)
     chosen = lora_linear(*arguments, CASE.alpha)
     assert torch.equal(chosen, lora_linear(*arguments, CASE.alpha, backend=first))
