@@ -231,7 +231,7 @@ class _OnParts(torch.autograd.Function):
         ]
         ctx.scale, ctx.name, ctx.x_shape = scale, name, x.shape
         ctx.mesh, ctx.split, ctx.sums_dx = mesh, split, sums_dx
-        return with_shape(y, (*x.shape[:-1], y.shape[1]))
+        return with_shape(y, x.shape)
 
     @staticmethod
     def backward(ctx, dy):
