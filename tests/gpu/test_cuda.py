@@ -10,7 +10,7 @@ from benchmarks.providers import PROVIDERS, Unavailable
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton.regimes import REGIMES
-from lora_ext.call import Call, LowRank, Weight
+from tests.conftest import small_call
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
@@ -23,8 +23,7 @@ GIB = 2**30
 
 
 def skip_unless_it_runs(name: str, device: str = "cuda") -> None:
-    one = torch.ones(1, 1, device=device)
-    reason = BACKENDS[name].unsupported(Call(one, Weight(one), None, LowRank(one, one, 1.0)))
+    reason = BACKENDS[name].unsupported(small_call(device))
     if reason is not None:
         pytest.skip(reason)
 
