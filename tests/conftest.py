@@ -19,6 +19,11 @@ from lora_ext.backends.triton import regime
 from lora_ext.call import Call, LowRank, Weight
 from lora_ext.testing import Linear
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.gpu import interpreter
+
+    interpreter.mend()
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -96,7 +101,6 @@ VARIANTS: dict[str, list[Backend]] = {
             },
             "decode": {"forward": "decode"},
             "torch_base": {"forward": "torch_base", "backward": "torch_base"},
-            "h_first": {"forward": "h_first"},
         }.items()
     ],
 }
