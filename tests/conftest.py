@@ -156,12 +156,21 @@ with contextlib.suppress(AttributeError, OSError):  # another libc
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Fill what at::empty hands out with NaN: an element that nobody writes shows."""
+    with poisoned_memory():
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Have at::empty hand out NaN, without what `use_deterministic_algorithms` imports: inductor."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
