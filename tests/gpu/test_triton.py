@@ -183,9 +183,7 @@ def forward_of(M, K, N, R=16, scale=0.5, dtype=torch.bfloat16) -> Forward:
 def backward_of(M, K, N, R=16, scale=0.5, needs=(True, True, True)) -> Backward:
     f = forward_of(M, K, N, R)
     dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
-    return Backward(
-        dy, f.x, f.weight if needs[0] else None, f.A, f.B, h, scale, needs, None
-    )
+    return Backward(dy, f.x, f.weight if needs[0] else None, f.A, f.B, h, scale, needs, None)
 
 
 def choice_of(call: Forward | Backward) -> tuning.Choice:
@@ -399,6 +397,8 @@ def test_family_of_an_unlisted_capability_asks_no_more_than_it_has():
 
 
 def test_an_unknown_regime_is_named():
-    with pytest.raises(ValueError, match="backward must be one of two_launches, torch_base, plain, got"):
+    with pytest.raises(
+        ValueError, match="backward must be one of two_launches, torch_base, plain, got"
+    ):
         with backend.regime(backward="in_loop"):
             pass
