@@ -133,14 +133,16 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     """
     if not path.is_file():
         raise FileNotFoundError(f"{what}, there is none at {path}")
-    with open(path, "rb"):  # safetensors says of every failure that there is no such file
-        pass
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, AttributeError) as error:  # or a dtype that torch has not
-        raise ValueError(f"{path} must be a safetensors file: {quoted(str(error))}") from None
+    with open(path, "rb") as opened:  # safetensors says of every failure that there is no file
+        # Nor does it take a name that is not UTF-8.
+        is_utf8 = str(path).encode(errors="ignore").decode() == str(path)
+        name = path if is_utf8 else f"/dev/fd/{opened.fileno()}"
+        try:
+            with safe_open(name, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata() or {}
+        except (SafetensorError, AttributeError) as error:  # or a dtype that torch has not
+            raise ValueError(f"{path} must be a safetensors file: {quoted(str(error))}") from None
 
 
 def quoted(value: object, most: int = _QUOTED) -> str:
@@ -175,7 +177,7 @@ def _regular_file(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
         raise IsADirectoryError(f"path must be a file's, {path} is a folder")
     if not stat.S_ISREG(mode):  # a rename would put a file in the place of the device
         raise OSError(f"path must be a regular file's, {path} is a device, pipe or socket")
-    if not os.access(target, os.W_OK):
+    if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(f"path must be writable, {path} is read-only")
     return target, stat.S_IMODE(mode)
 
