@@ -24,7 +24,8 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 OLDEST_ARCHITECTURE = 80  # cp.async and the bfloat16 matrix instruction
 # No -march: each kernel file names the instruction set it is compiled for.
-CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -ffp-contract=fast -fno-math-errno".split()
+CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -fvisibility=hidden -ffp-contract=fast".split()
+CXX_FLAGS += ["-fno-math-errno"]
 
 
 def build_arguments() -> dict:

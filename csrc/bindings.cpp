@@ -5,8 +5,22 @@
 #include <torch/headeronly/version.h>
 
 #include "cpu/isa.h"
+#include "cpu/route.h"
+#include "cpu/split.h"
 
 namespace {
+
+using namespace lora_ext::cpu;
+
+// The dtypes whose base product is ours.
+pybind11::list own_products() {
+  pybind11::list own;
+  for (const Routes* line :
+       {&routes<float>(), &routes<double>(), &routes<BFloat16>(), &routes<Float16>()}) {
+    if (!line->library_base) own.append(line->dtype);
+  }
+  return own;
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -17,13 +31,8 @@ pybind11::dict build_info() {
   info["compiler"] = "g++ " __VERSION__;
 #endif
   info["cuda"] = LORA_EXT_BUILT_CUDA;
-  info["cpu_isa"] = lora_ext::cpu::blocks().name;
-  pybind11::list own;
-  if (!lora_ext::cpu::library_product_is_faster<float>()) own.append("float32");
-  if (!lora_ext::cpu::library_product_is_faster<double>()) own.append("float64");
-  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::BFloat16>()) own.append("bfloat16");
-  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::Float16>()) own.append("float16");
-  info["own_products"] = own;
+  info["cpu_isa"] = blocks().name;
+  info["own_products"] = own_products();
   return info;
 }
 

@@ -54,7 +54,12 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     except (TypeError, ValueError) as error:
         return f"raises: {error}"
     first = f"{chosen}: runs"
-    if chosen == "cpp" and layer._panels is not None and call.weight.data is weight:
+    if (
+        chosen == "cpp"
+        and layer._panels is not None
+        and call.weight is not None
+        and weight is call.weight.data
+    ):
         first += ", its weight laid out by prepack_"
     return "\n".join([first, *other_backends(call, chosen)])
 

@@ -94,11 +94,12 @@ def adapted(
         keep = draw_keep(call.x, dropout, mask)
         low = LowRank(low.A, low.B, low.scale * scale_of(dropout), keep)
         call = Call(call.x, call.weight, call.bias, low)
-    if panels is not None and (weight is not call.weight.data or backend not in (None, "cpp")):
-        panels = None
     name = choose(backend, call)
-    x, base, bias, (A, B, scale, keep) = call
+    given, base = weight, call.weight
+    x, _, bias, (A, B, scale, keep) = call
     weight = None if base is None else base.data
+    if name != "cpp" or weight is not given:
+        panels = None
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad
@@ -113,10 +114,10 @@ def adapted(
                 raise
             raise RuntimeError(_NO_TRANSFORM) from error
         return y if isinstance(y, Tensor) else y[0]
-    if panels is not None and name == "cpp":
+    if panels is not None:
         base = panels.forward
-    y, _ = BACKENDS[name].forward(Call(_rows(x), base, bias, call.low))
-    return _with_shape(y, (*x.shape[:-1], y.shape[1]))
+    y, _ = BACKENDS[name].forward(Call(rows_of(x), base, bias, call.low))
+    return with_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
 def call_of(
@@ -130,7 +131,7 @@ def call_of(
     """Return the call as a backend will see it, but for x, still (..., K): autocast and checked."""
     # Not for meta: PyTorch raises when asked about a device that has no autocast.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
-        x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
+        x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)
     if not fit(x, weight, bias, A, B, scale):
         check_arguments(x, weight, bias, A, B, scale)
         scale = float(scale)  # any real number, such as numpy's: the operators take float and int
@@ -147,16 +148,16 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, A, B, scale, keep, name, panels):
         ctx.panels = None
         base = None if weight is None else Weight(weight)
-        if panels is not None and name == "cpp":
+        if panels is not None:
             base, ctx.panels = panels.forward, panels.backward
-        y, h = BACKENDS[name].forward(Call(_rows(x), base, bias, LowRank(A, B, scale, keep)))
+        y, h = BACKENDS[name].forward(Call(rows_of(x), base, bias, LowRank(A, B, scale, keep)))
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         keeps_x = need_dA or need_dweight
         ctx.save_for_backward(
             x if keeps_x else None, weight if need_dx else None, A, B, h if need_dB else None, keep
         )
         ctx.scale, ctx.name, ctx.x_shape = scale, name, x.shape
-        y = _with_shape(y, (*x.shape[:-1], y.shape[1]))
+        y = with_shape(y, (*x.shape[:-1], y.shape[1]))
         # Without x a second derivative finds h's own graph by h being a result of this Function.
         if need_dB and need_dx and not keeps_x:
             ctx.set_materialize_grads(False)
@@ -171,11 +172,11 @@ class _LoRALinear(torch.autograd.Function):
             return _differentiable_gradients(ctx, dy, dh)
         x, weight, A, B, h, keep = ctx.saved_tensors
         base = ctx.panels or (None if weight is None else Weight(weight))
-        call = Call(None if x is None else _rows(x), base, None, LowRank(A, B, ctx.scale, keep))
+        call = Call(None if x is None else rows_of(x), base, None, LowRank(A, B, ctx.scale, keep))
         needs = ctx.needs_input_grad[:5]
-        dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(_rows(dy), call, h, needs)
+        dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(rows_of(dy), call, h, needs)
         if dx is not None:
-            dx = _with_shape(dx, ctx.x_shape)
+            dx = with_shape(dx, ctx.x_shape)
         return dx, dweight, dbias, dA, dB, None, None, None, None
 
 
@@ -190,12 +191,12 @@ def _differentiable_gradients(
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]
     dx = dweight = dbias = dA = dB = None
     if dy is not None:
-        rows = None if x is None else _rows(x)
+        rows = None if x is None else rows_of(x)
         if need_dB and rows is not None:  # h again, with its graph
             h = reference.masked(rows, keep) @ A.to(rows.dtype)
         base = None if weight is None else Weight(weight)
         call = Call(rows, base, None, LowRank(A, B, ctx.scale, keep))
-        dx, dweight, dbias, dA, dB = reference.backward(_rows(dy), call, h, needs)
+        dx, dweight, dbias, dA, dB = reference.backward(rows_of(dy), call, h, needs)
     if dh is not None:  # h = (keep * x) @ A, of an A that needs no gradient
         through_h = reference.masked(dh @ A.to(dh.dtype).T, keep)
         dx = through_h if dx is None else dx + through_h
@@ -239,7 +240,7 @@ def lora_delta(
     return scale * F.linear(h, B.to(x.dtype).T)
 
 
-def _autocast(
+def cast_by_autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Cast as autocast casts what F.linear gets; float32 adapters stay, the kernels cast them."""
@@ -261,12 +262,12 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """View x (..., K) as a matrix (M, K); a copy only where its strides forbid a view."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _with_shape(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+def with_shape(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Give a fresh matrix its leading dimensions.
 
     By `_unsafe_view`, as F.linear itself does: what leaves a Function as a view can't be written

@@ -8,6 +8,8 @@ costs twice as much. What a call does not have is None.
 under `lora_ext_triton`: an operator takes one kernel a device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def is_transposed(factor: Tensor) -> bool:
 def define(namespace: str) -> torch.library.Library:
     """Declare the operators of SCHEMAS under a namespace, with their shape rules."""
     library = torch.library.Library(namespace, "DEF")
-    fakes = {"linear_fwd": fwd_fake, "linear_bwd": bwd_fake}
+    fakes: dict[str, Any] = {"linear_fwd": fwd_fake, "linear_bwd": bwd_fake}
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)

@@ -66,6 +66,18 @@ constexpr int64_t round_up_to_panel(int64_t cols) {
   return (cols + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
+// Dropout's mask of a matrix, a bit an element: element k of a row is bit k % 8, the least
+// significant first, of the row's byte k / 8. No data means that everything is kept.
+struct Bits {
+  const uint8_t* data = nullptr;
+  int64_t row_stride = 0;  // in bytes
+
+  // The mask from an element on; col % 8 == 0.
+  Bits from(int64_t row, int64_t col) const {
+    return {data == nullptr ? data : data + row * row_stride + col / 8, row_stride};
+  }
+};
+
 // T is the storage dtype, A = Acc<T> the arithmetic.
 template <typename T, typename A = Acc<T>>
 struct StorageOps {
@@ -73,8 +85,11 @@ struct StorageOps {
   void (*load)(View<const T> src, A* dst, int64_t ld);
   // dst, packed panels of src.rows rows each, = src
   void (*pack)(View<const T> src, A* dst);
-  // dst = scale * src (dense rows of `ld`) + bias (per column, may be null)
-  void (*store)(const A* src, int64_t ld, A scale, const T* bias, View<T> dst);
+  // dst = scale * src (dense rows of `ld`) + bias (per column, may be null); with `add` it is added
+  // to what dst holds
+  void (*store)(const A* src, int64_t ld, A scale, const T* bias, bool add, View<T> dst);
+  // values, of dense rows, become 0 where their bit is 0
+  void (*keep)(Bits bits, View<T> values);
   // out (left.rows, right.rows; dense rows of `ld`) = left @ right.T, or += with `add`; both have
   // dense rows. Packs nothing, and reads `right` once for 3 or 4 rows of `left`: for few of those
   void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
@@ -103,9 +118,10 @@ struct Ahead {
 
 template <typename A>
 struct MultiplyOps {
-  // c (a.rows, cols; dense rows of `ldc`) = a @ b + addend; a.cols rows of b's panels are read.
-  // Columns past `cols` are not written.
-  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
+  // c (a.rows, cols; dense rows of `ldc`) = scale * a @ b + addend; a.cols rows of b's panels are
+  // read, and with none of them c becomes the addend. The scale meets the sums. Columns past `cols`
+  // are not written.
+  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, A scale,
                    Addend<A> addend, Ahead ahead);
 };
 

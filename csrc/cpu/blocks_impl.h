@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/blocks.h"
 #include "cpu/few_rows_impl.h"
@@ -93,40 +94,104 @@ void pack(View<const T> src, Acc<T>* dst) {
   }
 }
 
-template <typename T>
-void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, View<T> dst) {
+// to = scale * row + bias, or += it.
+template <bool kAdd, typename T>
+void store_row(const Acc<T>* row, Acc<T> scale, const T* bias, int64_t cols, T* to,
+               int64_t stride) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
+  int64_t j = 0;
+  if (stride == 1) {
+    for (; j + lanes <= cols; j += lanes) {
+      Vector<Acc<T>> v = scale * read<Vector<Acc<T>>>(row + j);
+      if (bias != nullptr) v += widen(bias + j);
+      if (kAdd) v += widen(to + j);
+      narrow(v, to + j);
+    }
+  }
+  for (; j < cols; ++j) {
+    Acc<T> value = scale * row[j];
+    if (bias != nullptr) value += widen_one(bias + j);
+    if (kAdd) value += widen_one(to + j * stride);
+    narrow_one(value, to + j * stride);
+  }
+}
+
+template <typename T>
+void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, bool add, View<T> dst) {
   if (dst.row_stride == 1 && dst.col_stride != 1) {  // a transposed matrix: write along its rows
     for (int64_t j = 0; j < dst.cols; ++j) {
       const Acc<T> shift = bias != nullptr ? widen_one(bias + j) : 0;
       T* to = dst.data + j * dst.col_stride;
-      for (int64_t i = 0; i < dst.rows; ++i) narrow_one(scale * src[i * ld + j] + shift, to + i);
+      for (int64_t i = 0; i < dst.rows; ++i) {
+        const Acc<T> value = scale * src[i * ld + j] + shift;
+        narrow_one(add ? widen_one(to + i) + value : value, to + i);
+      }
     }
     return;
   }
   for (int64_t i = 0; i < dst.rows; ++i) {
-    const Acc<T>* from = src + i * ld;
     T* to = dst.data + i * dst.row_stride;
-    int64_t j = 0;
-    if (dst.col_stride == 1) {
-      for (; j + lanes <= dst.cols; j += lanes) {
-        Vector<Acc<T>> v = scale * read<Vector<Acc<T>>>(from + j);
-        if (bias != nullptr) v += widen(bias + j);
-        narrow(v, to + j);
-      }
+    if (add) {
+      store_row<true>(src + i * ld, scale, bias, dst.cols, to, dst.col_stride);
+    } else {
+      store_row<false>(src + i * ld, scale, bias, dst.cols, to, dst.col_stride);
     }
-    for (; j < dst.cols; ++j) {
-      const Acc<T> shift = bias != nullptr ? widen_one(bias + j) : 0;
-      narrow_one(scale * from[j] + shift, to + j * dst.col_stride);
+  }
+}
+
+// ---- keep ----
+
+// Whole vectors of elements of sizeof(T) bytes, of as many lanes as the mask has bits for.
+template <typename T>
+struct KeepIn;
+template <>
+struct KeepIn<float> {
+  using type = UintVector;
+};
+template <>
+struct KeepIn<double> {
+  using type = UlongVector;
+};
+template <>
+struct KeepIn<BFloat16> {
+  using type = ShortVector;
+};
+template <>
+struct KeepIn<Float16> {
+  using type = ShortVector;
+};
+
+template <typename T>
+void keep(Bits bits, View<T> values) {
+  using V = typename KeepIn<T>::type;
+  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(Lane);
+  V bit_of_lane;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i) bit_of_lane[i] = static_cast<Lane>(Lane{1} << i);
+  for (int64_t row = 0; row < values.rows; ++row) {
+    const uint8_t* mask = bits.data + row * bits.row_stride;
+    T* to = values.data + row * values.row_stride;
+    int64_t j = 0;
+    for (; j + lanes <= values.cols; j += lanes) {
+      uint32_t word = mask[j / 8];
+      if constexpr (lanes == 16) word |= static_cast<uint32_t>(mask[j / 8 + 1]) << 8;
+      if constexpr (lanes < 8) word >>= j % 8;
+      const V kept = (V)(((V{} + static_cast<Lane>(word)) & bit_of_lane) != 0);
+      write(to + j, read<V>(to + j) & kept);
+    }
+    for (; j < values.cols; ++j) {
+      if ((mask[j / 8] >> j % 8 & 1) == 0) to[j] = T{};
     }
   }
 }
 
 // ---- multiply ----
 
-// c (kRows, one panel) = a (kRows, depth) @ b (depth, one panel) + addend, the sums in registers.
+// c (kRows, one panel) = scale * a (kRows, depth) @ b (depth, one panel) + addend, the sums in
+// registers.
 template <int kRows, bool kAhead, typename A>
-inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc, A scale,
                           Addend<A> addend, Ahead ahead) {
   using V = Vector<A>;
   V acc[kRows][kVectors] = {};
@@ -149,7 +214,7 @@ inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_
       // The addend comes in last: sums of kDepth terms that are then summed round a third as much
       // as one sum (largest error of h at K = 1100 in float, kDepth = 256: 2.1e-6 for 5.9e-6).
       const int64_t at = v * kLanes<A>;
-      V sum = acc[i][v];
+      V sum = scale * acc[i][v];
       if (addend.data != nullptr) sum += read<V>(addend.data + i * addend.row_stride + at);
       write(c + i * ldc + at, sum);
     }
@@ -158,25 +223,25 @@ inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_
 
 // The same for the last rows of a block: a.rows <= kRows.
 template <int kRows, typename A>
-inline void multiply_rows(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
+inline void multiply_rows(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc, A scale,
                           Addend<A> addend, Ahead ahead) {
   if (a.rows == kRows) {
     if (ahead.data != nullptr) {
-      multiply_tile<kRows, true>(a, b, ldb, c, ldc, addend, ahead);
+      multiply_tile<kRows, true>(a, b, ldb, c, ldc, scale, addend, ahead);
     } else {
-      multiply_tile<kRows, false>(a, b, ldb, c, ldc, addend, ahead);
+      multiply_tile<kRows, false>(a, b, ldb, c, ldc, scale, addend, ahead);
     }
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(a, b, ldb, c, ldc, addend, ahead);
+    multiply_rows<kRows - 1>(a, b, ldb, c, ldc, scale, addend, ahead);
   }
 }
 
 // And for the last columns: through a tile of whole width, since c's neighbours are not ours.
 template <typename A>
 void multiply_edge(View<const A> a, const A* b, int64_t ldb, int64_t cols, A* c, int64_t ldc,
-                   Addend<A> addend) {
+                   A scale, Addend<A> addend) {
   A tile[kTileRows * kPanel<A>];
-  multiply_rows<kTileRows>(a, b, ldb, tile, kPanel<A>, Addend<A>{}, Ahead{});
+  multiply_rows<kTileRows>(a, b, ldb, tile, kPanel<A>, scale, Addend<A>{}, Ahead{});
   for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
       const A start = addend.data != nullptr ? addend.data[i * addend.row_stride + j] : 0;
@@ -186,8 +251,8 @@ void multiply_edge(View<const A> a, const A* b, int64_t ldb, int64_t cols, A* c,
 }
 
 template <typename A>
-void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, Addend<A> addend,
-              Ahead ahead) {
+void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, A scale,
+              Addend<A> addend, Ahead ahead) {
   // Tiles of even height: 8 rows as 4 and 4, since 2 of the sums in flight of 6 and 2 wait.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
   const auto first_row = [&](int64_t tile) { return a.rows * tile / tiles; };
@@ -209,10 +274,10 @@ void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ld
         Addend<A> from = addend;
         if (from.data != nullptr) from.data += i * from.row_stride + j;
         if (cols - j >= kPanel<A>) {
-          multiply_rows<kTileRows>(rows, panel, b.row_stride, to, ldc, from, next);
+          multiply_rows<kTileRows>(rows, panel, b.row_stride, to, ldc, scale, from, next);
           next = {};
         } else {
-          multiply_edge(rows, panel, b.row_stride, cols - j, to, ldc, from);
+          multiply_edge(rows, panel, b.row_stride, cols - j, to, ldc, scale, from);
         }
       }
     }
@@ -220,7 +285,8 @@ void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ld
 }
 
 template <typename T>
-constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>, &store<T>, &dot<T>, &combine_rows<T>};
+constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>, &store<T>,
+                                       &keep<T>, &dot<T>,  &combine_rows<T>};
 
 constexpr Blocks make_blocks(const char* name) {
   return {name,

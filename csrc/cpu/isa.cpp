@@ -33,40 +33,4 @@ const Blocks& blocks() {
   return chosen;
 }
 
-int64_t rows_of_dots() {
-#if defined(__x86_64__)
-  if (&blocks() == &kAvx2Blocks) return 32;
-  if (&blocks() == &kAvx512Blocks) return 2;
-#endif
-  return 0;
-}
-
-template <>
-bool library_product_is_faster<float>() {
-#if defined(__x86_64__)
-  return &blocks() != &kAvx2Blocks;
-#else
-  return true;
-#endif
-}
-template <>
-bool library_product_is_faster<double>() {
-  return true;
-}
-// From AVX-512 on PyTorch hands bfloat16 to oneDNN, and where the CPU has it float16 too. Asked of
-// the chosen blocks, so that a test that caps them meets our own product.
-template <>
-bool library_product_is_faster<BFloat16>() {
-  return library_product_is_faster<float>();
-}
-template <>
-bool library_product_is_faster<Float16>() {
-#if defined(__x86_64__)
-  return &blocks() == &kBaselineBlocks ||
-         (&blocks() == &kAvx512Blocks && __builtin_cpu_supports("avx512fp16"));
-#else
-  return true;
-#endif
-}
-
 }  // namespace lora_ext::cpu

@@ -11,7 +11,7 @@ namespace lora_ext::cuda {
 using torch::stable::Tensor;
 
 // Makes a tensor's device the current one as long as it lives.
-class [[gnu::visibility("hidden")]] Device {
+class Device {
  public:
   explicit Device(const Tensor& tensor)
       : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {}

@@ -65,7 +65,8 @@ def unsupported(call: Call) -> str | None:
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
     if x.is_cuda and (keep is not None or weight is None):
-        return "has no CUDA kernel for " + ("a dropout mask" if weight else "the low-rank part alone")
+        operand = "the low-rank part alone" if weight is None else "a dropout mask"
+        return f"has no CUDA kernel for {operand}"
     return _why_not_on(x.device)
 
 

@@ -14,8 +14,8 @@ from lora_ext import (
     replace_linear_with_lora,
     save_peft_adapter,
 )
+from lora_ext.testing import replace_linear_with_lora as replace_plain
 from tests.layers.test_inject import assert_unchanged, names_of, randomise, snapshot
-from tests.reference import replace_linear_with_lora as replace_plain
 from tests.training import MLP, batches, make_models
 
 X = batches()[0][0].double()

@@ -70,18 +70,17 @@ class Machine:
     narrow: int = 0
 
 
-def compile_launch(family: str, kernel, grid, args, options):
+def compile_launch(family: str, kernel, grid, arguments):
     """Return Triton's compiled kernel for a launch on a card of `family`."""
     with mock.patch.object(driver, "_active", StandInDriver(family)):
-        return kernel.warmup(*args, grid=grid, **options)
+        return kernel.warmup(grid=grid, **arguments)
 
 
-def specialisation(family: str, kernel, args, options) -> str:
+def specialisation(family: str, kernel, arguments) -> str:
     """Return what Triton would compile a launch for: equal ones share a kernel."""
     with mock.patch.object(driver, "_active", StandInDriver(family)):
         binder = kernel.device_caches[driver.active.get_current_device()][4]
-    options = {"debug": False, **options}
-    _, specialised, rest = binder(*args, **options)
+    _, specialised, rest = binder(**{"debug": False, **arguments})
     return repr((specialised, rest))
 
 

@@ -26,7 +26,7 @@ OPERATORS = [
     "tests/gpu/emulator/register.cpp",
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
-FLAGS += " -DTORCH_TARGET_VERSION=0x020b000000000000"
+FLAGS += " -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def build(

@@ -10,6 +10,7 @@ from benchmarks.providers import PROVIDERS, Unavailable
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton_kernels import choice
+from tests.conftest import small_call
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
@@ -22,7 +23,7 @@ GIB = 2**30
 
 
 def skip_unless_it_runs(name: str, device: str = "cuda") -> None:
-    reason = BACKENDS[name].unsupported(*[torch.ones(1, 1, device=device)] * 3)
+    reason = BACKENDS[name].unsupported(small_call(device))
     if reason is not None:
         pytest.skip(reason)
 

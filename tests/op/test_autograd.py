@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LinearWithLoRA
+from lora_ext.testing import LAYOUTS, NAMES, Case, check, gradients, make_inputs
 from tests.conftest import Backend
-from tests.numerics import (
-    LAYOUTS,
-    NAMES,
-    Case,
-    assert_same_up_to_rounding,
-    check,
-    gradients,
-    make_inputs,
-)
+from tests.numerics import assert_same_up_to_rounding
 
 CASE = Case((5,), 12, 10, 3)
 DOUBLE = CASE.but(dtype=torch.float64)

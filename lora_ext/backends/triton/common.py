@@ -1,4 +1,4 @@
-"""What the kernels share: tile order, loads and stores, products, the low-rank epilogue.
+"""What the kernels share: tile order, loads and stores, dropout's mask, products, the low-rank epilogue.
 
 M rows, K in, N out, R rank; a tile is (BLOCK_M, BLOCK_N) of the result. R is a constant, and so are
 A's strides, which follow from it: loads of A and h are then as wide as R allows. Offsets are
@@ -81,7 +81,26 @@ def store_tile(
 
 
 @triton.jit
+def keep_only(
+    tile, keep, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """Return the tile at (row, col) of a matrix (rows, cols) with zeros where `keep`'s bit is 0.
+
+    `keep` is None, for the tile as it is, or (rows, cdiv(cols, BITS)) words, contiguous: the bit of
+    column k is k % BITS, the least significant first, of word k // BITS.
+    """
+    if keep is not None:
+        BITS: tl.constexpr = keep.dtype.element_ty.primitive_bitwidth
+        words = tl.cdiv(cols, BITS)
+        word = load_tile(keep, row, col // BITS, rows, words, words, 1, BLOCK_ROWS, BLOCK_COLS // BITS)
+        bits = (word[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
+        tile = tl.where(tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS)) != 0, tile, 0.0)
+    return tile
+
+
+@triton.jit
 def base_product(
+    acc,
     x,
     w,
     m0,
@@ -100,11 +119,10 @@ def base_product(
     DESCRIPTORS: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
 ):
-    """Return the float32 tile (BLOCK_M, BLOCK_N) of x @ w: x (M, K), w (K, N).
+    """Return acc + x @ w, the float32 tile (BLOCK_M, BLOCK_N) at (m0, n0): x (M, K), w (K, N).
 
-    W_TRANSPOSED: w is a descriptor of its transpose (N, K), as weight lies in a forward.
+    W_TRANSPOSED: w is a descriptor of its transpose (N, K), as weight is stored.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         x_tile = load_tile(x, m0, k0, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTORS)
         w_tile = load_w(
@@ -137,16 +155,16 @@ def load_w(
 
 
 @triton.jit
-def add_low_rank(acc, h, b, alpha, scale, PRECISION: tl.constexpr):
-    """Return acc + scale * alpha * h @ b: acc (BLOCK_M, BLOCK_N) and h (BLOCK_M, BLOCK_R) float32.
+def add_low_rank(acc, h, b, scale, power, PRECISION: tl.constexpr):
+    """Return acc + power * scale * h @ b: acc (BLOCK_M, BLOCK_N) and h (BLOCK_M, BLOCK_R) float32.
 
     The factor goes into h while that is float32. In float16, whose range ends at 65504, it is split
-    in two, |alpha| in [0.5, 1) times a power of two `scale` (else 1): dividing acc by it and
-    multiplying it back is exact, and alpha * h overflows no sooner than h.
+    in two, |scale| in [0.5, 1) times a power of two `power` (else 1): dividing acc by it and
+    multiplying it back is exact, and scale * h overflows no sooner than h.
     """
-    scaled = (h * alpha).to(b.dtype)
+    scaled = (h * scale).to(b.dtype)
     if b.dtype == tl.float16:
-        acc = tl.dot(scaled, b, acc * (1.0 / scale), input_precision=PRECISION) * scale
+        acc = tl.dot(scaled, b, acc * (1.0 / power), input_precision=PRECISION) * power
     else:
         acc = tl.dot(scaled, b, acc, input_precision=PRECISION)
     return acc
@@ -165,8 +183,8 @@ def low_rank_part(
     splits,
     stride_br,
     stride_bn,
-    alpha,
     scale,
+    power,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,7 +192,7 @@ def low_rank_part(
     PRECISION: tl.constexpr,
     STORE_H: tl.constexpr,
 ):
-    """Return acc + scale * alpha * h @ b, h (splits, M, R), b (R, N), BLOCK_R at a time.
+    """Return acc + power * scale * h @ b, h (splits, M, R), b (R, N), BLOCK_R at a time.
 
     STORE_H: the first column of tiles writes the summed h to h_out (M, R), contiguous.
     """
@@ -185,7 +203,7 @@ def low_rank_part(
                 store_tile(h_out, h_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
         b_tile = load_tile(b, r0, n0, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
         b_tile = b_tile.to(h_out.dtype.element_ty)
-        acc = add_low_rank(acc, h_tile, b_tile, alpha, scale, PRECISION)
+        acc = add_low_rank(acc, h_tile, b_tile, scale, power, PRECISION)
     return acc
 
 
@@ -210,9 +228,45 @@ def load_h(
 
 
 @triton.jit
-def add_bias(acc, bias, n0, N, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Return acc + bias, (BLOCK_M, BLOCK_N); bias (N,)."""
-    if HAS_BIAS:
+def add_bias(acc, bias, n0, N, BLOCK_N: tl.constexpr):
+    """Return acc + bias, (BLOCK_M, BLOCK_N); bias (N,) or None."""
+    if bias is not None:
         offs_n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def part_product(
+    x,
+    a,
+    keep,
+    m0,
+    r0,
+    s,
+    splits,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ak,
+    stride_ar,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the float32 tile (BLOCK_M, BLOCK_R) at (m0, r0) of part s of (keep * x) @ a.
+
+    x (M, K), a (K, R). A part is a run of whole BLOCK_K steps, the last one shorter.
+    """
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), splits)
+    first = s * steps * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K):
+        x_tile = load_tile(x, m0, k0, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+        x_tile = keep_only(x_tile, keep, m0, k0, M, K, BLOCK_M, BLOCK_K)
+        a_tile = load_tile(a, k0, r0, K, R, stride_ak, stride_ar, BLOCK_K, BLOCK_R)
+        acc = tl.dot(x_tile, a_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
     return acc

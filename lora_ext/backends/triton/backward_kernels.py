@@ -1,13 +1,22 @@
 """Kernels of the gradients, with t = dy @ B.T: two launches.
 
 (i)  one pass over dy: t, and dB's partial sums over row blocks
-(ii) dx = dy @ weight + alpha * t @ A.T; dA = alpha * x.T @ t; dB = alpha * sum of (i)'s parts
+(ii) dx = dy @ weight + scale * keep * t @ A.T; dA = scale * (keep * x).T @ t; dB = scale * the sum
+     of (i)'s parts. `keep` is dropout's mask, a bit an element of x, or None.
 """
 
 import triton
 import triton.language as tl
 
-from .common import base_product, load_h, load_tile, low_rank_part, store_tile, tile_of
+from .common import (
+    base_product,
+    keep_only,
+    load_h,
+    load_tile,
+    low_rank_part,
+    store_tile,
+    tile_of,
+)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -24,6 +33,8 @@ def lora_linear_bwd_dy_kernel(
     stride_dn,
     stride_br,
     stride_bn,
+    stride_gr,
+    stride_gn,
     R: tl.constexpr,
     WANT_T: tl.constexpr,
     WANT_DB: tl.constexpr,
@@ -35,7 +46,7 @@ def lora_linear_bwd_dy_kernel(
     """t[s] = dy[:, part s] @ b[:, part s].T and dB_parts[i] = h[rows i].T @ dy[rows i] at once.
 
     dy (M, N), b (R, N), h (M, R) contiguous, t (splits, M, R) and dB_parts
-    (cdiv(M, BLOCK_M), R, N) float32. Program (i, j, s): rows i * BLOCK_M, ranks j * BLOCK_R, part s
+    (cdiv(M, BLOCK_M), R, N) float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M, ranks j * BLOCK_R, part s
     of N. Float32 accumulators.
     """
     pid_m = tl.program_id(0)
@@ -57,7 +68,9 @@ def lora_linear_bwd_dy_kernel(
             t_tile = tl.dot(dy_tile, b_tile.T, t_tile, input_precision=PRECISION)
         if WANT_DB:
             dB_tile = tl.dot(h_tile.T, dy_tile, input_precision=PRECISION)
-            store_tile(part, dB_tile, r0, n0, R, N, N, 1, BLOCK_R, BLOCK_N)
+            store_tile(
+                part, dB_tile, r0, n0, R, N, stride_gr, stride_gn, BLOCK_R, BLOCK_N
+            )
     if WANT_T:
         t_part = t + s.to(tl.int64) * M * R
         store_tile(t_part, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
@@ -70,15 +83,16 @@ def lora_linear_bwd_dx_kernel(
     x,
     dy_columns,
     a,
+    keep,
     h,
     t,
     dB_parts,
     dx,
     dA,
     dB,
-    alpha,
-    alpha_dx,
+    scale,
     scale_dx,
+    power_dx,
     M,
     N,
     K,
@@ -90,6 +104,10 @@ def lora_linear_bwd_dx_kernel(
     stride_wk,
     stride_xm,
     stride_xk,
+    stride_gk,
+    stride_gr,
+    stride_br,
+    stride_bn,
     R: tl.constexpr,
     STRIDE_AK: tl.constexpr,
     STRIDE_AR: tl.constexpr,
@@ -111,48 +129,59 @@ def lora_linear_bwd_dx_kernel(
     SUM_PARTS: tl.constexpr,
     SUM_N: tl.constexpr,
 ):
-    """Compute dx = dy @ w + alpha * t @ a.T; dA = alpha * x.T @ t; dB = alpha * h.T @ dy.
+    """Compute dx = dy @ w + scale * keep * t @ a.T; dA = scale * (keep * x).T @ t; dB.
 
-    dy (M, N), w (N, K), x (M, K), a (K, R), h (M, R), t (t_splits, M, R), dB_parts (parts, R, N);
-    dx (M, K), dA (K, R), dB (R, N) contiguous; dy_columns is dy, never by descriptor. Programs take
-    tiles (BLOCK_M, BLOCK_K) of dx, then strips of STRIP columns of x for dA, then of dy for dB (or
-    runs of SUM_N elements of its parts' sum, DB_IN_PARTS): the last two fill the SMs that dx's last
-    wave leaves idle. Float32 accumulators. BASE_DONE: dx already holds dy @ w.
+    dB = scale * h.T @ dy. dy (M, N), w (N, K), x (M, K), a (K, R), keep (M, K) in bits, h (M, R),
+    t (t_splits, M, R), dB_parts (parts, R, N); dx (M, K) contiguous, dA (K, R) and dB (R, N) by
+    their strides; dy_columns is dy, never by descriptor. Programs take tiles (BLOCK_M, BLOCK_K) of
+    dx, then strips of STRIP columns of x for dA, then of dy for dB (or runs of SUM_N elements of
+    its parts' sum, DB_IN_PARTS): the last two fill the SMs that dx's last wave leaves idle.
+    Float32 accumulators. BASE_DONE: dx already holds dy @ w.
     """
     pid = tl.program_id(0)
     if WANT_DX:
         tiles_dx = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
         if pid < tiles_dx:
             m0, k0 = tile_of(pid, M, K, BLOCK_M, BLOCK_K, GROUP_M)
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            if keep is not None:
+                # The low-rank part first: masked while the accumulator holds nothing else.
+                acc = low_rank_part(
+                    acc, t, a, dx, m0, k0, M, K, t_splits, STRIDE_AR, STRIDE_AK,
+                    scale_dx, power_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
+                )  # fmt: skip
+                acc = keep_only(acc, keep, m0, k0, M, K, BLOCK_M, BLOCK_K)
             if BASE_DONE:
-                acc = load_tile(dx, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K).to(tl.float32)
+                base = load_tile(dx, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K).to(tl.float32)
+                acc = base if keep is None else acc + base
             else:
                 acc = base_product(
-                    dy, w, m0, k0, M, K, N, stride_dm, stride_dn, stride_wn, stride_wk,
+                    acc, dy, w, m0, k0, M, K, N, stride_dm, stride_dn, stride_wn, stride_wk,
                     BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, DESCRIPTORS, W_TRANSPOSED,
                 )  # fmt: skip
-            acc = low_rank_part(
-                acc, t, a, dx, m0, k0, M, K, t_splits, STRIDE_AR, STRIDE_AK,
-                alpha_dx, scale_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
-            )  # fmt: skip
+            if keep is None:
+                acc = low_rank_part(
+                    acc, t, a, dx, m0, k0, M, K, t_splits, STRIDE_AR, STRIDE_AK,
+                    scale_dx, power_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
+                )  # fmt: skip
             store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K)
         pid -= tiles_dx
     if WANT_DA:
         strips = tl.cdiv(K, STRIP) * tl.cdiv(R, BLOCK_R)
         if (pid >= 0) & (pid < strips):
             strip_product(
-                x, t, dA, alpha, pid, M, K, t_splits, stride_xm, stride_xk, R, 1,
-                R, STRIP, STRIP_M, BLOCK_R, PRECISION,
+                x, t, keep, dA, scale, pid, M, K, t_splits, stride_xm, stride_xk,
+                stride_gk, stride_gr, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
             )  # fmt: skip
         pid -= strips
     if WANT_DB:
         if pid >= 0:
             if DB_IN_PARTS:
-                sum_parts(dB_parts, dB, alpha, pid, R, N, parts, SUM_PARTS, SUM_N)
+                sum_parts(dB_parts, dB, scale, pid, R, N, parts, SUM_PARTS, SUM_N)
             else:
                 strip_product(
-                    dy_columns, h, dB, alpha, pid, M, N, 1, stride_dm, stride_dn, 1, N,
-                    R, STRIP, STRIP_M, BLOCK_R, PRECISION,
+                    dy_columns, h, None, dB, scale, pid, M, N, 1, stride_dm, stride_dn,
+                    stride_bn, stride_br, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
                 )  # fmt: skip
 
 
@@ -160,8 +189,9 @@ def lora_linear_bwd_dx_kernel(
 def strip_product(
     x,
     t,
+    keep,
     out,
-    alpha,
+    scale,
     pid,
     M,
     K,
@@ -176,10 +206,10 @@ def strip_product(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute out = alpha * x.T @ t for strip `pid` of x's columns and block of ranks, all M rows.
+    """Compute out = scale * (keep * x).T @ t for strip `pid` of x's columns, a block of ranks.
 
-    x (M, K), t (t_splits, M, R), out (K, R) by its strides. STRIP_M rows a step, in order; float32
-    accumulator (STRIP, BLOCK_R), multiplied by alpha once.
+    x (M, K), t (t_splits, M, R), out (K, R) by its strides. All M rows, STRIP_M a step, in order;
+    float32 accumulator (STRIP, BLOCK_R), multiplied by scale once.
     """
     blocks_r = tl.cdiv(R, BLOCK_R)
     k0 = pid // blocks_r * STRIP
@@ -187,16 +217,17 @@ def strip_product(
     acc = tl.zeros((STRIP, BLOCK_R), tl.float32)
     for m0 in range(0, M, STRIP_M):
         x_tile = load_tile(x, m0, k0, M, K, stride_xm, stride_xk, STRIP_M, STRIP)
+        x_tile = keep_only(x_tile, keep, m0, k0, M, K, STRIP_M, STRIP)
         t_tile = load_h(t, m0, r0, M, R, t_splits, STRIP_M, BLOCK_R).to(x_tile.dtype)
         acc = tl.dot(x_tile.T, t_tile, acc, input_precision=PRECISION)
-    store_tile(out, alpha * acc, k0, r0, K, R, stride_ok, stride_or, STRIP, BLOCK_R)
+    store_tile(out, scale * acc, k0, r0, K, R, stride_ok, stride_or, STRIP, BLOCK_R)
 
 
 @triton.jit
-def sum_parts(parts, out, alpha, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_N: tl.constexpr):
-    """Compute SUM_N elements of out = alpha * sum of parts (count, R, N), in a fixed order.
+def sum_parts(parts, out, scale, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_N: tl.constexpr):
+    """Compute SUM_N elements of out = scale * sum of parts (count, R, N), in a fixed order.
 
-    Float32. SUM_PARTS parts a step: independent loads, where one a step would wait for each.
+    Float32; out is laid out as a part is. SUM_PARTS parts a step: independent loads, where one a step would wait for each.
     """
     size = tl.cast(N, tl.int64) * R
     offs = pid.to(tl.int64) * SUM_N + tl.arange(0, SUM_N)
@@ -206,4 +237,4 @@ def sum_parts(parts, out, alpha, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_
         inside = (part < count)[:, None] & (offs < size)[None, :]
         at = part.to(tl.int64)[:, None] * size + offs[None, :]
         acc += tl.sum(tl.load(parts + at, mask=inside, other=0.0), axis=0)
-    tl.store(out + offs, (alpha * acc).to(out.dtype.element_ty), mask=offs < size)
+    tl.store(out + offs, (scale * acc).to(out.dtype.element_ty), mask=offs < size)

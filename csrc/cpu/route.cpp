@@ -1,0 +1,151 @@
+#include "cpu/route.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <iterator>
+
+#include "cpu/isa.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+// The first line that fits is taken. What each rests on:
+constexpr Routes kTable[] = {
+    // On AVX2 our strips run at the rate of MKL's GEMM or above and take the low-rank part along;
+    // of a
+    // 16-bit dtype that the hardware lacks PyTorch's fallback reaches a tenth of it. Double is
+    // level.
+    // Dot products win to 32 rows. dweight reads dy down its columns: MKL's is faster in float.
+    {"avx2", "", "float32", false, 0, 32, 4, true, kNever, kNever, kNever},
+    {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
+    {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
+    {"avx2", "", "float16", false, 0, 32, 4, false, kNever, kNever, kNever},
+    // On AVX-512 PyTorch hands bfloat16, and with AVX512-FP16 float16, to oneDNN.
+    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
+    {"avx512", "", "float32", true, 2, 2, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "float64", true, 2, 2, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "bfloat16", true, 2, 2, 4, true, kNever, kNever, kNever},
+    // Not timed: PyTorch's products, and ours for what streams a weight once.
+    {"baseline", "", "float32", true, 0, 0, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "float64", true, 0, 0, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "bfloat16", true, 0, 0, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "float16", true, 0, 0, 4, true, kNever, kNever, kNever},
+};
+
+bool is_or_has(const char* cpu) {
+  const auto asked = [&](const char* name) { return std::strcmp(cpu, name) == 0; };
+  if (asked("")) return true;
+#if defined(__x86_64__)
+  if (asked("amd")) return __builtin_cpu_is("amd");
+  if (asked("avx512fp16")) return __builtin_cpu_supports("avx512fp16");
+  if (asked("amx-bf16")) return __builtin_cpu_supports("amx-bf16");
+#endif
+  return false;
+}
+
+const Routes& find(const char* dtype) {
+  for (const Routes& line : kTable) {
+    if (std::strcmp(line.isa, blocks().name) == 0 && std::strcmp(line.dtype, dtype) == 0 &&
+        is_or_has(line.cpu)) {
+      return line;
+    }
+  }
+  STD_TORCH_CHECK(false, "route.cpp has no line for ", blocks().name, " and ", dtype);
+}
+
+constexpr Way kByTheTable = static_cast<Way>(-1);
+Way forced[kProducts] = {kByTheTable, kByTheTable, kByTheTable,
+                         kByTheTable, kByTheTable, kByTheTable};
+
+Way by_the_table(const Routes& line, Product product, const Sizes& sizes) {
+  const auto [M, depth, R, panels, dense, masked] = sizes;
+  const auto library = [](bool yes) { return yes ? Way::kLibrary : Way::kStrips; };
+  switch (product) {
+    case Product::kY:
+      if (M <= line.dot_rows && depth >= kDotDepthPerRow * M) return Way::kDots;
+      return library(line.library_base);
+    case Product::kDx:
+      if (M <= line.stream_rows) return Way::kStream;
+      return library(line.library_base && M > line.strip_rows);
+    case Product::kShrink:
+      if (M <= line.stream_rows) return Way::kStream;
+      return library(R >= line.library_shrink);
+    case Product::kExpand:
+      return library(R >= line.library_expand);
+    case Product::kGradient:
+      return library(R >= line.library_gradient);
+    default:
+      return library(line.library_dweight);
+  }
+}
+
+bool can_go(Way way, Product product, const Sizes& sizes) {
+  switch (way) {
+    case Way::kDots:
+      return product == Product::kY && sizes.dense && !sizes.panels;
+    case Way::kStream:
+      return (product == Product::kDx || product == Product::kShrink) && sizes.dense &&
+             !sizes.panels && !sizes.masked;
+    case Way::kLibrary:
+      return !sizes.panels && (product == Product::kDx || !sizes.masked);
+    default:
+      return true;
+  }
+}
+
+template <size_t kCount>
+int index_of(const char* what, const std::string& name, const char* const (&names)[kCount]) {
+  std::string all;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+    all += (i > 0 ? ", " : "") + std::string(names[i]);
+  }
+  STD_TORCH_CHECK(false, what, " must be one of ", all, ", got ", name);
+}
+
+}  // namespace
+
+const Routes* table(int64_t* lines) {
+  *lines = std::size(kTable);
+  return kTable;
+}
+
+template <>
+const Routes& routes<float>() {
+  static const Routes& line = find("float32");
+  return line;
+}
+template <>
+const Routes& routes<double>() {
+  static const Routes& line = find("float64");
+  return line;
+}
+template <>
+const Routes& routes<BFloat16>() {
+  static const Routes& line = find("bfloat16");
+  return line;
+}
+template <>
+const Routes& routes<Float16>() {
+  static const Routes& line = find("float16");
+  return line;
+}
+
+Way way_of(const Routes& line, Product product, const Sizes& sizes) {
+  const Way asked = forced[static_cast<int>(product)];
+  if (asked != kByTheTable && can_go(asked, product, sizes)) return asked;
+  const Way way = by_the_table(line, product, sizes);
+  if (can_go(way, product, sizes)) return way;
+  // What a few rows can't do, the many's way does.
+  const Way instead = by_the_table(line, product, {kNever, 0, sizes.R});
+  return can_go(instead, product, sizes) ? instead : Way::kStrips;
+}
+
+void force_way(const std::string& product, const char* way) {
+  Way& to = forced[index_of("product", product, kProductNames)];
+  to = way == nullptr ? kByTheTable : static_cast<Way>(index_of("way", way, kWayNames));
+}
+
+}  // namespace lora_ext::cpu
