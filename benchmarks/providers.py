@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 import lora_ext
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
-from lora_ext.backends.triton_kernels import choice
-from lora_ext.backends.triton_kernels.cards import card_of
-from lora_ext.backends.triton_kernels.cost_model import Problem
+from lora_ext.backends.triton.cards import card_of
+from lora_ext.backends.triton.regimes import REGIMES, Problem
 
 from .cases import Case
 
@@ -189,13 +188,13 @@ def _regime(name: str) -> Callable[[Case], Step]:
 
     def build(case: Case) -> Step:
         step = _backend("triton")(case)
-        from lora_ext.backends.triton_kernels.launch import kind_of
+        from lora_ext.backends.triton.tuning import kind_of
 
         kind, size = kind_of(case.x.dtype), case.x.element_size()
-        problem = Problem(*case.shape, kind, size, size)
-        if not choice.forward_tiles(name, problem, card_of(case.x.device), False):
+        problem = Problem(*case.shape, kind, size, size, descriptors=False)
+        if not REGIMES["forward"][name].tiles(problem, card_of(case.x.device)):
             raise Unavailable(f"regime {name} does not take these sizes in {case.x.dtype}")
-        forced = {"forward": name, "backward": name if name in choice.BACKWARD else None}
+        forced = {"forward": name, "backward": name if name in REGIMES["backward"] else None}
 
         def run() -> tuple[Tensor, ...]:
             with regime(**forced):
@@ -244,5 +243,5 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}
-PROVIDERS |= {f"triton.{name}": _regime(name) for name in choice.FORWARD}
+PROVIDERS |= {f"triton.{name}": _regime(name) for name in REGIMES["forward"]}
 DEFAULT = ("linear", "reference", "lora_ext")

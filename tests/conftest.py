@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 
-from lora_ext import lora_linear
+from lora_ext import functional
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
 from lora_ext.call import Call, LowRank, Weight
-from tests.numerics import Linear
+from lora_ext.testing import Linear
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.gpu import interpreter
@@ -48,14 +50,41 @@ class Backend:
 
     @property
     def linear(self) -> Linear:
-        """`lora_linear` with this backend asked for by name; skips a dtype it does not take."""
+        """`lora_linear` with this backend asked for by name; skips what it refuses."""
+        asked = linear_of(self.name)
 
-        def linear(x, weight, bias, A, B, alpha):
-            if self.name == "triton" and x.dtype == torch.float64:
-                pytest.skip("the Triton kernels leave float64 to the reference")
-            return lora_linear(x, weight, bias, A, B, alpha, backend=self.name)
+        def linear(x, weight, bias, A, B, alpha, *, keep=None):
+            base = None if weight is None else Weight(weight)
+            call = Call(x, base, bias, LowRank(A, B, alpha, keep))
+            if (reason := BACKENDS[self.name].unsupported(call)) is not None:
+                pytest.skip(f"{self.name} {reason}")  # test_backends.py holds what it may refuse
+            return asked(x, weight, bias, A, B, alpha, keep=keep)
 
         return linear
+
+
+def linear_of(backend: str, module: ModuleType = functional) -> Linear:
+    """Return `lora_linear` by one backend, as lora_ext.testing calls it.
+
+    With `keep` that is the mask that dropout draws, and without a weight the low-rank part alone.
+    `module` is functional.py, or a changed copy of it.
+    """
+
+    def linear(x, weight, bias, A, B, alpha, *, keep=None):
+        if keep is not None:
+            with mock.patch.object(module, "draw_keep", lambda *_: keep):  # 1 / (1 - p) is 2
+                return module.adapted(x, weight, bias, A, B, alpha / 2, backend, 0.5)
+        if weight is None:
+            return module.adapted(x, weight, bias, A, B, alpha, backend)
+        return module.lora_linear(x, weight, bias, A, B, alpha, backend=backend)
+
+    return linear
+
+
+def small_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
+    """Return a call of one element: what a backend is asked about to know if it is there."""
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    return Call(one, Weight(one), None, LowRank(one, one, 1.0))
 
 
 # The one list of what the tests run over: all backends, and here the further variants of one. The
@@ -81,8 +110,7 @@ VARIANTS: dict[str, list[Backend]] = {
 
 def backends_that_run_on(device: str) -> list[Backend]:
     """Return the backends that take a device's tensors on this machine, with their variants."""
-    one = torch.ones(1, 1, device=device)
-    call = Call(one, Weight(one), None, LowRank(one, one, 1.0))
+    call = small_call(device)
     names = [name for name, b in BACKENDS.items() if b.unsupported(call) is None]
     return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
 
@@ -130,12 +158,21 @@ with contextlib.suppress(AttributeError, OSError):  # another libc
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Fill what at::empty hands out with NaN: an element that nobody writes shows."""
+    with poisoned_memory():
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Have at::empty give NaN, without what `use_deterministic_algorithms` imports: inductor."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -9,20 +9,21 @@ from benchmarks.grids import Shape
 from benchmarks.providers import PROVIDERS, Unavailable
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
-from lora_ext.backends.triton_kernels import choice
+from lora_ext.backends.triton.regimes import REGIMES
+from tests.conftest import small_call
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"
 )
 
 KERNELS = ["triton", "cpp"]  # backends with kernels of their own
-WAYS = [*KERNELS, *(f"triton.{name}" for name in choice.FORWARD)]
+WAYS = [*KERNELS, *(f"triton.{name}" for name in REGIMES["forward"])]
 SHAPES = [Shape(16, 4096, 4096, 16), Shape(1000, 1024, 2048, 64), Shape(300, 1000, 777, 12)]
 GIB = 2**30
 
 
 def skip_unless_it_runs(name: str, device: str = "cuda") -> None:
-    reason = BACKENDS[name].unsupported(*[torch.ones(1, 1, device=device)] * 3)
+    reason = BACKENDS[name].unsupported(small_call(device))
     if reason is not None:
         pytest.skip(reason)
 

@@ -12,7 +12,7 @@ from torch import nn
 import lora_ext
 from lora_ext import LinearWithLoRA, PackedWeight, prepack_, replace_linear_with_lora, unpack_
 from lora_ext.backends import cpp
-from tests.numerics import Case, broken_rules, expected
+from lora_ext.testing import Case, broken_rules, expected
 
 WHY_NOT = cpp.why_not_packed(torch.ones(1, 1))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -14,9 +14,10 @@ from lora_ext import (
     save_adapter,
 )
 from lora_ext.functional import lora_delta
+from lora_ext.testing import Case, make_inputs
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.layers.test_inject import names_of
-from tests.numerics import Case, assert_same_up_to_rounding, make_inputs
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
+from tests.numerics import assert_same_up_to_rounding
 from tests.training import MLP, batches, train
 
 TARGETS = ["up", "down", "head"]

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LinearWithLoRA, explain, lora_linear, merge_, replace_linear_with_lora
 from lora_ext.dropout import drop
-from tests.numerics import NAMES, Case, assert_same_up_to_rounding, expected, make_inputs
+from lora_ext.testing import NAMES, Case, expected, make_inputs
+from tests.numerics import assert_same_up_to_rounding
 from tests.op.test_autograd import leaves, make_layer
 from tests.stacks.test_compile import NEEDS_COMPILER
 from tests.training import MLP, assert_trains_like_plain, batches, make_models, train

@@ -23,8 +23,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import lora_ext
-from tests.numerics import LAYOUTS, Case
-from tests.op.test_backends import SHAPES, TAILS
+from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
 from tests.op.test_mutants import CASES, refused
 
 pytestmark = pytest.mark.skipif(

@@ -7,18 +7,15 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
-from lora_ext.call import Call, LowRank, Weight
-from tests.conftest import Backend
-from tests.numerics import NAMES, Case, broken_rules, expected, gradients
+from lora_ext.testing import NAMES, Case, broken_rules, expected, gradients
+from tests.conftest import Backend, small_call
 from tests.op.test_autograd import make_layer
 
 CASE = Case((6,), 24, 40, 4)
 NEEDS_COMPILER = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
 )
-ONE = torch.ones(1, 1)
-ONE_CALL = Call(ONE, Weight(ONE), None, LowRank(ONE, ONE, 1.0))
-WITHOUT_CPP = BACKENDS["cpp"].unsupported(ONE_CALL)
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +130,6 @@ def test_operator_called_by_itself_checks_dtypes():
 def test_default_backend_is_the_first_that_runs():
     want = expected(CASE)
     arguments = [want.inputs[n] for n in NAMES]
-    first = next(n for n, b in BACKENDS.items() if b.unsupported(ONE_CALL) is None)
+    first = next(n for n, b in BACKENDS.items() if b.unsupported(small_call()) is None)
     chosen = lora_linear(*arguments, CASE.alpha)
     assert torch.equal(chosen, lora_linear(*arguments, CASE.alpha, backend=first))

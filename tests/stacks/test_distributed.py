@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ext import distributed, functional
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.processes import run_cases
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 from tests.training import (
     Trained,
     assert_trains_like_plain,

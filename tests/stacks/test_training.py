@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lora_ext import LinearWithLoRA, mark_only_lora_as_trainable, replace_linear_with_lora
+from lora_ext.testing import compare
+from lora_ext.testing import replace_linear_with_lora as replace_plain
 from tests.conftest import Backend, backends_that_run_on
-from tests.reference import replace_linear_with_lora as replace_plain
 
 STEPS = 30
 
@@ -76,7 +77,9 @@ def test_thirty_steps_agree_with_the_plain_layer(backend: Backend, frozen):
 
     Two correct float32 runs drift apart as training amplifies their roundings. How far is
     measured: the plain model against itself in float64, from the same start on the same
-    batches. Ours may be twice as far from the float64 run, as in the error rule.
+    batches. Ours may be twice as far from the float64 run, as in the error rule. The parameters
+    are taken together, each tensor in units of its largest value: one of 32 elements may by luck
+    not drift at all.
     """
     torch.manual_seed(0)
     base = Transformer()
@@ -93,22 +96,20 @@ def test_thirty_steps_agree_with_the_plain_layer(backend: Backend, frozen):
     losses = {name: result[0].double() for name, result in results.items()}
     assert losses["exact"][-1] < 0.8 * losses["exact"][0], "nothing was learnt"
     eps = torch.finfo(torch.float32).eps
-    drift = (losses["plain"] - losses["exact"]).abs().max()
-    assert (losses["ours"] - losses["exact"]).abs().max() <= 2 * drift + 8 * eps * losses["exact"][
-        0
-    ]
-    assert drift < 1e-3 * losses["exact"][0], "the float32 run has left the float64 one"
+    found = compare("losses", *losses.values(), lambda norm: 8 * eps * norm(losses["exact"]))
+    assert found[0].plain < 1e-3 * losses["exact"][0], "the float32 run has left the float64 one"
 
-    trained = 0
+    after = {name: [] for name in results}
     for name, exact in results["exact"][1].items():
-        ours, plain = (results[which][1][name].double() for which in ("ours", "plain"))
-        if not results["ours"][1][name].requires_grad:
+        if not exact.requires_grad:
             assert torch.equal(results["ours"][1][name], start[name])
             continue
-        trained += not torch.equal(ours, start[name].double())
-        bound = 2 * (plain - exact).abs().max() + 8 * eps * exact.abs().max()
-        assert (ours - exact).abs().max() <= bound, name
-    assert trained == sum(p.requires_grad for p in results["exact"][1].values())
+        assert not torch.equal(results["ours"][1][name], start[name])
+        for which, parts in after.items():
+            parts.append((results[which][1][name].double() / exact.abs().max()).detach().flatten())
+    parameters = [torch.cat(parts) for parts in after.values()]
+    found += compare("parameters", *parameters, lambda norm: 8 * eps * norm(parameters[2]))
+    assert not [str(error) for error in found if error.broken]
 
 
 def smollm2():

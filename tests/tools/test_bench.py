@@ -10,7 +10,7 @@ import torch
 from benchmarks import bench_linear, compare, gate, memory, providers, report, timing
 from benchmarks.cases import DTYPES, flops, make_case
 from benchmarks.grids import GRIDS, Shape, parse_shape, random_shapes
-from tests.reference import LinearWithLoRA
+from lora_ext.testing import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)
 ROW_FIELDS = "provider device dtype mode M K N R ms_median ms_p20 ms_p80".split()

@@ -9,9 +9,10 @@ from benchmarks import bench_overhead
 from benchmarks.cases import make_case
 from benchmarks.grids import Shape
 from lora_ext.backends import cpp
+from tests.conftest import small_call
 
 pytestmark = pytest.mark.skipif(
-    cpp.unsupported(*[torch.ones(1, 1)] * 3) is not None, reason="needs the extension"
+    cpp.unsupported(small_call()) is not None, reason="needs the extension"
 )
 SHAPE = Shape(2, 8, 8, 2)
 
