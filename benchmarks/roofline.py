@@ -20,7 +20,7 @@ from lora_ext.backends.triton import regimes
 from lora_ext.backends.triton.cards import KNOWN, Card
 from lora_ext.backends.triton.regimes import REGIMES, Kernel, Problem
 
-from .grids import GRIDS, Shape
+from . import GRIDS, Shape
 
 # PyTorch's dtype as the model sees it: kind of product, bytes an element.
 DTYPES = {"bf16": ("half", 2), "fp16": ("half", 2), "tf32": ("tf32", 4), "fp32": ("fp32", 4)}
@@ -61,8 +61,8 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
 
     Returns:
         `card`, `direction`, M, K, N, R, `regime`, `tile` ([BLOCK_M, BLOCK_N, BLOCK_K], None for the
-        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (what its cost comes
-        to) and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
+        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (the time that its cost
+        comes to) and whether the library `picked` it. Each regime with the tile it would choose.
 
     """
     kind, size = DTYPES[dtype]

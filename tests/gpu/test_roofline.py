@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from benchmarks import roofline
-from benchmarks.grids import GRIDS, Shape
+from benchmarks import GRIDS, Shape, roofline
 from lora_ext.backends.triton.cards import KNOWN
 from lora_ext.backends.triton.regimes import REGIMES
 

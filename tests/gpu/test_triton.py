@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.grids import GRIDS
+from benchmarks import GRIDS
 from lora_ext.backends import choose
 from lora_ext.backends import triton as backend
 

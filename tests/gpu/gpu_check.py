@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROVIDERS = "linear,reference,compile,addmm,lora_ext,triton,cpp"
 PROVIDERS += ",triton.in_loop,triton.two_launches,triton.decode,triton.torch_base"
 STOP_S = 5.0  # from the interrupt, at which pytest still prints its summary, to the kill
@@ -45,8 +45,7 @@ def stages(out: Path) -> list[Stage]:
     few = "test_every_regime and (two_launches or decode or cpp) and 300 and bfloat16"
 
     def bench(name: str, mode: str, seconds: str, providers: str) -> list[str]:
-        # The largest shapes first: those a run that is cut short should have.
-        command = [*python, "-m", "benchmarks.bench_linear", "--device", "cuda", "--last-first"]
+        command = [*python, "-m", "benchmarks.bench_linear", "--device", "cuda"]
         command += ["--dtype", "bf16", "--mode", mode, "--seconds", seconds]
         return [*command, "--providers", providers, "--json", str(out / f"cuda-bf16-{name}.json")]
 
@@ -141,7 +140,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0]
+        prog="python -m tests.gpu.gpu_check", description=__doc__.partition("\n")[0]
     )
     names = [stage.name for stage in stages(Path())]
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
