@@ -23,7 +23,7 @@ from .forward_launches import (
 )
 from .regimes import Problem
 
-_SUM_PARTS, _SUM_N = 16, 256  # parts of dB a step, elements a program
+_SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
 
 
 class Backward(NamedTuple):
@@ -38,7 +38,7 @@ class Backward(NamedTuple):
     weight: Any  # a Tensor or None
     A: Any  # a Tensor or None
     B: Tensor
-    h: Tensor | None
+    h: Any  # a Tensor or None
     scale: float
     needs: tuple[bool, bool, bool]  # dx, dA, dB
     keep: Tensor | None
@@ -82,6 +82,25 @@ def torch_base(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     return run
 
 
+def addmm(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's products, the low-rank part of dx added to it by the second."""
+    need_dx, need_dA, need_dB = p.needs
+
+    def run(call: Backward) -> Gradients:
+        dy, dtype = call.dy, call.dy.dtype
+        t: Any = dy @ call.B.to(dtype).T if need_dx or need_dA else None
+        dx = dA = dB = None
+        if need_dx:
+            dx = (dy @ call.weight).addmm_(t, call.A.to(dtype).T, alpha=call.scale)
+        if need_dA:
+            dA = reference.product_like(call.A, call.x.T, t).to(call.A.dtype).mul_(call.scale)
+        if need_dB:
+            dB = reference.product_like(call.B, call.h.T, dy).to(call.B.dtype).mul_(call.scale)
+        return dx, dA, dB
+
+    return run
+
+
 def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     """PyTorch's own operators, as backend reference has them."""
 
@@ -100,8 +119,7 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 class PassOverDy:
     """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in Shrink, until there is a program for each SM. A part of dB is laid out as
-    dB is.
+    N is split, like K in Shrink. A part of dB is laid out as dB is.
     """
 
     def __init__(self, call: Backward, p: Problem, card: Card):
@@ -113,6 +131,8 @@ class PassOverDy:
         in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
         self.splits = cards.splits(card, blocks_m * blocks_r, N, tile.block_n)
+        # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
+        self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
         self.t_shape = (self.splits, M, R)
         self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
         self.dB_strides = empty_like_factor(call.B).stride()
@@ -133,7 +153,7 @@ class PassOverDy:
         """Launch it for a call of the planned sizes, if anything is asked of it."""
         t = b = h = parts = None
         if self.want_t:
-            t = torch.empty(self.t_shape, dtype=torch.float32, device=call.dy.device)
+            t = torch.empty(self.t_shape, dtype=self.t_dtype, device=call.dy.device)
             b = self.rounded(call.B)
         if self.parts:
             shape = (self.parts, *call.B.shape)
@@ -152,7 +172,7 @@ class Finish:
     ):
         M, K, N, R = p.M, p.K, p.N, p.R
         self.need_dx, self.need_dA, self.need_dB = p.needs
-        strip = cards.strip_tile(card)
+        strip = cards.strip_tile(card, p.kind)
         programs = _programs(p, tile, strip, in_parts=first.parts > 0)
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,

@@ -157,6 +157,17 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     return run
 
 
+def addmm(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's products, the low-rank one added to y by the second: few microseconds of host."""
+
+    def run(call: Forward) -> tuple[Tensor, Tensor]:
+        h = call.x @ call.A.to(call.x.dtype)
+        y = F.linear(call.x, call.weight, call.bias)
+        return y.addmm_(h, call.B.to(y.dtype), alpha=call.scale), h
+
+    return run
+
+
 def plain(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """PyTorch's own operators, as backend reference has them."""
 
