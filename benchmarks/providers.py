@@ -19,7 +19,7 @@ import lora_ext
 from lora_ext import testing
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
-from lora_ext.backends.triton.regimes import DIRECTIONS, Problem
+from lora_ext.backends.triton.regimes import REGIMES, Problem
 from lora_ext.call import Call, LowRank, Weight
 from lora_ext.dropout import draw_keep, pack_bits
 
@@ -230,11 +230,12 @@ def _regime(name: str) -> Callable[[Case], Step]:
             kind_of(case.x.dtype),
             case.x.element_size(),
             case.A.element_size(),
+            descriptors=False,
             masked=case.dropout > 0,
         )
-        if not DIRECTIONS["forward"][name].tiles(problem, card_of(case.x.device)):
+        if not REGIMES["forward"][name].tiles(problem, card_of(case.x.device)):
             raise Unavailable(f"regime {name} does not take these sizes in {case.x.dtype}")
-        forced = {"forward": name, "backward": name if name in DIRECTIONS["backward"] else None}
+        forced = {"forward": name, "backward": name if name in REGIMES["backward"] else None}
 
         def run() -> tuple[Tensor, ...]:
             with regime(**forced):
@@ -287,5 +288,5 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}
-PROVIDERS |= {f"triton.{name}": _regime(name) for name in DIRECTIONS["forward"]}
+PROVIDERS |= {f"triton.{name}": _regime(name) for name in REGIMES["forward"]}
 DEFAULT = ("linear", "reference", "lora_ext")

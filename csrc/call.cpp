@@ -176,6 +176,8 @@ Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
   call.K = call.x.size(1);
   call.N = plain ? call.weight.data.size(0) : call.low.B.size(1);
   call.R = call.low.A.size(1);
+  STD_TORCH_CHECK(call.R > 0, "A must have shape (in_features, rank) with rank at least 1, got ",
+                  text_of(call.low.A.sizes, 2));
   if (weight.has_value()) check_weight(checks, call.weight, call.N, call.K);
   if (bias.has_value()) {
     STD_TORCH_CHECK(weight.has_value(), "bias must be None where weight is None");

@@ -8,7 +8,7 @@ from benchmarks.bench_linear import Gate
 from benchmarks.providers import PROVIDERS, Unavailable
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
-from lora_ext.backends.triton.regimes import DIRECTIONS
+from lora_ext.backends.triton.regimes import REGIMES
 from tests.conftest import small_call
 
 pytestmark = pytest.mark.skipif(
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = ["triton", "cpp"]  # backends with kernels of their own
-WAYS = [*KERNELS, *(f"triton.{name}" for name in DIRECTIONS["forward"])]
+WAYS = [*KERNELS, *(f"triton.{name}" for name in REGIMES["forward"])]
 SHAPES = [Shape(16, 4096, 4096, 16), Shape(1000, 1024, 2048, 64), Shape(300, 1000, 777, 12)]
 GIB = 2**30
 
