@@ -13,7 +13,14 @@ from .. import reference
 from . import cards
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card, Tile
-from .forward_launches import Launch, base_operands, bits_of, split_scale, strides
+from .forward_launches import (
+    Launch,
+    base_operands,
+    bits_of,
+    loop_factor,
+    split_scale,
+    strides,
+)
 from .regimes import Problem
 
 _SUM_PARTS, _SUM_N = 16, 256  # parts of dB a step, elements a program
@@ -29,7 +36,7 @@ class Backward(NamedTuple):
     dy: Tensor
     x: Any  # a Tensor or None
     weight: Any  # a Tensor or None
-    A: Tensor
+    A: Any  # a Tensor or None
     B: Tensor
     h: Tensor | None
     scale: float
@@ -107,6 +114,7 @@ class PassOverDy:
         self.parts = blocks_m if need_dB and in_parts else 0
         self.splits = cards.splits(card, blocks_m * blocks_r, N, tile.block_n)
         self.t_shape = (self.splits, M, R)
+        self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
         self.dB_strides = empty_like_factor(call.B).stride()
         self.kernel = Launch(
             lora_linear_bwd_dy_kernel,
@@ -116,7 +124,7 @@ class PassOverDy:
             **dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r),
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_d", "mn", call.dy.stride()),
-            **strides("stride_b", "rn", call.B.stride() if self.want_t else None),
+            **strides("stride_b", "rn", strides_b if self.want_t else None),
             **strides("stride_g", "rn", self.dB_strides),
             **card.product_options(p.kind, call.B.dtype),
         )
@@ -126,7 +134,7 @@ class PassOverDy:
         t = b = h = parts = None
         if self.want_t:
             t = torch.empty(self.t_shape, dtype=torch.float32, device=call.dy.device)
-            b = call.B
+            b = self.rounded(call.B)
         if self.parts:
             shape = (self.parts, *call.B.shape)
             parts = torch.empty(shape, dtype=torch.float32, device=call.dy.device)
@@ -156,10 +164,12 @@ class Finish:
             **strides("stride_d", "mn", call.dy.stride()),
             **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
             **strides("stride_x", "mk", call.x.stride() if call.x is not None else None),
-            **strides("stride_g", "kr", empty_like_factor(call.A).stride()),
+            **strides(
+                "stride_g", "kr", empty_like_factor(call.A).stride() if self.need_dA else None
+            ),
             **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
-            **card.product_options(p.kind, call.A.dtype),
+            **card.product_options(p.kind, call.B.dtype),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
             BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),

@@ -44,7 +44,7 @@ def run_forward(call: Forward) -> tuple[Tensor, Tensor]:
     x, weight, bias, A, B, _, keep = call
     key = (
         x.shape, x.stride(), x.dtype, x.device, weight.shape[0], weight.stride(), A.shape[1],
-        A.stride(), A.dtype, B.stride(), bias is None, keep is None or keep.dtype,
+        A.stride(), A.dtype, B.stride(), B.dtype, bias is None, keep is None or keep.dtype,
         (x.data_ptr() | weight.data_ptr()) % 16, kind_of(x.dtype),
         _forced["forward"], _forced["descriptors"],
     )  # fmt: skip
@@ -55,13 +55,21 @@ def run_backward(call: Backward) -> Gradients:
     """Return (dx, dA, dB), None where `needs` does not ask."""
     dy, x, weight, A, B, _, _, needs, keep = call
     key = (
-        dy.shape, dy.stride(), dy.dtype, dy.device, A.shape, A.stride(), A.dtype, B.stride(),
+        dy.shape, dy.stride(), dy.dtype, dy.device, B.shape, B.stride(), B.dtype,
+        None if A is None else (A.shape, A.stride(), A.dtype),
         None if x is None else x.stride(), None if weight is None else weight.stride(), needs,
         keep is None or keep.dtype,
         (dy.data_ptr() | (0 if weight is None else weight.data_ptr())) % 16, kind_of(dy.dtype),
         _forced["backward"], _forced["descriptors"],
     )  # fmt: skip
     return (_plans.get(key) or _plan(key, call, backward_problem(call)))(call)
+
+
+def words_of(keep: Tensor | None, K: int) -> Tensor | None:
+    """Return dropout's bits (M, ceil(K / 8)) in 32-bit words where a row is whole words."""
+    if keep is None or K % 32 or keep.data_ptr() % 4:
+        return keep
+    return keep.view(torch.int32)
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -83,8 +91,8 @@ def forward_problem(call: Forward) -> Problem:
 def backward_problem(call: Backward) -> Problem:
     """Return what the choice of a regime depends on."""
     dy, _, weight, A, B, _, _, needs, keep = call
-    (M, N), (K, R) = dy.shape, A.shape
-    sizes = kind_of(dy.dtype), dy.element_size(), A.element_size()
+    (M, N), R, K = dy.shape, B.shape[0], 1 if A is None else A.shape[0]
+    sizes = kind_of(dy.dtype), dy.element_size(), B.element_size()
     described = weight is not None and (describable(weight) or describable(weight.T))
     described = described and describable(dy)
     return Problem(M, K, N, R, *sizes, False, described, keep is not None, needs)
