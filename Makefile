@@ -33,7 +33,7 @@ readme-results: install
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results
 gpu-check: $(if $(NO_VENV),,install)
-	$(if $(NO_VENV),$(PYTHON),$(RUN)) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
+	$(if $(NO_VENV),$(PYTHON),$(RUN)) -m tests.gpu.gpu_check --out "$(OUT)" $(ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import arguments
-from .cases import flops
-from .grids import Shape
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, ratio
+from . import Shape, flops, writable
+from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, ratio
 
 Cells = dict[Shape, dict[str, Row]]
 # Told apart on white by most kinds of colour vision, and by their markers.
@@ -184,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", type=arguments.earlier_run, metavar="FILE.json")
-    parser.add_argument("--out", type=arguments.writable, default=Path("bench.png"))
+    parser.add_argument("runs", nargs="+", type=earlier_run, metavar="FILE.json")
+    parser.add_argument("--out", type=writable, default=Path("bench.png"))
     args = parser.parse_args(argv)
     try:
         titles = draw([run for run in args.runs if run["rows"]], args.out)

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from lora_ext.backends.triton import regimes
 from lora_ext.backends.triton.cards import KNOWN, Card
-from lora_ext.backends.triton.regimes import DIRECTIONS, Kernel, Problem
+from lora_ext.backends.triton.regimes import REGIMES, Kernel, Problem
 
-from .grids import GRIDS, Shape
+from . import GRIDS, Shape
 
 # PyTorch's dtype as the model sees it: kind of product, bytes an element.
 DTYPES = {"bf16": ("half", 2), "fp16": ("half", 2), "tf32": ("tf32", 4), "fp32": ("fp32", 4)}
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [
         row
         for card in args.cards
-        for direction in DIRECTIONS
+        for direction in REGIMES
         for shape in GRIDS["cuda"]["standard"]
         for row in estimate(shape, card, args.dtype, direction)
     ]
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=200)
     for card in args.cards:
-        for direction in DIRECTIONS:
+        for direction in REGIMES:
             console.print(_table(rows, card, args.dtype, direction))
     console.print(
         "* picked by the library   MB moved / GFLOP / floor in µs; estimated, not measured"
@@ -61,15 +61,15 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
 
     Returns:
         `card`, `direction`, M, K, N, R, `regime`, `tile` ([BLOCK_M, BLOCK_N, BLOCK_K], None for the
-        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (the time that its cost comes to)
-        and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
+        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (the time that its cost
+        comes to) and whether the library `picked` it. Each regime with the tile it would choose.
 
     """
     kind, size = DTYPES[dtype]
     p = Problem(*shape, kind, size, size, has_bias=direction == "forward")
     c = KNOWN[card]
     picked = regimes.candidates(direction, p.bucketed(), c)[0]
-    for name, regime in DIRECTIONS[direction].items():
+    for name, regime in REGIMES[direction].items():
         ways = [(regime.cost(p, tile, c), tile) for tile in regime.tiles(p, c)]
         if not ways:
             continue
@@ -101,7 +101,7 @@ def floor_us(kernels: list[Kernel], card: Card, kind: str) -> float:
 
 def _table(rows: Sequence[dict[str, Any]], card: str, dtype: str, direction: str) -> Table:
     table = Table(title=f"{KNOWN[card].name}, {dtype}, {direction}", title_justify="left")
-    columns = tuple(DIRECTIONS[direction])
+    columns = tuple(REGIMES[direction])
     table.add_column("M,K,N,R", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

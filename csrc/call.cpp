@@ -31,6 +31,22 @@ std::string device_text(int32_t type, int32_t index) {
   return index < 0 ? name : std::string(name) + ":" + std::to_string(index);
 }
 
+int64_t element_bytes(const Operand& operand) {
+  switch (operand.dtype) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Double:
+      return 8;
+    default:
+      return static_cast<int64_t>(operand.tensor->element_size());
+  }
+}
+
 // Checks arguments against the first, x or dy: its device and its dtype.
 class Checks {
  public:
@@ -152,7 +168,7 @@ void check_memory(const char* name, const Operand& operand) {
   }
   LORA_EXT_CHECK(aoti_torch_get_storage_offset(operand.tensor->get(), &first));
   LORA_EXT_CHECK(aoti_torch_get_storage_size(operand.tensor->get(), &held));
-  const int64_t bytes = (first + reach) * static_cast<int64_t>(operand.tensor->element_size());
+  const int64_t bytes = (first + reach) * element_bytes(operand);
   STD_TORCH_CHECK(held >= bytes, name, "'s memory must hold the ", bytes,
                   " bytes that its sizes and strides reach, got ", held,
                   " bytes: its storage was freed or shrunk");
@@ -176,6 +192,8 @@ Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
   call.K = call.x.size(1);
   call.N = plain ? call.weight.data.size(0) : call.low.B.size(1);
   call.R = call.low.A.size(1);
+  STD_TORCH_CHECK(call.R > 0, "A must have shape (in_features, rank) with rank at least 1, got ",
+                  text_of(call.low.A.sizes, 2));
   if (weight.has_value()) check_weight(checks, call.weight, call.N, call.K);
   if (bias.has_value()) {
     STD_TORCH_CHECK(weight.has_value(), "bias must be None where weight is None");

@@ -29,6 +29,7 @@ SCHEMAS = {
 
 def fwd_fake(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
     """Shapes of linear_fwd: y (M, N) and h (M, R)."""
+    _require_device_of(x, weight=weight, bias=bias, A=A, B=B, keep=keep)
     M = x.shape[0]
     return x.new_empty(M, B.shape[1]), x.new_empty(M, A.shape[1])
 
@@ -37,6 +38,7 @@ def bwd_fake(
     dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
 ) -> tuple[Tensor, ...]:
     """Shapes of linear_bwd: a gradient has the shape of its argument, or no elements."""
+    _require_device_of(dy, x=x, weight=weight, A=A, B=B, h=h, keep=keep)
     M, N = dy.shape
     dx = dy.new_empty(M, A.shape[0]) if needs[0] else dy.new_empty(0)
     dweight = dy.new_empty(N, x.shape[1]) if needs[1] else dy.new_empty(0)
@@ -44,6 +46,13 @@ def bwd_fake(
     dA = empty_like_factor(A) if needs[3] else dy.new_empty(0)
     dB = empty_like_factor(B) if needs[4] else dy.new_empty(0)
     return dx, dweight, dbias, dA, dB
+
+
+def _require_device_of(first: Tensor, **others: Tensor | None) -> None:
+    # Of tensors on a CPU and one on meta the dispatcher takes the shape rule, and not a kernel.
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name} must be on device {first.device}, got {tensor.device}")
 
 
 def empty_like_factor(factor: Tensor) -> Tensor:

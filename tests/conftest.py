@@ -50,13 +50,15 @@ class Backend:
 
     @property
     def linear(self) -> Linear:
-        """`lora_linear` with this backend asked for by name; skips a dtype it does not take."""
+        """`lora_linear` with this backend asked for by name; skips what it refuses."""
         asked = linear_of(self.name)
 
-        def linear(x, *arguments, **masked):
-            if self.name == "triton" and x.dtype == torch.float64:
-                pytest.skip("the Triton kernels leave float64 to the reference")
-            return asked(x, *arguments, **masked)
+        def linear(x, weight, bias, A, B, alpha, *, keep=None):
+            base = None if weight is None else Weight(weight)
+            call = Call(x, base, bias, LowRank(A, B, alpha, keep))
+            if (reason := BACKENDS[self.name].unsupported(call)) is not None:
+                pytest.skip(f"{self.name} {reason}")  # test_backends.py holds what it may refuse
+            return asked(x, weight, bias, A, B, alpha, keep=keep)
 
         return linear
 
@@ -156,12 +158,21 @@ with contextlib.suppress(AttributeError, OSError):  # another libc
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Fill what at::empty hands out with NaN: an element that nobody writes shows."""
+    with poisoned_memory():
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Have at::empty give NaN, without what `use_deterministic_algorithms` imports: inductor."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

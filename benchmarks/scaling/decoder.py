@@ -18,8 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_ext
-from benchmarks.finetune import plain
-from lora_ext import LinearWithLoRA
+from lora_ext import LinearWithLoRA, testing
 from lora_ext.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from lora_ext.inject import linears
 
@@ -61,9 +60,9 @@ class PlainLinearWithLoRA(LinearWithLoRA):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(linear, rank, alpha)
-        self.lora = plain.LoRALayer(linear.in_features, linear.out_features, rank, alpha)
+        self.lora = testing.LoRALayer(linear.in_features, linear.out_features, rank, alpha)
 
-    forward = plain.LinearWithLoRA.forward
+    forward = testing.LinearWithLoRA.forward
 
 
 class RMSNorm(nn.Module):

@@ -7,8 +7,6 @@
 // - strips of ours, the low-rank part as R more steps of the summed dimension: one pass over y;
 // - PyTorch's GEMM makes the whole base product first, and a pass over row blocks of y adds the
 //   low-rank part.
-#include <optional>
-
 #include "cpu/low_rank.h"
 #include "operators.h"
 
@@ -30,7 +28,7 @@ class Forward {
         shrink_(matrix<T>(call.x), bits_of(call.low.keep), call.low.A, false),
         hidden_(shrink_.by_library() ? Hidden<T>::of(read_only(h_view_))
                                      : Hidden<T>::sums(call.M, call.R, &h)) {
-    if (call.bias) dense_bias_.emplace(torch::stable::contiguous(*call.bias.tensor));
+    if (call.bias) bias_ = dense_bias();
   }
 
   void run() const {
@@ -72,15 +70,21 @@ class Forward {
 
   Leg<A> low_leg(const Packed<A>& B) const { return {hidden_.left(), B.right(), call_.low.scale}; }
 
-  const T* bias() const {
-    return dense_bias_ ? static_cast<const T*>(dense_bias_->const_data_ptr()) : nullptr;
+  // The bias without gaps, in place or copied.
+  const T* dense_bias() {
+    const auto* data = static_cast<const T*>(call_.bias.data());
+    const int64_t step = call_.bias.stride(0);
+    if (step == 1) return data;
+    bias_copy_ = Scratch<T>(call_.N);
+    for (int64_t j = 0; j < call_.N; ++j) bias_copy_.get()[j] = data[j * step];
+    return bias_copy_.get();
   }
 
   void by_dots() const {
     const int64_t M = call_.M, K = call_.K, N = call_.N;
     const Packed<A> B = B_factor();
     const Leg<A> low = low_leg(B);
-    const Out<T> y = {y_view_, bias()};
+    const Out<T> y = {y_view_, bias_};
     const View<const T> weight = matrix<T>(call_.weight.data);
     Scratch<A> copy;
     const View<const A> x = widened(matrix<T>(call_.x), &copy);
@@ -97,7 +101,7 @@ class Forward {
   void by_strips() const {
     const Packed<A> B = B_factor();
     const Leg<A> low = low_leg(B);
-    const Out<T> y = {y_view_, bias()};
+    const Out<T> y = {y_view_, bias_};
     if (!call_.weight.data) return wide_product<T, A>({&low, 1}, y);
     const Leg<A> legs[] = {low,
                            {Left<A>(matrix<T>(call_.x)),
@@ -107,7 +111,7 @@ class Forward {
 
   void onto_library() const {
     const Tensor weight_t = transposed(*call_.weight.data.tensor);
-    if (dense_bias_) {
+    if (call_.bias) {
       addmm_out(*call_.bias.tensor, *call_.x.tensor, weight_t, 1, 1, y_);
     } else {
       mm_out(*call_.x.tensor, weight_t, y_);
@@ -131,7 +135,8 @@ class Forward {
   const View<T> y_view_, h_view_;
   const Shrink<T> shrink_;
   const Hidden<T> hidden_;
-  std::optional<Tensor> dense_bias_;
+  Scratch<T> bias_copy_;
+  const T* bias_ = nullptr;
 };
 
 }  // namespace

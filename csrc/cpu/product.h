@@ -5,6 +5,8 @@
 // number of threads alone, so the same inputs give the same bits.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -105,9 +107,11 @@ class Cursor {
   const int64_t width_;
   const bool keeps_blocks_, looks_ahead_;
   const int64_t block_cols_;  // all, or so few that both they and the next ones stay in cache
-  Scratch<P> packed_, copy_;
+  const Scratch<P> packed_, copy_;
   int64_t rows_packed_ = 0;
 };
+
+inline constexpr size_t kMostLegs = 8;
 
 // The product, for the tiles of one thread.
 template <typename T, typename P = Acc<T>>
@@ -117,9 +121,8 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
   const bool masked = legs[0].keep.data != nullptr;
   const bool in_place = std::is_same_v<T, A> && out.to.col_stride == 1 && !(masked && out.add);
   const Scratch<A> tile(in_place ? 0 : tile_rows * cols);
-  std::vector<Cursor<P>> cursors;
-  cursors.reserve(legs.size());
-  for (const Leg<P>& leg : legs) cursors.emplace_back(leg);
+  std::array<std::optional<Cursor<P>>, kMostLegs> cursors;
+  for (size_t i = 0; i < legs.size(); ++i) cursors[i].emplace(legs[i]);
   for (int64_t row = 0; row < out.to.rows; row += kStripRows) {
     const int64_t rows = std::min(kStripRows, out.to.rows - row);
     const View<T> to = out.to.block(row, 0, rows, cols);
@@ -134,7 +137,7 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
       }
     }
     for (size_t i = 0; i < legs.size(); ++i) {
-      cursors[i].add_to(row, rows, sum, ld, addend);
+      cursors[i]->add_to(row, rows, sum, ld, addend);
       if (legs[i].keep.data != nullptr) {
         blocks().storage<A>().keep(legs[i].keep.from(row, 0), {sum, rows, cols, ld, 1});
       }

@@ -12,7 +12,7 @@ constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) 
 // many parts for each thread as for the others, but no more parts than have `least` each.
 constexpr int64_t even_part(int64_t size, int64_t most, int64_t least, int64_t multiple,
                             int64_t threads) {
-  int64_t parts = std::max<int64_t>(ceil_div(size, most), 1);
+  int64_t parts = std::max<int64_t>(ceil_div(size, std::max<int64_t>(most, 1)), 1);
   const int64_t even = ceil_div(parts, threads) * threads;
   parts = std::max(parts, std::min(even, size / least));
   return std::max<int64_t>(ceil_div(ceil_div(size, parts), multiple), 1) * multiple;

@@ -1,14 +1,13 @@
-"""The static roofline: bytes, FLOPs and floors that can be worked out by hand, and what is picked."""
+"""The static roofline: bytes, FLOPs and floors worked out by hand, and what is picked."""
 
 import json
 import random
 
 import pytest
 
-from benchmarks import roofline
-from benchmarks.grids import GRIDS, Shape
+from benchmarks import GRIDS, Shape, roofline
 from lora_ext.backends.triton.cards import KNOWN
-from lora_ext.backends.triton.regimes import DIRECTIONS
+from lora_ext.backends.triton.regimes import REGIMES
 
 LARGE = Shape(8192, 4096, 4096, 16)
 
@@ -54,7 +53,7 @@ def test_no_shape_moves_more_than_the_plain_layer():
         M, K, N, R = (max(1, int(2 ** draw.uniform(0, most))) for most in (15, 15, 15, 9))
         shape = Shape(M, K, N, R)
         card, dtype = draw.choice(list(KNOWN)), draw.choice(list(roofline.DTYPES))
-        for direction in DIRECTIONS:
+        for direction in REGIMES:
             ways = list(roofline.estimate(shape, card, dtype, direction))
             plain = next(way for way in ways if way["regime"] == "plain")
             (picked,) = (way for way in ways if way["picked"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.grids import GRIDS
+from benchmarks import GRIDS
 from lora_ext.backends import choose
 from lora_ext.backends import triton as backend
 
@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from lora_ext.backends.triton import cards, forward_launches, regimes, tuning
 from lora_ext.backends.triton.backward_launches import Backward
 from lora_ext.backends.triton.forward_launches import Forward
-from lora_ext.backends.triton.regimes import DIRECTIONS, Problem
+from lora_ext.backends.triton.regimes import REGIMES, Problem
 from lora_ext.call import Call, LowRank, Weight
 from tests.gpu.codegen import specialisation
 
@@ -127,7 +127,7 @@ def test_the_choice_never_moves_more_bytes_than_the_plain_layer(family, shape):
     card = next(c for c in cards.KNOWN.values() if c.family == family)
     for kind, size in (("half", 2), ("tf32", 4), ("fp32", 4)):
         p = Problem(*shape, kind, size, size)
-        for direction, names in DIRECTIONS.items():
+        for direction, names in REGIMES.items():
             best = regimes.candidates(direction, p, card)[0]
             ours = names[best.name].cost(p, best.tile, card)
             plain = names["plain"].cost(p, best.tile, card)
@@ -158,13 +158,13 @@ def test_every_regime_has_its_launches():
         ("forward", tuning.forward_launches),
         ("backward", tuning.backward_launches),
     ):
-        assert all(callable(getattr(module, name)) for name in DIRECTIONS[direction])
+        assert all(callable(getattr(module, name)) for name in REGIMES[direction])
 
 
 def test_cost_of_a_known_case():
     """H100, 8192 x 4096 x 4096, R=16: 275 GFLOP in 397 us at 0.7 of the peak."""
     p = Problem(8192, 4096, 4096, 16)
-    linear, *rest = DIRECTIONS["forward"]["plain"].cost(p, cards.delta_tile(H100), H100)
+    linear, *rest = REGIMES["forward"]["plain"].cost(p, cards.delta_tile(H100), H100)
     assert linear.flops == 2 * 8192 * 4096 * 4096
     assert linear.bytes == 2 * (2 * 8192 * 4096 + 4096 * 4096 + 4096)
     assert linear.time_us(H100, "half") == pytest.approx(397 + 3, rel=0.01)
@@ -183,9 +183,7 @@ def forward_of(M, K, N, R=16, scale=0.5, dtype=torch.bfloat16) -> Forward:
 def backward_of(M, K, N, R=16, scale=0.5, needs=(True, True, True)) -> Backward:
     f = forward_of(M, K, N, R)
     dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
-    return Backward(
-        dy, f.x, f.weight if needs[0] else None, f.A, f.B, h, scale, needs, None
-    )
+    return Backward(dy, f.x, f.weight if needs[0] else None, f.A, f.B, h, scale, needs, None)
 
 
 def choice_of(call: Forward | Backward) -> tuning.Choice:
@@ -203,14 +201,14 @@ def specialisations(monkeypatch, M, K, N, scale=0.5, R=16) -> list:
         found.append((kernel.__name__, specialisation("sm_90", kernel, arguments)))
 
     monkeypatch.setattr(forward_launches, "launch", record)
-    for name, regime in DIRECTIONS["forward"].items():
+    for name, regime in REGIMES["forward"].items():
         call = forward_of(16 if name == "decode" else M, K, N, R, scale)
         p = tuning.forward_problem(call)
         if name != "plain":
             tuning.planned("forward", name, call, p, regime.tiles(p, H100)[0], H100)(call)
     back = backward_of(M, K, N, R, scale)
     p = tuning.backward_problem(back)
-    for name, regime in DIRECTIONS["backward"].items():
+    for name, regime in REGIMES["backward"].items():
         if name != "plain":
             tuning.planned("backward", name, back, p, regime.tiles(p, H100)[0], H100)(back)
     return found
@@ -243,7 +241,7 @@ def test_backward_launches_only_what_needs_asks_for(monkeypatch, needs, expected
     asked = tuple(needs == name for name in ("dx", "dA", "dB"))
     call = backward_of(8192, 4096, 4096, needs=asked)
     p = tuning.backward_problem(call)
-    tile = DIRECTIONS["backward"]["two_launches"].tiles(p, H100)[0]
+    tile = REGIMES["backward"]["two_launches"].tiles(p, H100)[0]
     gradients = tuning.planned("backward", "two_launches", call, p, tile, H100)(call)
     assert [g is not None for g in gradients] == list(asked)
     assert [
@@ -399,6 +397,8 @@ def test_family_of_an_unlisted_capability_asks_no_more_than_it_has():
 
 
 def test_an_unknown_regime_is_named():
-    with pytest.raises(ValueError, match="backward must be one of two_launches, torch_base, plain, got"):
+    with pytest.raises(
+        ValueError, match="backward must be one of two_launches, torch_base, plain, got"
+    ):
         with backend.regime(backward="in_loop"):
             pass

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from lora_ext.backends.triton import cards, forward_launches, tuning
 from lora_ext.backends.triton.backward_launches import Backward
 from lora_ext.backends.triton.forward_launches import Forward
-from lora_ext.backends.triton.regimes import DIRECTIONS
+from lora_ext.backends.triton.regimes import REGIMES
 from tests.gpu import codegen
 
 BASE_KERNELS = (
@@ -102,7 +102,7 @@ def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], objec
 
 def ways(direction, call, p, card) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and what runs a call, for every regime and tile that launches kernels."""
-    for name, regime in DIRECTIONS[direction].items():
+    for name, regime in REGIMES[direction].items():
         for tile in regime.tiles(p, card) if name != "plain" else ():
             run = tuning.planned(direction, name, call, p, tile, card)
             yield tile_label(tile), partial(run, call)

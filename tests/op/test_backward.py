@@ -11,8 +11,8 @@ from tests.conftest import Backend
 from tests.op.test_backends import named
 
 CASE = Case((37,), 96, 160, 8)
-# Each gradient alone, each two, all but each one, all: what is computed or saved hangs on two of them
-# or on one that is missing. The other subsets refuse no wrong kernel that these let pass.
+# Each gradient alone, each two, all but each one, all: what is computed or saved hangs on two of
+# them or on one that is missing. The other subsets refuse no wrong kernel that these let pass.
 SOME_NEEDS = [n for n in product((False, True), repeat=5) if any(n) and sum(n) != 3]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import simulate
+from benchmarks.scaling import simulate
 from benchmarks.scaling.decoder import DecoderShape, adapted_decoder, lay_out
 from benchmarks.scaling.trace import DIMENSIONS, LAYERS, Trace, Traffic, simulate_step, trace_step
 from tests.processes import run_cases

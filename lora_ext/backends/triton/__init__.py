@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from ...call import Call, LowRank, Weight
 from ...ops import define
 from .. import reference
-from .regimes import DIRECTIONS
+from .regimes import REGIMES
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (Tensor, Parameter)
@@ -104,8 +104,8 @@ def regime(
 
     """
     for direction, name in (("forward", forward), ("backward", backward)):
-        if name is not None and name not in DIRECTIONS[direction]:
-            names = ", ".join(DIRECTIONS[direction])
+        if name is not None and name not in REGIMES[direction]:
+            names = ", ".join(REGIMES[direction])
             raise ValueError(f"{direction} must be one of {names}, got {name!r}")
     forced = _tuning()._forced
     before = dict(forced)
@@ -124,9 +124,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return run(x, weight.data, bias, A, B, scale, keep=keep)
 
 
-def backward(
-    dy: Tensor, call: Call, h: Tensor | None, needs: _Needs
-) -> tuple[Tensor | None, ...]:
+def backward(dy: Tensor, call: Call, h: Tensor | None, needs: _Needs) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
     data = None if weight is None else weight.data
@@ -141,7 +139,7 @@ def _forward(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tupl
         return reference.forward(Call(x, Weight(weight), bias, LowRank(A, B, scale, keep)))
     tuning = _tuning()
     bias = None if bias is None else bias.contiguous()
-    keep = None if keep is None else tuning.words_of(keep, x.shape[1])
+    keep = None if keep is None else tuning.forward_launches.words_of(keep, x.shape[1])
     with _current(x.device):
         return tuning.run_forward(tuning.Forward(x, weight, bias, A, B, scale, keep))
 
@@ -166,7 +164,7 @@ def _backward(
         h.contiguous() if need_dB else None,
         scale,
         (need_dx, need_dA, need_dB),
-        None if keep is None else tuning.words_of(keep, A.shape[0]),
+        None if keep is None else tuning.forward_launches.words_of(keep, A.shape[0]),
     )
     with _current(dy.device):
         dx, dA, dB = tuning.run_backward(call)

@@ -46,8 +46,8 @@ def lora_linear_bwd_dy_kernel(
     """t[s] = dy[:, part s] @ b[:, part s].T and dB_parts[i] = h[rows i].T @ dy[rows i] at once.
 
     dy (M, N), b (R, N), h (M, R) contiguous, t (splits, M, R) and dB_parts
-    (cdiv(M, BLOCK_M), R, N) float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M, ranks j * BLOCK_R, part s
-    of N. Float32 accumulators.
+    (cdiv(M, BLOCK_M), R, N) float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M,
+    ranks j * BLOCK_R, part s of N. Float32 accumulators.
     """
     pid_m = tl.program_id(0)
     m0 = pid_m * BLOCK_M
@@ -68,9 +68,7 @@ def lora_linear_bwd_dy_kernel(
             t_tile = tl.dot(dy_tile, b_tile.T, t_tile, input_precision=PRECISION)
         if WANT_DB:
             dB_tile = tl.dot(h_tile.T, dy_tile, input_precision=PRECISION)
-            store_tile(
-                part, dB_tile, r0, n0, R, N, stride_gr, stride_gn, BLOCK_R, BLOCK_N
-            )
+            store_tile(part, dB_tile, r0, n0, R, N, stride_gr, stride_gn, BLOCK_R, BLOCK_N)
     if WANT_T:
         t_part = t + s.to(tl.int64) * M * R
         store_tile(t_part, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
@@ -227,7 +225,8 @@ def strip_product(
 def sum_parts(parts, out, scale, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_N: tl.constexpr):
     """Compute SUM_N elements of out = scale * sum of parts (count, R, N), in a fixed order.
 
-    Float32; out is laid out as a part is. SUM_PARTS parts a step: independent loads, where one a step would wait for each.
+    Float32; out is laid out as a part is. SUM_PARTS parts a step: independent loads, where one a
+    step would wait for each.
     """
     size = tl.cast(N, tl.int64) * R
     offs = pid.to(tl.int64) * SUM_N + tl.arange(0, SUM_N)

@@ -1,4 +1,4 @@
-"""The launches of a backward, a function for each regime, planned once as in forward_launches.py."""
+"""The launches of a backward, a function for each regime: planned as in forward_launches.py."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ class Backward(NamedTuple):
     """
 
     dy: Tensor
-    x: Tensor | None
-    weight: Tensor | None
+    x: Any  # a Tensor or None
+    weight: Any  # a Tensor or None
     A: Tensor
     B: Tensor
     h: Tensor | None
@@ -83,8 +83,8 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
         weight = None if call.weight is None else Weight(call.weight)
         need_dx, need_dA, need_dB = call.needs
         needs = (need_dx, False, False, need_dA, need_dB)
-        of_reference = Call(call.x, weight, None, low)
-        dx, _, _, dA, dB = reference.backward(call.dy, of_reference, call.h, needs)
+        as_of_reference = Call(call.x, weight, None, low)
+        dx, _, _, dA, dB = reference.backward(call.dy, as_of_reference, call.h, needs)
         return dx, dA, dB
 
     return run
@@ -93,8 +93,8 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 class PassOverDy:
     """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in forward_launches.Shrink, until there is a program for each SM. A part of dB is laid
-    out as dB is.
+    N is split, like K in Shrink, until there is a program for each SM. A part of dB is laid out as
+    dB is.
     """
 
     def __init__(self, call: Backward, p: Problem, card: Card):
@@ -154,8 +154,8 @@ class Finish:
             **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
             **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
             **strides("stride_d", "mn", call.dy.stride()),
-            **strides("stride_w", "nk", call.weight.stride() if self.need_dx else None),
-            **strides("stride_x", "mk", call.x.stride() if self.need_dA else None),
+            **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
+            **strides("stride_x", "mk", call.x.stride() if call.x is not None else None),
             **strides("stride_g", "kr", empty_like_factor(call.A).stride()),
             **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),

@@ -1,4 +1,4 @@
-"""What the kernels share: tile order, loads and stores, dropout's mask, products, the low-rank epilogue.
+"""What the kernels share: tile order, loads, stores, dropout's mask, products, the epilogue.
 
 M rows, K in, N out, R rank; a tile is (BLOCK_M, BLOCK_N) of the result. R is a constant, and so are
 A's strides, which follow from it: loads of A and h are then as wide as R allows. Offsets are
@@ -81,9 +81,7 @@ def store_tile(
 
 
 @triton.jit
-def keep_only(
-    tile, keep, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
+def keep_only(tile, keep, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Return the tile at (row, col) of a matrix (rows, cols) with zeros where `keep`'s bit is 0.
 
     `keep` is None, for the tile as it is, or (rows, cdiv(cols, BITS)) words, contiguous: the bit of
@@ -92,7 +90,9 @@ def keep_only(
     if keep is not None:
         BITS: tl.constexpr = keep.dtype.element_ty.primitive_bitwidth
         words = tl.cdiv(cols, BITS)
-        word = load_tile(keep, row, col // BITS, rows, words, words, 1, BLOCK_ROWS, BLOCK_COLS // BITS)
+        word = load_tile(
+            keep, row, col // BITS, rows, words, words, 1, BLOCK_ROWS, BLOCK_COLS // BITS
+        )
         bits = (word[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
         tile = tl.where(tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS)) != 0, tile, 0.0)
     return tile

@@ -64,8 +64,9 @@ def lora_linear_fwd_kernel(
     if BASE_DONE:
         acc = load_tile(y, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N).to(tl.float32)
     else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = base_product(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, m0, n0, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+            acc, x, w, m0, n0, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, W_TRANSPOSED,
         )  # fmt: skip
     acc = low_rank_part(

@@ -88,9 +88,7 @@ def two_launches(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         parts = shrink(call)
         x, w = operands(call.x, call.weight.T)
         scale, power = split_scale(call.scale, y.dtype)
-        finish(
-            x=x, w=w, bias=call.bias, b=call.B, h=parts, h_out=h, y=y, scale=scale, power=power
-        )
+        finish(x=x, w=w, bias=call.bias, b=call.B, h=parts, h_out=h, y=y, scale=scale, power=power)
         return y, h
 
     return run
@@ -215,7 +213,10 @@ def _tiles(M: int, N: int, tile: Tile) -> int:
 
 
 def _base_strides(call: Forward) -> dict[str, int]:
-    w, b = strides("stride_w", "kn", call.weight.T.stride()), strides("stride_b", "rn", call.B.stride())
+    w, b = (
+        strides("stride_w", "kn", call.weight.T.stride()),
+        strides("stride_b", "rn", call.B.stride()),
+    )
     return strides("stride_x", "mk", call.x.stride()) | w | b
 
 
@@ -264,8 +265,9 @@ def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
 
 def words_of(keep: Tensor | None, K: int) -> Tensor | None:
     """Return dropout's bits (M, ceil(K / 8)) in 32-bit words where a row is whole words."""
-    whole = keep is not None and K % 32 == 0 and keep.data_ptr() % 4 == 0
-    return keep.view(torch.int32) if whole else keep
+    if keep is None or K % 32 or keep.data_ptr() % 4:
+        return keep
+    return keep.view(torch.int32)
 
 
 def bits_of(keep: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The regimes: the ways to run a forward or a backward, with the tiles and the cost of each.
 
-One table, REGIMES. A new regime is an entry there and a function of its name in
+One table, REGIMES. A new regime is an entry there, and a function of its name in
 forward_launches.py or backward_launches.py. Nothing here imports Triton.
 
 Cost: each tensor's bytes count once for each kernel that reads or writes it. A kernel takes the
@@ -19,6 +19,20 @@ from .cards import Card, Tile
 # without the paired-SM instructions that cuBLAS has.
 GEMM_EFFICIENCY = {"sm_100": 0.7}
 DEFAULT_EFFICIENCY = 0.95
+
+
+class Bytes(NamedTuple):
+    """Bytes of a call's tensors; h is t in a backward, `parts` its float32 sum."""
+
+    x: int
+    weight: int
+    y: int
+    bias: int
+    h: int
+    A: int
+    B: int
+    parts: int
+    keep: int
 
 
 @dataclass(frozen=True)
@@ -48,19 +62,14 @@ class Problem:
     masked: bool = False
     needs: tuple[bool, bool, bool] = (True, True, True)
 
-    def bytes(self, rows: int, cols: int) -> int:
-        """Return the bytes of a matrix in x's dtype."""
-        return rows * cols * self.size
-
     @property
-    def adapters(self) -> tuple[int, int]:
-        """Bytes of A and of B."""
-        return self.K * self.R * self.adapter_size, self.N * self.R * self.adapter_size
-
-    @property
-    def mask(self) -> int:
-        """Bytes of dropout's bits."""
-        return self.M * ceil(self.K / 8) * self.masked
+    def bytes(self) -> "Bytes":
+        """The bytes of each tensor."""
+        M, K, N, R, size = self.M, self.K, self.N, self.R, self.size
+        x, weight, y = M * K * size, N * K * size, M * N * size
+        A, B = K * R * self.adapter_size, R * N * self.adapter_size
+        bias, keep = N * size * self.has_bias, M * ceil(K / 8) * self.masked
+        return Bytes(x, weight, y, bias, M * R * size, A, B, 4 * M * R, keep)
 
     def bucketed(self) -> "Problem":
         """Return it with M rounded up to the power of two, at least 16, that it is chosen by."""
@@ -110,121 +119,115 @@ def decode_splits(p: Problem, tile: Tile, card: Card) -> int:
     return splits
 
 
-def _linear(p: Problem) -> Kernel:
-    moved = p.bytes(p.M, p.K) + p.bytes(p.N, p.K) + p.bytes(p.M, p.N) + p.bytes(1, p.N) * p.has_bias
-    return Kernel(moved, 2 * p.M * p.N * p.K)
-
-
-def _shrink(p: Problem) -> Kernel:
-    """h = (keep * x) @ A, its parts in float32."""
-    moved = p.bytes(p.M, p.K) + p.mask + p.adapters[0] + p.M * p.R * 4
-    return Kernel(moved, 2 * p.M * p.K * _padded(p.R))
-
-
-def _base(p: Problem, tile: Tile, card: Card, moved: int, summed: int, cols: int) -> Kernel:
-    """A base product of ours (M, cols) over `summed`, which moves `moved` bytes beside weight."""
-    tiles = ceil(p.M / tile.block_m) * ceil(cols / tile.block_n)
-    flops = tiles * 2 * tile.block_m * tile.block_n * summed
-    efficiency = GEMM_EFFICIENCY.get(card.family, DEFAULT_EFFICIENCY)
-    return Kernel(p.bytes(p.N, p.K) + moved, flops, tiles, efficiency)
-
-
 def _padded(R: int) -> int:
     return cards.block_r(R, 1 << 30)
 
 
-def _casts(p: Problem) -> list[Kernel]:
-    if p.adapter_size == p.size:
-        return []
-    return [Kernel(n * p.R * (p.size + p.adapter_size), 0) for n in (p.K, p.N)]
+def _linear(p: Problem) -> Kernel:
+    x, weight, y, bias = p.bytes[:4]
+    return Kernel(x + weight + y + bias, 2 * p.M * p.N * p.K)
+
+
+def _shrink(p: Problem) -> Kernel:
+    """Shrink x to h = (keep * x) @ A, in float32."""
+    of = p.bytes
+    return Kernel(of.x + of.keep + of.A + of.parts, 2 * p.M * p.K * _padded(p.R))
+
+
+def _base(p: Problem, tile: Tile, card: Card, moved: int, summed: int, cols: int) -> Kernel:
+    """A base product of ours (M, cols) over `summed`, which moves `moved` bytes."""
+    tiles = ceil(p.M / tile.block_m) * ceil(cols / tile.block_n)
+    flops = tiles * 2 * tile.block_m * tile.block_n * summed
+    return Kernel(moved, flops, tiles, GEMM_EFFICIENCY.get(card.family, DEFAULT_EFFICIENCY))
 
 
 def _in_loop(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    moved = p.bytes(p.M, p.K) + p.mask + sum(p.adapters) + p.bytes(1, p.N) * p.has_bias
-    moved += p.bytes(p.M, p.N) + p.bytes(p.M, p.R)
+    moved = sum(p.bytes) - p.bytes.parts
     base = _base(p, tile, card, moved, p.K, p.N)
     h_flops = base.tiles * 2 * tile.block_m * _padded(p.R) * p.K
     return [replace(base, flops=base.flops + h_flops)]
 
 
 def _two_launches(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    moved = p.bytes(p.M, p.K) + p.bytes(1, p.N) * p.has_bias + p.adapters[1]
-    moved += p.M * p.R * 4 + p.bytes(p.M, p.R) + p.bytes(p.M, p.N)
+    of = p.bytes
+    moved = of.x + of.weight + of.bias + of.B + of.parts + of.h + of.y
     return [_shrink(p), _base(p, tile, card, moved, p.K, p.N)]
 
 
 def _torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    h = p.M * p.R * 4 + p.bytes(p.M, p.R)
-    delta = Kernel(h + p.adapters[1] + 2 * p.bytes(p.M, p.N), 2 * p.M * _padded(p.R) * p.N)
+    of = p.bytes
+    delta = Kernel(of.parts + of.h + of.B + 2 * of.y, 2 * p.M * _padded(p.R) * p.N)
     return [_linear(p), _shrink(p), delta]
 
 
 def _decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
-    splits = splits or decode_splits(p, tile, card)
+    splits, of = splits or decode_splits(p, tile, card), p.bytes
     parts = splits * p.M * (p.N + p.R) * 4
-    base = _base(p, tile, card, p.bytes(p.M, p.K) + p.mask + p.adapters[0] + parts, p.K, p.N)
-    moved = parts + p.adapters[1] + p.bytes(1, p.N) * p.has_bias + p.bytes(p.M, p.N + p.R)
-    return [replace(base, tiles=base.tiles * splits), Kernel(moved, 2 * p.M * _padded(p.R) * p.N)]
+    moved = of.x + of.keep + of.weight + of.A + parts
+    base = _base(p, tile, card, moved, p.K, p.N)
+    sums = Kernel(parts + of.B + of.bias + of.y + of.h, 2 * p.M * _padded(p.R) * p.N)
+    return [replace(base, tiles=base.tiles * splits), sums]
 
 
 def _plain_forward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """F.linear; x @ A; h @ B; scale * d; y + d; and first the casts of wider adapters, the mask."""
-    y, x, h = p.bytes(p.M, p.N), p.bytes(p.M, p.K), p.bytes(p.M, p.R)
-    a, b = p.bytes(p.K, p.R), p.bytes(p.N, p.R)
-    products = [Kernel(x + a + h, 2 * p.M * p.K * p.R), Kernel(h + b + y, 2 * p.M * p.R * p.N)]
-    return _masking(p) + _casts(p) + [_linear(p), *products, Kernel(2 * y, 0), Kernel(3 * y, 0)]
+    """The mask; casts of wider adapters; F.linear; x @ A; h @ B; scale * d; y + d."""
+    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
+    shrink = Kernel(of.x + a + of.h, 2 * p.M * p.K * p.R)
+    expand = Kernel(of.h + b + of.y, 2 * p.M * p.R * p.N)
+    return [*_before(p), _linear(p), shrink, expand, Kernel(2 * of.y, 0), Kernel(3 * of.y, 0)]
 
 
 def _plain_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """Return autograd's kernels for dx, dA and dB of the plain layer.
 
-    dx = dy @ weight; g = scale * dy; t = g @ B.T; dB = h.T @ g; t @ A.T; the sum; dA = x.T @ t; and
-    the casts of dA and dB to wider adapters' dtype, the mask.
+    The mask and casts; g = scale * dy; t = g @ B.T; dB = h.T @ g; then dx = dy @ weight, t @ A.T
+    and their sum; dA = x.T @ t.
     """
-    dy, x, t = p.bytes(p.M, p.N), p.bytes(p.M, p.K), p.bytes(p.M, p.R)
-    a, b = p.bytes(p.K, p.R), p.bytes(p.N, p.R)
-    up, down = 2 * p.M * p.R * p.N, 2 * p.M * p.R * p.K
-    kernels = [Kernel(2 * dy, 0), Kernel(dy + b + t, up), Kernel(dy + t + b, up)]
+    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
+    over_n, over_k = 2 * p.M * p.R * p.N, 2 * p.M * p.R * p.K
+    kernels = [Kernel(2 * of.y, 0), *[Kernel(of.y + b + of.h, over_n)] * 2]
     if p.needs[0]:
-        base = Kernel(dy + p.bytes(p.N, p.K) + x, 2 * p.M * p.N * p.K)
-        kernels += [base, Kernel(t + a + x, down), Kernel(3 * x, 0)]
-    return _masking(p) + _casts(p) + kernels + [Kernel(x + t + a, down)]
+        base = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
+        kernels += [base, Kernel(of.h + a + of.x, over_k), Kernel(3 * of.x, 0)]
+    return [*_before(p), *kernels, Kernel(of.x + of.h + a, over_k)]
 
 
-def _masking(p: Problem) -> list[Kernel]:
-    return [Kernel(2 * p.bytes(p.M, p.K) + p.mask, 0)] if p.masked else []
+def _before(p: Problem) -> list[Kernel]:
+    """What PyTorch's products need first: x masked, A and B in x's dtype."""
+    wider, size = p.adapter_size != p.size, p.size + p.adapter_size
+    casts = [Kernel(n * p.R * size, 0) for n in (p.K, p.N) if wider]
+    return casts + ([Kernel(2 * p.bytes.x + p.bytes.keep, 0)] if p.masked else [])
 
 
 def _pass_over_dy(p: Problem, card: Card) -> tuple[Kernel, int]:
     """Return launch (i) of a backward and the bytes of dB's parts, 0 without."""
-    parts = cards.dB_parts(card, p.kind, p.M, p.R, p.size) * p.R * p.N * 4
-    moved = p.bytes(p.M, p.N) + p.adapters[1] + p.M * p.R * 4
-    moved += p.bytes(p.M, p.R) + parts if parts else 0
+    of, parts = p.bytes, cards.dB_parts(card, p.kind, p.M, p.R, p.size) * p.R * p.N * 4
+    moved = of.y + of.B + of.parts + (of.h + parts if parts else 0)
     return Kernel(moved, 2 * p.M * p.N * _padded(p.R)), parts
 
 
 def _strips(p: Problem, parts: int) -> Kernel:
     """What launch (ii) moves and computes for dA and dB."""
-    moved = p.bytes(p.M, p.K) + p.mask + p.M * p.R * 4 + sum(p.adapters)
-    moved += parts or p.bytes(p.M, p.N + p.R)
+    of = p.bytes
+    moved = of.x + of.keep + of.parts + of.A + of.B + (parts or of.y + of.h)
     return Kernel(moved, 2 * p.M * (p.N + p.K) * _padded(p.R))
 
 
 def _two_launches_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     first, parts = _pass_over_dy(p, card)
-    strips = _strips(p, parts)
+    strips, of = _strips(p, parts), p.bytes
     if not p.needs[0]:
         return [first, strips]
-    moved = p.bytes(p.M, p.N) + p.bytes(p.M, p.K) + p.mask + p.M * p.R * 4 + p.adapters[0]
-    base = _base(p, tile, card, moved + strips.bytes, p.N, p.K)
+    moved = of.y + of.weight + of.parts + of.A + of.x + of.keep + strips.bytes
+    base = _base(p, tile, card, moved, p.N, p.K)
     return [first, replace(base, flops=base.flops + strips.flops)]
 
 
 def _torch_base_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     first, parts = _pass_over_dy(p, card)
-    strips, dx = _strips(p, parts), p.bytes(p.M, p.K)
-    product = Kernel(p.bytes(p.M, p.N) + p.bytes(p.N, p.K) + dx, 2 * p.M * p.N * p.K)
-    delta = 2 * dx + p.mask + p.M * p.R * 4 + p.adapters[0]
+    strips, of = _strips(p, parts), p.bytes
+    product = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
+    delta = 2 * of.x + of.keep + of.parts + of.A
     return [first, product, replace(strips, bytes=strips.bytes + delta)]
 
 
@@ -233,66 +236,61 @@ def _gemm_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return tuple(t for t in cards.gemm_tiles(card, p.kind) if can or not t.descriptors)
 
 
+def _in_loop_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
+    return tuple(t for t in _gemm_tiles(p, card) if p.R <= t.max_r)
+
+
+def _decode_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
+    return cards.decode_tiles(card, p.kind, p.M) if p.M <= card.few_rows else ()
+
+
 def _delta_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return (cards.delta_tile(card),)
+
+
+def _dx_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
+    return _gemm_tiles(p, card) if p.needs[0] else _delta_tiles(p, card)
+
+
+def _delta_tiles_of_dx(p: Problem, card: Card) -> tuple[Tile, ...]:
+    return _delta_tiles(p, card) if p.needs[0] else ()
 
 
 class Regime(NamedTuple):
     """A way to run a forward or a backward.
 
     Attributes:
-        direction: "forward" or "backward": its launches are in forward_launches.py or the other.
-        name: for `backends.triton.regime`, the tuning file and the benchmarks.
         tiles: (problem, card) -> the tiles it can run with, none where it can't run.
         cost: (problem, tile, card) -> its kernels.
 
     """
 
-    direction: str
-    name: str
     tiles: Callable[[Problem, Card], tuple[Tile, ...]]
     cost: Callable[[Problem, Tile, Card], list[Kernel]]
 
 
-REGIMES = (
-    # One launch; each tile accumulates its own h beside the base product.
-    Regime(
-        "forward",
-        "in_loop",
-        lambda p, card: tuple(t for t in _gemm_tiles(p, card) if p.R <= t.max_r),
-        _in_loop,
-    ),
-    # h = x @ A, split over K where rows are few; then the base product with h at hand.
-    Regime("forward", "two_launches", _gemm_tiles, _two_launches),
-    # Two launches with the base product split over K too, for few rows.
-    Regime(
-        "forward",
-        "decode",
-        lambda p, card: cards.decode_tiles(card, p.kind, p.M) if p.M <= card.few_rows else (),
-        _decode,
-    ),
-    # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.
-    Regime("forward", "torch_base", _delta_tiles, _torch_base),
-    # PyTorch's own operators, where every other regime would move more bytes than they do: a rank
-    # beyond the features, over few rows, makes float32 h and t outweigh what a regime saves.
-    Regime("forward", "plain", _delta_tiles, _plain_forward),
-    # t = dy @ B.T and dB's parts; then dx with t at hand, dA, and dB's sum.
-    Regime(
-        "backward",
-        "two_launches",
-        lambda p, card: (_gemm_tiles if p.needs[0] else _delta_tiles)(p, card),
-        _two_launches_backward,
-    ),
-    # dx = dy @ weight by PyTorch between the two; the second then adds scale * t @ A.T to it.
-    Regime(
-        "backward",
-        "torch_base",
-        lambda p, card: _delta_tiles(p, card) if p.needs[0] else (),
-        _torch_base_backward,
-    ),
-    Regime("backward", "plain", _delta_tiles, _plain_backward),
-)
-DIRECTIONS = {d: {r.name: r for r in REGIMES if r.direction == d} for d in ("forward", "backward")}
+REGIMES: dict[str, dict[str, Regime]] = {
+    "forward": {
+        # One launch; each tile accumulates its own h next to the base product.
+        "in_loop": Regime(_in_loop_tiles, _in_loop),
+        # h = x @ A, split over K where rows are few; then the base product with h at hand.
+        "two_launches": Regime(_gemm_tiles, _two_launches),
+        # Two launches with the base product split over K too, for few rows.
+        "decode": Regime(_decode_tiles, _decode),
+        # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.
+        "torch_base": Regime(_delta_tiles, _torch_base),
+        # PyTorch's own operators, where every other regime would move more bytes than they do: a
+        # rank beyond the features, over few rows, makes float32 h and t outweigh what is saved.
+        "plain": Regime(_delta_tiles, _plain_forward),
+    },
+    "backward": {
+        # t = dy @ B.T and dB's parts; then dx with t at hand, dA, and dB's sum.
+        "two_launches": Regime(_dx_tiles, _two_launches_backward),
+        # dx = dy @ weight by PyTorch between the two; the second then adds scale * t @ A.T to it.
+        "torch_base": Regime(_delta_tiles_of_dx, _torch_base_backward),
+        "plain": Regime(_delta_tiles, _plain_backward),
+    },
+}
 
 
 class Candidate(NamedTuple):
@@ -308,12 +306,12 @@ def candidates(direction: str, p: Problem, card: Card) -> list[Candidate]:
 
     Never what moves more bytes than the plain layer.
     """
-    plain = DIRECTIONS[direction]["plain"]
-    most = bytes_of(plain.cost(p, cards.delta_tile(card), card))
+    regimes = REGIMES[direction]
+    most = bytes_of(regimes["plain"].cost(p, cards.delta_tile(card), card))
     found = []
-    for regime in DIRECTIONS[direction].values():
+    for name, regime in regimes.items():
         for tile in regime.tiles(p, card):
             kernels = regime.cost(p, tile, card)
             if bytes_of(kernels) <= most:
-                found.append(Candidate(regime.name, tile, time_us(kernels, card, p.kind)))
+                found.append(Candidate(name, tile, time_us(kernels, card, p.kind)))
     return sorted(found, key=lambda candidate: candidate.time_us)

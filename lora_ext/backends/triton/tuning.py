@@ -25,8 +25,8 @@ from ..._version import __version__
 from . import backward_launches, forward_launches
 from .backward_launches import Backward, Gradients
 from .cards import Card, Tile, card_of
-from .forward_launches import Forward, words_of
-from .regimes import DIRECTIONS, Candidate, Problem, candidates
+from .forward_launches import Forward
+from .regimes import REGIMES, Candidate, Problem, candidates
 
 MEASURED = 4  # candidates, the cheapest by their cost
 _MAX_PLANS = 1024
@@ -74,34 +74,20 @@ def kind_of(dtype: torch.dtype) -> str:
 def forward_problem(call: Forward) -> Problem:
     """Return what the choice of a regime depends on."""
     x, weight, bias, A, B, _, keep = call
-    return Problem(
-        *x.shape,
-        *B.shape[::-1],
-        kind_of(x.dtype),
-        x.element_size(),
-        B.element_size(),
-        has_bias=bias is not None,
-        masked=keep is not None,
-        descriptors=describable(x) and (describable(weight) or describable(weight.T)),
-    )
+    (M, K), (R, N) = x.shape, B.shape
+    sizes = kind_of(x.dtype), x.element_size(), A.element_size()
+    described = describable(x) and (describable(weight) or describable(weight.T))
+    return Problem(M, K, N, R, *sizes, bias is not None, described, keep is not None)
 
 
 def backward_problem(call: Backward) -> Problem:
     """Return what the choice of a regime depends on."""
     dy, _, weight, A, B, _, _, needs, keep = call
+    (M, N), (K, R) = dy.shape, A.shape
+    sizes = kind_of(dy.dtype), dy.element_size(), A.element_size()
     described = weight is not None and (describable(weight) or describable(weight.T))
-    return Problem(
-        dy.shape[0],
-        A.shape[0],
-        *B.shape[::-1],
-        kind_of(dy.dtype),
-        dy.element_size(),
-        A.element_size(),
-        has_bias=False,
-        masked=keep is not None,
-        descriptors=described and describable(dy),
-        needs=needs,
-    )
+    described = described and describable(dy)
+    return Problem(M, K, N, R, *sizes, False, described, keep is not None, needs)
 
 
 def describable(matrix: Tensor) -> bool:
@@ -148,7 +134,7 @@ def choose(direction: str, call: Forward | Backward, p: Problem, card: Card) -> 
     disk; else measured; else, where the call may not measure, the cheapest by its cost.
     """
     forced = _forced[direction]
-    if forced is not None and (tiles := DIRECTIONS[direction][forced].tiles(p, card)):
+    if forced is not None and (tiles := REGIMES[direction][forced].tiles(p, card)):
         wanted = _forced["descriptors"]
         return forced, next((t for t in tiles if wanted in (None, t.descriptors)), tiles[0])
     bucket = p.bucketed()
@@ -199,9 +185,7 @@ def _measure(
     """
     try:
         run = planned(direction, candidate.name, call, p, candidate.tile, card)
-        return triton.testing.do_bench(
-            lambda: run(call), warmup=5, rep=20, return_mode="median"
-        )
+        return triton.testing.do_bench(lambda: run(call), warmup=5, rep=20, return_mode="median")
     except Exception as error:
         _LOG.warning("%s %s by %s can't run here: %s", direction, p, candidate, error)
         return None

@@ -1,13 +1,13 @@
-"""Say what a CPU takes at least for the shapes of a run, and how near each provider came.
+"""Print a lower bound on each shape's time on this CPU, and how near each provider came.
 
-    floor = the longer of FLOPs / GEMM rate and bytes / read rate, plus the host's time for a call
+    bound = the longer of FLOPs / GEMM rate and bytes / read rate, plus the host's time for a call
 
 The GEMM rate is the best that PyTorch reaches here on square matrices of the run's dtype, the read
 rate that of a sum over as many bytes as the weight has. FLOPs are those of the adapted layer,
 bytes those of the weight, once a product. The host's time is that of PyTorch's least operator on
 one element, for forward and backward as an autograd step: the thread that pays it is the one that
 computes. No layer of this arithmetic can take less on this machine unless its GEMM beats that
-rate, so plain / floor is the most that plain / ours can come to.
+rate, so plain / bound is the most that plain / ours can come to.
 """
 
 import argparse
@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import arguments
-from .cases import DTYPES, flops
-from .grids import Shape
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, geometric_mean, wide_console
+from . import DTYPES, Shape, flops, positive
+from .report import (
+    FLOOR,
+    OURS,
+    PLAIN,
+    Row,
+    by_shape,
+    earlier_run,
+    geometric_mean,
+    wide_console,
+)
 from .timing import cpu_timer, interleave, summarize
 
 GEMM_SIZES = (256, 384, 512, 768, 1024)
@@ -46,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{max(reads.values()):.1f} GB/s, a call takes {1e3 * host:.1f} us; times of the run, on "
         f"{header['device']}"
     )
-    floors = {shape: floor_ms(shape, rows[0]["mode"], dtype, rate, reads, host) for shape in cells}
-    console.print(_table(cells, floors))
+    bounds = {shape: bound_ms(shape, rows[0]["mode"], dtype, rate, reads, host) for shape in cells}
+    console.print(_table(cells, bounds))
     return 0
 
 
@@ -79,7 +86,7 @@ def host_ms(mode: str, budget_s: float) -> float:
     return _ms(lambda: torch.autograd.grad(x.neg(), x, dy), budget_s)
 
 
-def floor_ms(
+def bound_ms(
     shape: Shape,
     mode: str,
     dtype: torch.dtype,
@@ -109,22 +116,22 @@ def _ms(run: Any, budget_s: float) -> float:
     return summarize(interleave({"": cpu_timer(run)}, budget_s)[""]).p20
 
 
-def _table(cells: dict[Shape, dict[str, Row]], floors: dict[Shape, float]) -> Table:
+def _table(cells: dict[Shape, dict[str, Row]], bounds: dict[Shape, float]) -> Table:
     columns = [
-        ("plain / floor", PLAIN, None),
+        ("plain / bound", PLAIN, None),
         ("plain / ours", PLAIN, OURS),
-        ("floor / linear", None, FLOOR),
+        ("bound / linear", None, FLOOR),
         ("ours / linear", OURS, FLOOR),
-        ("ours / floor", OURS, None),
+        ("ours / bound", OURS, None),
     ]
-    table = Table("M,K,N,R", "floor ms", *(name for name, _, _ in columns))
+    table = Table("M,K,N,R", "bound ms", *(name for name, _, _ in columns))
     means: list[list[float]] = [[] for _ in columns]
     for shape, by_name in cells.items():
-        times = {name: row["ms_median"] for name, row in by_name.items()} | {None: floors[shape]}
+        times = {name: row["ms_median"] for name, row in by_name.items()} | {None: bounds[shape]}
         ratios = [times[over] / times[under] for _, over, under in columns]
         for values, ratio in zip(means, ratios, strict=True):
             values.append(ratio)
-        table.add_row(str(shape), f"{floors[shape]:.3g}", *(f"{ratio:.2f}" for ratio in ratios))
+        table.add_row(str(shape), f"{bounds[shape]:.3g}", *(f"{ratio:.2f}" for ratio in ratios))
     table.add_section()
     table.add_row("geometric mean", "", *(f"{geometric_mean(values):.2f}" for values in means))
     return table
@@ -132,13 +139,13 @@ def _table(cells: dict[Shape, dict[str, Row]], floors: dict[Shape, float]) -> Ta
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.floor", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.lower_bound", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "run", type=arguments.earlier_run, metavar="FILE", help="a bench_linear --json of this CPU"
+        "run", type=earlier_run, metavar="FILE", help="a bench_linear --json of this CPU"
     )
     parser.add_argument(
-        "--seconds", type=arguments.positive(float), default=1.0, help="for each rate (default 1)"
+        "--seconds", type=positive(float), default=1.0, help="for each rate (default 1)"
     )
     args = parser.parse_args(argv)
     if args.run["rows"][0]["device"] != "cpu":

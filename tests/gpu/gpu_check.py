@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
-# Benchmarks name what may be compared; h_first waits for other programs, so it runs by itself.
+ROOT = Path(__file__).parents[2]
 PROVIDERS = "linear,reference,compile,addmm,lora_ext,triton,cpp"
 PROVIDERS += ",triton.in_loop,triton.two_launches,triton.decode,triton.torch_base"
 STOP_S = 5.0  # from the interrupt, at which pytest still prints its summary, to the kill
@@ -35,7 +34,7 @@ class Stage(NamedTuple):
 
 
 def stages(out: Path) -> list[Stage]:
-    """Return what is run, in order: 535 s at most."""
+    """Return what is run, in order: 500 s at most."""
     python = [sys.executable, "-u"]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
     workers = ["-n", "12"] if find_spec("xdist") else []
@@ -46,22 +45,19 @@ def stages(out: Path) -> list[Stage]:
     few = "test_every_regime and (two_launches or decode or cpp) and 300 and bfloat16"
 
     def bench(name: str, mode: str, seconds: str, providers: str) -> list[str]:
-        # The largest shapes first: those a run that is cut short should have.
-        command = [*python, "-m", "benchmarks.bench_linear", "--device", "cuda", "--last-first"]
+        command = [*python, "-m", "benchmarks.bench_linear", "--device", "cuda"]
         command += ["--dtype", "bf16", "--mode", mode, "--seconds", seconds]
         return [*command, "--providers", providers, "--json", str(out / f"cuda-bf16-{name}.json")]
 
     return [
         Stage("build", 60, [*python, "setup.py", "-q", "build_ext", "--inplace"], "pybind11"),
         Stage("report", 20, [*python, "-m", "lora_ext"]),
-        Stage("cuda tests", 75, [*cuda, "-k", "not h_first", *workers], "pytest"),
+        Stage("cuda tests", 75, [*cuda, *workers], "pytest"),
         Stage("fwd", 105, bench("fwd", "fwd", "1.5", PROVIDERS), "rich"),
         Stage("fwd_bwd", 125, bench("fwd_bwd", "fwd_bwd", "2", PROVIDERS), "rich"),
         Stage("cpp suite", 35, [*pytest, *suite, "--backends", "cpp"], "pytest"),
-        Stage("suite", 55, [*pytest, *suite, "-k", "not h_first and not cpp"], "pytest"),
+        Stage("suite", 55, [*pytest, *suite, "-k", "not cpp"], "pytest"),
         Stage("sanitizer", 25, [*sanitizer, *cuda, "-k", few], "compute-sanitizer"),
-        Stage("h_first tests", 15, [*cuda, "-k", "h_first"], "pytest"),
-        Stage("h_first", 20, bench("h_first", "fwd", "0.5", "linear,triton.h_first"), "rich"),
     ]
 
 
@@ -144,7 +140,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0]
+        prog="python -m tests.gpu.gpu_check", description=__doc__.partition("\n")[0]
     )
     names = [stage.name for stage in stages(Path())]
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")

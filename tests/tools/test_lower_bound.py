@@ -1,12 +1,11 @@
-"""The floor of a CPU run: what it reckons with, and what it refuses."""
+"""The lower bound of a CPU run: what it is computed from, and what it refuses."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import floor
-from benchmarks.grids import Shape
+from benchmarks import Shape, lower_bound
 
 SHAPE = Shape(64, 32, 48, 4)
 
@@ -26,34 +25,34 @@ def run_file(tmp_path):
     return path
 
 
-def test_floor_is_the_longer_of_flops_and_bytes():
+def test_the_bound_is_the_longer_of_flops_and_bytes():
     reads = {32 * 48 * 4: 1e-3}  # GB/s
     flops = 2 * 64 * 32 * 48 + 2 * 64 * 4 * (32 + 48)
-    by_flops = floor.floor_ms(SHAPE, "fwd", torch.float32, 1e-3, reads, host=0.25)
+    by_flops = lower_bound.bound_ms(SHAPE, "fwd", torch.float32, 1e-3, reads, host=0.25)
     assert by_flops == pytest.approx(flops / 1e-3 / 1e6 + 0.25)
-    by_bytes = floor.floor_ms(SHAPE, "fwd_bwd", torch.float32, 1e9, reads, host=0)
+    by_bytes = lower_bound.bound_ms(SHAPE, "fwd_bwd", torch.float32, 1e9, reads, host=0)
     assert by_bytes == pytest.approx(2 * 32 * 48 * 4 / 1e-3 / 1e6)
 
 
 def test_table_has_the_ratios_of_the_run(run_file, capsys, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(floor, "gemm_gflops", lambda *_: 1e-3)
-    monkeypatch.setattr(floor, "read_gbs", lambda *_: 1e9)
-    monkeypatch.setattr(floor, "host_ms", lambda *_: 5.0)
-    assert floor.main([str(run_file)]) == 0
+    monkeypatch.setattr(lower_bound, "gemm_gflops", lambda *_: 1e-3)
+    monkeypatch.setattr(lower_bound, "read_gbs", lambda *_: 1e9)
+    monkeypatch.setattr(lower_bound, "host_ms", lambda *_: 5.0)
+    assert lower_bound.main([str(run_file)]) == 0
     torch.set_num_threads(threads)
     line = next(line for line in capsys.readouterr().out.splitlines() if "64,32,48,4" in line)
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    floor_ms = (2 * 64 * 32 * 48 + 2 * 64 * 4 * 80) / 1e3 + 5
-    want = [4 / floor_ms, 4 / 3, floor_ms / 2, 3 / 2, 3 / floor_ms]
-    assert cells[1] == f"{floor_ms:.3g}"
+    bound_ms = (2 * 64 * 32 * 48 + 2 * 64 * 4 * 80) / 1e3 + 5
+    want = [4 / bound_ms, 4 / 3, bound_ms / 2, 3 / 2, 3 / bound_ms]
+    assert cells[1] == f"{bound_ms:.3g}"
     assert cells[2:] == [f"{ratio:.2f}" for ratio in want]
 
 
 def test_rates_are_of_this_machine():
-    assert 0.01 < floor.gemm_gflops(torch.float32, 0.01) < 1e5
-    assert 0.01 < floor.read_gbs(2**20, 0.01) < 1e5
-    assert 0 < floor.host_ms("fwd", 0.01) < floor.host_ms("fwd_bwd", 0.01) < 100
+    assert 0.01 < lower_bound.gemm_gflops(torch.float32, 0.01) < 1e5
+    assert 0.01 < lower_bound.read_gbs(2**20, 0.01) < 1e5
+    assert 0 < lower_bound.host_ms("fwd", 0.01) < lower_bound.host_ms("fwd_bwd", 0.01) < 100
 
 
 @pytest.mark.parametrize(
@@ -69,5 +68,5 @@ def test_a_run_that_does_not_fit_is_named(run_file, capsys, change, message):
     run["rows"][0] |= change
     run_file.write_text(json.dumps(run))
     with pytest.raises(SystemExit):
-        floor.main([str(run_file)])
+        lower_bound.main([str(run_file)])
     assert message in capsys.readouterr().err
