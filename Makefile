@@ -7,7 +7,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-long bench readme-results gpu-check lint wheel wheel-check clean
+.PHONY: install demo test test-long mutants bench readme-results gpu-check lint wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,10 @@ test-long: install
 	for isa in $(ISAS); do LORA_EXT_CPU_ISA=$$isa LORA_EXT_EXAMPLES=$(EXAMPLES) \
 	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
 	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
+
+# Faults made by rule; fails if one survives. ARGS="--parts files,call --count 40 --seed 1".
+mutants: install
+	$(RUN) -m tests.tools.mutants $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
