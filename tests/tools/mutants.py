@@ -2,9 +2,9 @@
 
     python -m tests.tools.mutants --parts files,call --count 40 --seed 0
 
-works on a copy of the tree. A part is some sources and the tests that have to catch a fault in them;
-C++ is compiled again for each. A survivor is printed with its line: either a test is missing, or the
-line makes no difference, and then it can go.
+works on a copy of the tree. A part is some sources and the tests that have to catch a fault in
+them; C++ is compiled again for each. A survivor is printed with its line: either a test is missing,
+or the line makes no difference, and then it can go.
 """
 
 import argparse
