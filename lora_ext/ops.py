@@ -96,7 +96,7 @@ def _pack_keep_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
-_LIBRARY = define("lora_ext")
+LIBRARY = define("lora_ext")
 # On the CPU: a weight in panels, and dropout's mask as bits, drawn from a seed's hash (dropout.py,
 # keep_mask) or packed from a mask of bytes.
 for _schema, _fake in (
@@ -104,5 +104,5 @@ for _schema, _fake in (
     ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
 ):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"lora_ext::{_schema.split('(')[0]}", _fake, lib=_LIBRARY)
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lora_ext::{_schema.split('(')[0]}", _fake, lib=LIBRARY)
