@@ -61,8 +61,8 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
 
     Returns:
         `card`, `direction`, M, K, N, R, `regime`, `tile` ([BLOCK_M, BLOCK_N, BLOCK_K], None for the
-        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (the time that its cost
-        comes to) and whether the library `picked` it. Each regime with the tile it would choose.
+        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (what its cost comes
+        to) and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
 
     """
     kind, size = DTYPES[dtype]

@@ -111,8 +111,8 @@ BACKEND_MUTANTS = {
         H.replace("A.to", "(A * (torch.arange(A.shape[1]) < max(A.shape[1] - 1, 1))).to"),
     ),
     "dA_of_a_transposed_A_in_its_order": (
-        "(right.T @ left.T).T if",
-        "(right.T @ left.T).reshape(len(left), -1) if",
+        "return (right.T @ left.T).T",
+        "return (right.T @ left.T).reshape(len(left), -1)",
     ),
     "mask_forgotten_in_h": (H, "h = x @ A.to(x.dtype)"),
     "mask_forgotten_in_dx": (DX_LOW, "dx = scale * (t @ A.to(dy.dtype).T)"),
@@ -151,7 +151,7 @@ def test_one_percent_is_refused_in_bfloat16_too():
 
 
 SAVED_H = "h if need_dB else None, keep"
-GRADIENTS = """dx = _with_shape(dx, ctx.x_shape)
+GRADIENTS = """dx = with_shape(dx, x_shape)
         return dx, dweight, dbias, dA, dB,"""
 FUNCTIONAL_MUTANTS = {
     "x_not_saved": ("keeps_x = need_dA or need_dweight", "keeps_x = need_dweight"),
@@ -160,9 +160,9 @@ FUNCTIONAL_MUTANTS = {
     "y_saved_for_h": (SAVED_H, "y if need_dB else None, keep"),
     "gradients_swapped": (GRADIENTS, GRADIENTS.replace("dA, dB", "dB, dA")),
     "dbias_lost": (GRADIENTS, GRADIENTS.replace("dbias", "None")),
-    "scale_not_kept": ("ctx.x_shape = scale,", "ctx.x_shape = 1.0,"),
+    "scale_not_kept": ("ctx.call = (x.shape, scale,", "ctx.call = (x.shape, 1.0,"),
     "mask_not_saved": (SAVED_H, "h if need_dB else None, None"),
-    "dropout_not_scaled": ("low.scale * scale_of(dropout), keep", "low.scale, keep"),
+    "dropout_not_scaled": ("scale * scale_of(dropout), draw", "scale, draw"),
 }
 
 
