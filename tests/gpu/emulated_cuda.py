@@ -21,8 +21,8 @@ EMULATOR = ROOT / "tests/gpu/emulator"
 KERNELS = ["csrc/cuda/kernels.cu"]
 EMULATION = ["tests/gpu/emulator/emulator.cpp"]
 OPERATORS = [
-    "csrc/lora_linear.cpp",
-    "csrc/cuda/lora_linear_cuda.cpp",
+    "csrc/call.cpp",
+    "csrc/cuda/linear.cpp",
     "tests/gpu/emulator/register.cpp",
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
@@ -84,7 +84,7 @@ def hopper() -> Iterator[None]:
 
 def pytest_configure() -> None:
     """Once conftest.py is there, add the variant to what the tests run over."""
-    from .conftest import VARIANTS, Backend
+    from tests.conftest import VARIANTS, Backend
 
     VARIANTS["cpp"] = [Backend("cpp", "hopper", hopper)]
 

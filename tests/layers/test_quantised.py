@@ -186,17 +186,15 @@ def test_low_rank_part_alone_has_the_gradients_asked_for(lead, needs):
             torch.testing.assert_close(mine, other)
 
 
-def test_low_rank_part_alone_keeps_little_and_derives_once():
+def test_low_rank_part_alone_keeps_little():
     inputs = make_inputs(DELTA.but(lead=(64,)))
     tensors = [inputs[n].detach().requires_grad_() for n in ("x", "A", "B")]
     given, saved = {t.data_ptr() for t in tensors}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = lora_delta(*tensors, 1.7)
+        lora_delta(*tensors, 1.7)
     assert [t.shape for t in saved if t.data_ptr() not in given] == [(64, 3)]  # h
     assert torch.autograd.gradcheck(lambda *t: lora_delta(*t, 1.7), tensors)
-    (dx,) = torch.autograd.grad(y.square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    assert torch.autograd.gradgradcheck(lambda *t: lora_delta(*t, 1.7), tensors)
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
