@@ -7,7 +7,8 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-all bench readme-results gpu-check lint wheel wheel-check clean
+.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel \
+  wheel-check clean
 
 install: $(INSTALLED)
 
@@ -35,6 +36,22 @@ test test-all: install
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp -k "not hopper or many_blocks or tile or threads"
+
+# Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
+EXAMPLES ?= 5000
+SECONDS_OF_SOAK ?= 3600
+ISAS ?= avx512 avx2 baseline
+test-long: install
+	$(RUN) -m tests.files.corruptions --cases $(EXAMPLES)
+	$(RUN) -m tests.files.faults --kills 50
+	LORA_EXT_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/files/test_patterns.py tests/layers/test_state_machine.py
+	for isa in $(ISAS); do LORA_EXT_CPU_ISA=$$isa LORA_EXT_EXAMPLES=$(EXAMPLES) \
+	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
+	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
+
+# Faults made by rule; fails if one survives. ARGS="--parts files,call --count 40 --seed 1".
+mutants: install
+	$(RUN) -m tests.tools.mutants $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)

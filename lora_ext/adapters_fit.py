@@ -143,7 +143,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 def _differs(key: str, what: str, want: object, got: object) -> str:
-    return f"{quoted(key)} must have {what} {want}, the file has {quoted(got)}"
+    # A shape holds the rank, which is the file's, too.
+    return f"{quoted(key, 80)} must have {what} {quoted(want, 60)}, the file has {quoted(got, 60)}"
 
 
 def _memory(tensor: Tensor) -> object:

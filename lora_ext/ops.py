@@ -88,8 +88,21 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-_LIBRARY = define("lora_ext")
-_LIBRARY.define(
-    "pack_weight(Tensor weight, bool transposed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-torch.library.register_fake("lora_ext::pack_weight", _pack_fake, lib=_LIBRARY)
+def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
+def _pack_keep_fake(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
+
+
+LIBRARY = define("lora_ext")
+# On the CPU: a weight in panels, and dropout's mask as bits, drawn from a seed's hash (dropout.py,
+# keep_mask) or packed from a mask of bytes.
+for _schema, _fake in (
+    ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
+    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lora_ext::{_schema.split('(')[0]}", _fake, lib=LIBRARY)

@@ -104,6 +104,7 @@ VARIANTS: dict[str, list[Backend]] = {
             },
             "decode": {"forward": "decode"},
             "torch_base": {"forward": "torch_base", "backward": "torch_base"},
+            "addmm": {"forward": "addmm", "backward": "addmm"},
         }.items()
     ],
 }

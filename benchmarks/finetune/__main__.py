@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         require("transformers", "rich", "matplotlib")
         from rich.console import Console
 
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+        width = None if sys.stdout.isatty() else 110
+        console = Console(highlight=False, width=width, quiet=os.environ.get("RANK", "0") != "0")
         torch.set_num_threads(settings.threads)
         task = TASKS[settings.task](settings)
         console.print(f"[bold]{task.title}[/]")

@@ -105,7 +105,7 @@ def rows(results: Sequence[Result], base: Result, task: Task) -> list[list[str]]
         ("time a step, median (ms)", [median(r.step_ms) for r in results], "{:.1f}", by_step),
         ("peak memory of a step (MiB)", [r.peak_mib for r in results], "{:.0f}", memory),
         ("parameters and optimizer a rank (MiB)", [r.rank_mib for r in results], "{:.1f}", ""),
-        (f"largest loss difference to {base.name}", map(gaps.get, by_name), "{:.1e}", ""),
+        (f"loss difference to {base.name}", map(gaps.get, by_name), "{:.1e}", ""),
         ("trainable parameters", [r.trainable for r in results], "{:,}", ""),
         ("  of all", [r.share for r in results], "{:.2%}", ""),
     ):
@@ -140,7 +140,9 @@ def finish(
 
     settings, by_name = task.settings, {result.name: result for result in results}
     plain, ours = by_name[PLAIN], by_name[OURS]
-    table = Table("", *by_name, "plain / ours")
+    table = Table("")
+    for heading in (*by_name, "plain / ours"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cells in rows(results, base, task):
         table.add_row(*cells)
     console.print(table)
@@ -178,8 +180,9 @@ def save_plot(plain: Result, ours: Result, path: Path, title: str) -> None:
         label = f"{run.name}, median {median(run.step_ms):.0f} ms"
         times.plot(steps, run.step_ms, marker, markersize=4, label=label, **style)
     times.set_ylim(0, TOP * median(plain.step_ms))
-    gaps.semilogy(steps, [max(gap, ROUNDING) for gap in differences(plain, ours)], color=GREY)
-    gaps.set_ylim(bottom=ROUNDING)
+    shown = [max(gap, ROUNDING) for gap in differences(plain, ours)]
+    gaps.semilogy(steps, shown, color=GREY)
+    gaps.set_ylim(ROUNDING, max(1e-5, 3 * max(shown)))
     by_step = ratios(plain, ours)
     quotients.plot(steps, by_step, ".", color=GREY)
     quotients.axhline(1, color="black", linewidth=0.8)

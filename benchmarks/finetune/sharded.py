@@ -84,7 +84,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
 def compare_sharded(task: Task, out: Path, console: Any) -> None:
     """Train the plain layer and ours on all ranks, and ours on rank 0, which shows the results."""
     dist.init_process_group("gloo")
-    console.quiet = dist.get_rank() > 0
     seed = task.settings.seed
     base, batches = without_dropout(task.build(seed)), task.batches(seed)
     one = Run(OURS, task, base)
@@ -94,9 +93,9 @@ def compare_sharded(task: Task, out: Path, console: Any) -> None:
     console.print(f"FSDP2 over {dist.get_world_size()} processes (gloo)")
     console.print(conditions(one, task.settings))
     train_and_score([plain, ours], task, batches, seed, console)
-    loss, trained = task.held_out_loss(ours.model), ours.trained()
+    loss, trained, rank = task.held_out_loss(ours.model), ours.trained(), dist.get_rank()
     dist.destroy_process_group()
-    if console.quiet:
+    if rank > 0:
         return
     train_and_score([one], task, batches, seed, console)
     for run in (plain, ours, one):

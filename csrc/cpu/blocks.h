@@ -125,6 +125,15 @@ struct MultiplyOps {
                    Addend<A> addend, Ahead ahead);
 };
 
+// Rows of dropout's mask as bits, (cols + 7) / 8 bytes; bits past the end are 0.
+struct MaskOps {
+  // Drawn: bit k is whether the hash of row ^ columns[k] is at least the threshold.
+  void (*draw)(uint32_t row, const uint32_t* columns, int64_t cols, int32_t threshold,
+               uint8_t* bits);
+  // Packed: bit k is whether the k-th byte, `stride` apart, is not 0.
+  void (*pack)(const uint8_t* mask, int64_t stride, int64_t cols, uint8_t* bits);
+};
+
 struct Blocks {
   const char* name;
   StorageOps<float> float32;
@@ -133,6 +142,7 @@ struct Blocks {
   StorageOps<Float16> float16;
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
+  MaskOps mask;
 
   template <typename T>
   const StorageOps<T>& storage() const;

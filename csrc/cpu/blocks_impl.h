@@ -13,6 +13,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/few_rows_impl.h"
+#include "cpu/mask_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
@@ -295,7 +296,8 @@ constexpr Blocks make_blocks(const char* name) {
           kStorageOps<BFloat16>,
           kStorageOps<Float16>,
           {&multiply<float>},
-          {&multiply<double>}};
+          {&multiply<double>},
+          {&draw_bits, &pack_bits}};
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
-#include <iterator>
 
 #include "cpu/isa.h"
 
@@ -82,12 +81,12 @@ Way by_the_table(const Routes& line, Product product, const Sizes& sizes) {
 }
 
 bool can_go(Way way, Product product, const Sizes& sizes) {
+  if (!goes(way, product)) return false;
   switch (way) {
     case Way::kDots:
-      return product == Product::kY && sizes.dense && !sizes.panels;
+      return sizes.dense && !sizes.panels;
     case Way::kStream:
-      return (product == Product::kDx || product == Product::kShrink) && sizes.dense &&
-             !sizes.panels && !sizes.masked;
+      return sizes.dense && !sizes.panels && !sizes.masked;
     case Way::kLibrary:
       return !sizes.panels && (product == Product::kDx || !sizes.masked);
     default:
@@ -107,9 +106,14 @@ int index_of(const char* what, const std::string& name, const char* const (&name
 
 }  // namespace
 
-const Routes* table(int64_t* lines) {
-  *lines = std::size(kTable);
-  return kTable;
+bool goes(Way way, Product product) {
+  if (way == Way::kDots) return product == Product::kY;
+  if (way == Way::kStream) return product == Product::kDx || product == Product::kShrink;
+  return true;
+}
+
+Product product_named(const std::string& name) {
+  return static_cast<Product>(index_of("product", name, kProductNames));
 }
 
 template <>
@@ -144,8 +148,13 @@ Way way_of(const Routes& line, Product product, const Sizes& sizes) {
 }
 
 void force_way(const std::string& product, const char* way) {
-  Way& to = forced[index_of("product", product, kProductNames)];
-  to = way == nullptr ? kByTheTable : static_cast<Way>(index_of("way", way, kWayNames));
+  const Product of = product_named(product);
+  Way asked = kByTheTable;
+  if (way != nullptr) {
+    asked = static_cast<Way>(index_of("way", way, kWayNames));
+    STD_TORCH_CHECK(goes(asked, of), "way must be one that ", product, " goes, got ", way);
+  }
+  forced[static_cast<int>(of)] = asked;
 }
 
 }  // namespace lora_ext::cpu

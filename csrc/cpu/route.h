@@ -63,7 +63,8 @@ enum class Product : int8_t {
 inline constexpr int kProducts = 6;
 inline constexpr const char* kProductNames[kProducts] = {"y",      "dx",       "shrink",
                                                          "expand", "gradient", "dweight"};
-inline constexpr const char* kWayNames[] = {"strips", "dots", "stream", "library"};
+inline constexpr int kWays = 4;
+inline constexpr const char* kWayNames[kWays] = {"strips", "dots", "stream", "library"};
 
 struct Routes {
   const char* isa;       // Blocks::name
@@ -78,8 +79,7 @@ struct Routes {
   int64_t library_shrink, library_expand, library_gradient;
 };
 
-// The table, and the line of it for this machine and a storage dtype.
-const Routes* table(int64_t* lines);
+// The line of the table for this machine and a storage dtype.
 template <typename T>
 const Routes& routes();
 
@@ -90,6 +90,11 @@ struct Sizes {
   bool dense = true;    // the factor read in place has dense rows
   bool masked = false;  // dropout's mask is on what the product reads
 };
+
+// Whether a product can go a way at all, in some layout.
+bool goes(Way way, Product product);
+// The product of a name. Throws for one that is not known.
+Product product_named(const std::string& name);
 
 // The way that a product takes.
 Way way_of(const Routes& line, Product product, const Sizes& sizes);

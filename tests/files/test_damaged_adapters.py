@@ -1,6 +1,7 @@
 """A damaged adapter file is refused with the reason, and the model is as it was, bit for bit."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -169,6 +170,27 @@ def test_message_shows_little_of_the_file(path, kind):
         message = str(caught.value).replace(str(path), "")
         assert len(message) <= 400 and message.isprintable()
         assert message.count("x") <= 200 + 9 and message.count("9") <= 200
+
+
+def test_huge_ranks_take_no_memory(tmp_path):
+    """A rank that the header claims and the tensors do not have is refused before it costs."""
+    model = base_model()
+    path = tmp_path / "a"
+    metadata = {"format": "lora_ext.adapter", "version": "1", "alpha": "1", "scaling": '"alpha"'}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for rank in (10**8, 10**12, 10**400):
+        tensors = {"head.lora.A": torch.ones(12, 3), "head.lora.B": torch.ones(3, 20)}
+        save_file(tensors, path, metadata | {"rank": str(rank)})
+        with pytest.raises(ValueError, match="lora.A must have shape"):
+            load_adapter(model, path)
+    header = b'{"a.lora.A":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,8]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        load_adapter(model, path)
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        load_adapter(model, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # KiB
 
 
 def test_file_that_fits_another_model_is_refused(path):

@@ -65,6 +65,7 @@ class Inspected(NamedTuple):
     types: str
     rows: int  # of a tile
     wide: int  # 128-bit loads that one step of a base product takes; 0 where none is read
+    waiting: int  # loops that may multiply without loading ahead
     machine: codegen.Machine | str  # or the compiler's complaint
 
     def __str__(self) -> str:
@@ -103,7 +104,7 @@ def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], objec
 def ways(direction, call, p, card) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and what runs a call, for every regime and tile that launches kernels."""
     for name, regime in REGIMES[direction].items():
-        for tile in regime.tiles(p, card) if name != "plain" else ():
+        for tile in regime.tiles(p, card) if name not in ("addmm", "plain") else ():
             run = tuning.planned(direction, name, call, p, tile, card)
             yield tile_label(tile), partial(run, call)
 
@@ -155,10 +156,13 @@ def inspect(family: str, types: str, index: int) -> Inspected:
     machine: codegen.Machine | str
     try:
         compiled = codegen.compile_launch(family, kernel, grid, options)
-        machine = codegen.read(compiled, loops=wide > 0)
+        machine = codegen.read(compiled, loops=DTYPES[types].loops)
     except Exception as error:  # the table shows what any compiler stage says
         machine = f"{type(error).__name__}: {error}"
-    return Inspected(kernel.__name__, tile, types, rows, wide, machine)
+    # The epilogue's loop over ranks, whose operands are small; and dA's strips over a t in parts,
+    # which few rows alone have.
+    waiting = (options["R"] > options["BLOCK_R"]) + (options.get("t_splits", 1) > 1)
+    return Inspected(kernel.__name__, tile, types, rows, wide, waiting, machine)
 
 
 def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
@@ -190,6 +194,8 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"{machine.shared} bytes of shared memory, {shared} there"
     if machine.atomics:  # their order changes from run to run
         yield f"{machine.atomics} atomics"
+    if machine.waiting > row.waiting:
+        yield f"{machine.waiting} loops multiply and load nothing ahead, not {row.waiting}"
     if not row.wide:
         return
     expected = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(family, "HMMA")

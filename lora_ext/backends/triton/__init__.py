@@ -139,7 +139,7 @@ def _forward(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tupl
         return reference.forward(Call(x, Weight(weight), bias, LowRank(A, B, scale, keep)))
     tuning = _tuning()
     bias = None if bias is None else bias.contiguous()
-    keep = None if keep is None else tuning.forward_launches.words_of(keep, x.shape[1])
+    keep = tuning.words_of(keep, x.shape[1])
     with _current(x.device):
         return tuning.run_forward(tuning.Forward(x, weight, bias, A, B, scale, keep))
 
@@ -149,25 +149,28 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Kernel of the operator linear_bwd."""
     need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
-    if dy.numel() == 0 or A.numel() == 0:
+    if dy.numel() == 0 or ((need_dx or need_dA) and A.numel() == 0):
         low = LowRank(A, B, scale, keep)
         call = Call(x, None if weight is None else Weight(weight), None, low)
         gradients = reference.backward(dy, call, h, needs)
         return tuple(dy.new_empty(0) if g is None else g for g in gradients)
     tuning = _tuning()
+    keep = tuning.words_of(keep, A.shape[0]) if need_dx or need_dA else None
     call = tuning.Backward(
         dy,
         x if need_dA else None,
         weight if need_dx else None,
-        A,
+        A if need_dx or need_dA else None,
         B,
         h.contiguous() if need_dB else None,
         scale,
         (need_dx, need_dA, need_dB),
-        None if keep is None else tuning.forward_launches.words_of(keep, A.shape[0]),
+        keep,
     )
+    dx = dA = dB = None
     with _current(dy.device):
-        dx, dA, dB = tuning.run_backward(call)
+        if need_dx or need_dA or need_dB:
+            dx, dA, dB = tuning.run_backward(call)
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
     return tuple(dy.new_empty(0) if g is None else g for g in (dx, dweight, dbias, dA, dB))

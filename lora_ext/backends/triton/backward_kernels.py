@@ -74,7 +74,7 @@ def lora_linear_bwd_dy_kernel(
         store_tile(t_part, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["M", "t_splits", "parts"])
+@triton.jit(do_not_specialize=["M", "parts"])
 def lora_linear_bwd_dx_kernel(
     dy,
     w,
@@ -131,15 +131,37 @@ def lora_linear_bwd_dx_kernel(
 
     dB = scale * h.T @ dy. dy (M, N), w (N, K), x (M, K), a (K, R), keep (M, K) in bits, h (M, R),
     t (t_splits, M, R), dB_parts (parts, R, N); dx (M, K) contiguous, dA (K, R) and dB (R, N) by
-    their strides; dy_columns is dy, never by descriptor. Programs take tiles (BLOCK_M, BLOCK_K) of
-    dx, then strips of STRIP columns of x for dA, then of dy for dB (or runs of SUM_N elements of
-    its parts' sum, DB_IN_PARTS): the last two fill the SMs that dx's last wave leaves idle.
-    Float32 accumulators. BASE_DONE: dx already holds dy @ w.
+    their strides; dy_columns is dy, never by descriptor. Programs take strips of
+    STRIP columns of x for dA, then of dy for dB (or runs of SUM_N elements of its parts' sum,
+    DB_IN_PARTS), then tiles (BLOCK_M, BLOCK_K) of dx: the strips take longest, and come first so
+    that tiles fill the SMs around them to the end. Float32 accumulators. BASE_DONE: dx already
+    holds dy @ w.
     """
     pid = tl.program_id(0)
+    if WANT_DA:
+        strips = tl.cdiv(K, STRIP) * tl.cdiv(R, BLOCK_R)
+        if pid < strips:
+            strip_product(
+                x, t, keep, dA, scale, pid, M, K, t_splits, stride_xm, stride_xk,
+                stride_gk, stride_gr, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
+            )  # fmt: skip
+        pid -= strips
+    if WANT_DB:
+        if DB_IN_PARTS:
+            runs = tl.cdiv(R * N, SUM_N)
+        else:
+            runs = tl.cdiv(N, STRIP) * tl.cdiv(R, BLOCK_R)
+        if (pid >= 0) & (pid < runs):
+            if DB_IN_PARTS:
+                sum_parts(dB_parts, dB, scale, pid, R, N, parts, SUM_PARTS, SUM_N)
+            else:
+                strip_product(
+                    dy_columns, h, None, dB, scale, pid, M, N, 1, stride_dm, stride_dn,
+                    stride_bn, stride_br, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
+                )  # fmt: skip
+        pid -= runs
     if WANT_DX:
-        tiles_dx = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
-        if pid < tiles_dx:
+        if pid >= 0:
             m0, k0 = tile_of(pid, M, K, BLOCK_M, BLOCK_K, GROUP_M)
             acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             if keep is not None:
@@ -163,24 +185,6 @@ def lora_linear_bwd_dx_kernel(
                     scale_dx, power_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
                 )  # fmt: skip
             store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K)
-        pid -= tiles_dx
-    if WANT_DA:
-        strips = tl.cdiv(K, STRIP) * tl.cdiv(R, BLOCK_R)
-        if (pid >= 0) & (pid < strips):
-            strip_product(
-                x, t, keep, dA, scale, pid, M, K, t_splits, stride_xm, stride_xk,
-                stride_gk, stride_gr, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
-            )  # fmt: skip
-        pid -= strips
-    if WANT_DB:
-        if pid >= 0:
-            if DB_IN_PARTS:
-                sum_parts(dB_parts, dB, scale, pid, R, N, parts, SUM_PARTS, SUM_N)
-            else:
-                strip_product(
-                    dy_columns, h, None, dB, scale, pid, M, N, 1, stride_dm, stride_dn,
-                    stride_bn, stride_br, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
-                )  # fmt: skip
 
 
 @triton.jit

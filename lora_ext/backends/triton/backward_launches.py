@@ -13,10 +13,17 @@ from .. import reference
 from . import cards
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card, Tile
-from .forward_launches import Launch, base_operands, bits_of, split_scale, strides
+from .forward_launches import (
+    Launch,
+    base_operands,
+    bits_of,
+    loop_factor,
+    split_scale,
+    strides,
+)
 from .regimes import Problem
 
-_SUM_PARTS, _SUM_N = 16, 256  # parts of dB a step, elements a program
+_SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
 
 
 class Backward(NamedTuple):
@@ -29,9 +36,9 @@ class Backward(NamedTuple):
     dy: Tensor
     x: Any  # a Tensor or None
     weight: Any  # a Tensor or None
-    A: Tensor
+    A: Any  # a Tensor or None
     B: Tensor
-    h: Tensor | None
+    h: Any  # a Tensor or None
     scale: float
     needs: tuple[bool, bool, bool]  # dx, dA, dB
     keep: Tensor | None
@@ -75,6 +82,25 @@ def torch_base(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     return run
 
 
+def addmm(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's products, the low-rank part of dx added to it by the second."""
+    need_dx, need_dA, need_dB = p.needs
+
+    def run(call: Backward) -> Gradients:
+        dy, dtype = call.dy, call.dy.dtype
+        t: Any = dy @ call.B.to(dtype).T if need_dx or need_dA else None
+        dx = dA = dB = None
+        if need_dx:
+            dx = (dy @ call.weight).addmm_(t, call.A.to(dtype).T, alpha=call.scale)
+        if need_dA:
+            dA = reference.product_like(call.A, call.x.T, t).to(call.A.dtype).mul_(call.scale)
+        if need_dB:
+            dB = reference.product_like(call.B, call.h.T, dy).to(call.B.dtype).mul_(call.scale)
+        return dx, dA, dB
+
+    return run
+
+
 def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     """PyTorch's own operators, as backend reference has them."""
 
@@ -93,8 +119,7 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 class PassOverDy:
     """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in Shrink, until there is a program for each SM. A part of dB is laid out as
-    dB is.
+    N is split, like K in Shrink. A part of dB is laid out as dB is.
     """
 
     def __init__(self, call: Backward, p: Problem, card: Card):
@@ -106,7 +131,10 @@ class PassOverDy:
         in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
         self.splits = cards.splits(card, blocks_m * blocks_r, N, tile.block_n)
+        # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
+        self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
         self.t_shape = (self.splits, M, R)
+        self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
         self.dB_strides = empty_like_factor(call.B).stride()
         self.kernel = Launch(
             lora_linear_bwd_dy_kernel,
@@ -116,7 +144,7 @@ class PassOverDy:
             **dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r),
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_d", "mn", call.dy.stride()),
-            **strides("stride_b", "rn", call.B.stride() if self.want_t else None),
+            **strides("stride_b", "rn", strides_b if self.want_t else None),
             **strides("stride_g", "rn", self.dB_strides),
             **card.product_options(p.kind, call.B.dtype),
         )
@@ -125,8 +153,8 @@ class PassOverDy:
         """Launch it for a call of the planned sizes, if anything is asked of it."""
         t = b = h = parts = None
         if self.want_t:
-            t = torch.empty(self.t_shape, dtype=torch.float32, device=call.dy.device)
-            b = call.B
+            t = torch.empty(self.t_shape, dtype=self.t_dtype, device=call.dy.device)
+            b = self.rounded(call.B)
         if self.parts:
             shape = (self.parts, *call.B.shape)
             parts = torch.empty(shape, dtype=torch.float32, device=call.dy.device)
@@ -144,7 +172,7 @@ class Finish:
     ):
         M, K, N, R = p.M, p.K, p.N, p.R
         self.need_dx, self.need_dA, self.need_dB = p.needs
-        strip = cards.strip_tile(card)
+        strip = cards.strip_tile(card, p.kind)
         programs = _programs(p, tile, strip, in_parts=first.parts > 0)
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,
@@ -156,10 +184,12 @@ class Finish:
             **strides("stride_d", "mn", call.dy.stride()),
             **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
             **strides("stride_x", "mk", call.x.stride() if call.x is not None else None),
-            **strides("stride_g", "kr", empty_like_factor(call.A).stride()),
+            **strides(
+                "stride_g", "kr", empty_like_factor(call.A).stride() if self.need_dA else None
+            ),
             **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
-            **card.product_options(p.kind, call.A.dtype),
+            **card.product_options(p.kind, call.B.dtype),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
             BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),

@@ -60,6 +60,7 @@ class Card:
     launch_us = 3.0
     reached_flops = 0.7
     reached_bandwidth = 0.9
+    l2_speedup = 3.0  # of L2 over the memory, an estimate too
 
     @property
     def shared_bytes(self) -> int:
@@ -186,6 +187,7 @@ def card_of(device: torch.device) -> Card:
 # spills on sm_90.
 MAX_BLOCK_R = 64
 EPILOGUE_R = 32
+MAX_SPLITS = 4
 
 _SMALL = Tile(64, 64, 64, 4, 3)
 _SMALL_99K = Tile(
@@ -239,8 +241,13 @@ def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
 
 
 def delta_tile(card: Card) -> Tile:
-    """Return the tile for y += alpha * h @ B: bound by memory, no loop over K."""
-    return Tile(64, 64, 64, 4, 2) if card.interpreted else Tile(64, 128, 32, 8, 1)
+    """Return the tile for y += scale * h @ B: bound by memory, no loop over K.
+
+    Its stages are for the strips of dA and dB next to it.
+    """
+    if card.interpreted:
+        return Tile(64, 64, 64, 4, 2)
+    return Tile(64, 128, 32, 8, 2 if card.family == "gfx942" else 3)
 
 
 def shrink_tile(card: Card, kind: str, M: int) -> Tile:
@@ -257,7 +264,7 @@ def shrink_tile(card: Card, kind: str, M: int) -> Tile:
 def dy_tile(card: Card, kind: str, M: int) -> Tile:
     """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step.
 
-    About 64 parts where M allows it: fewer programs leave SMs idle, more write more parts.
+    From 64 parts to 128 where M allows it: fewer leave SMs idle, more write more of dB.
     """
     if card.interpreted:
         return Tile(32, 64, 0, 4, 2)
@@ -265,14 +272,19 @@ def dy_tile(card: Card, kind: str, M: int) -> Tile:
         return Tile(32 if M <= 2048 else 64, 32, 0, 4, 2)
     if kind == "tf32":
         return Tile(32 if M <= 2048 else 64, 64, 0, 4, 2)
-    block_m = 32 if M <= 2048 else 64 if M <= 4096 else 128
+    block_m = 32 if M < 4096 else 64 if M < 7680 else 128
     warps = 8 if block_m == 128 else 4
     return Tile(block_m, 64, 0, warps, 2 if card.family == "gfx942" else 3)
 
 
-def strip_tile(card: Card) -> Tile:
-    """Return the tile for dA = alpha * x.T @ t: block_k columns of x, block_m rows a step."""
-    return Tile(64, 0, 64, 4, 2) if card.interpreted else Tile(64, 0, 64, 4, 2)
+def strip_tile(card: Card, kind: str) -> Tile:
+    """Return the tile for dA = scale * x.T @ t: block_k columns of x, block_m rows a step.
+
+    Its warps and stages are for the strips alone; next to dx they run with those of dx.
+    """
+    if card.interpreted or kind != "half":
+        return Tile(64, 0, 64, 4, 2)
+    return Tile(128, 0, 64, 4, 2 if card.family == "gfx942" else 4)
 
 
 def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
@@ -285,12 +297,16 @@ def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
 
 
 def splits(card: Card, tiles: int, size: int, block: int) -> int:
-    """Return into how many parts `tiles` programs' sums over `size` are split.
+    """Return into how many parts `tiles` programs' sums over `size` are split: 4 at most.
 
-    A program for each SM, in parts of at least 4 steps: shorter ones are all start and end.
+    Where nearly half of the SMs have a program it is one: those draw the whole bandwidth.
+    Else a program for each SM, in parts of at least 4 steps: shorter ones are all start and end.
+    What reads the parts sums them in each of its tiles.
     """
+    if 2 * tiles >= 0.9 * card.sms:
+        return 1
     steps = 1 if card.interpreted else 4
-    return max(1, min(card.sms // tiles, size // (steps * block)))
+    return max(1, min(card.sms // tiles, size // (steps * block), MAX_SPLITS))
 
 
 def block_r(R: int, most: int = MAX_BLOCK_R) -> int:

@@ -34,7 +34,7 @@ class Forward(NamedTuple):
     """One forward to run; none of M, N and K is zero.
 
     x (M, K), weight (N, K), bias (N,) with unit stride or None, A (K, R), B (R, N); keep, dropout's
-    bits in whole words, see words_of, or None.
+    bits in whole words, see tuning.words_of, or None.
     """
 
     x: Tensor
@@ -53,12 +53,13 @@ def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """One launch: h accumulates in each tile's own loop, so x is read once."""
     M, K, N, R = p.M, p.K, p.N, p.R
     operands, options = base_operands(call.weight.T, tile)
+    rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
     kernel = Launch(
         lora_linear_fwd_in_loop_kernel,
         (_tiles(M, N, tile),),
         **dict(M=M, N=N, K=K, R=R, BLOCK_R=cards.block_r(R, tile.max_r)),
         **_base_strides(call),
-        **strides("STRIDE_A", "KR", call.A.stride()),
+        **strides("STRIDE_A", "KR", strides_a),
         **card.product_options(p.kind, call.B.dtype),
         **options,
     )
@@ -68,8 +69,8 @@ def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         x, w = operands(call.x, call.weight.T)
         scale, power = split_scale(call.scale, y.dtype)
         kernel(
-            x=x, w=w, bias=call.bias, a=call.A, b=call.B, keep=call.keep, h_out=h, y=y,
-            scale=scale, power=power,
+            x=x, w=w, bias=call.bias, a=rounded(call.A), b=call.B, keep=call.keep, h_out=h,
+            y=y, scale=scale, power=power,
         )  # fmt: skip
         return y, h
 
@@ -115,6 +116,7 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     M, K, N, R = p.M, p.K, p.N, p.R
     splits = decode_splits(p, tile, card)
     tiles_m, block_r = triton.cdiv(M, tile.block_m), cards.block_r(R)
+    rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
     precision = card.product_options(p.kind, call.A.dtype)
     products = Launch(
         lora_linear_decode_kernel,
@@ -124,7 +126,7 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         **dict(num_warps=tile.warps, num_stages=tile.stages),
         **strides("stride_x", "mk", call.x.stride()),
         **strides("stride_w", "kn", call.weight.T.stride()),
-        **strides("STRIDE_A", "KR", call.A.stride()),
+        **strides("STRIDE_A", "KR", strides_a),
         **precision,
     )
     sums = Launch(
@@ -141,13 +143,27 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         y, h = x.new_empty(M, N), x.new_empty(M, R)
         y_parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
         h_parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-        products(x=x, w=call.weight.T, a=call.A, keep=call.keep, y_parts=y_parts, h_parts=h_parts)
+        products(
+            x=x, w=call.weight.T, a=rounded(call.A), keep=call.keep,
+            y_parts=y_parts, h_parts=h_parts,
+        )  # fmt: skip
         scale, power = split_scale(call.scale, y.dtype)
         sums(
             y_parts=y_parts, h_parts=h_parts, bias=call.bias, b=call.B, h_out=h, y=y,
             scale=scale, power=power,
         )  # fmt: skip
         return y, h
+
+    return run
+
+
+def addmm(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's products, the low-rank one added to y by the second: few microseconds of host."""
+
+    def run(call: Forward) -> tuple[Tensor, Tensor]:
+        h = call.x @ call.A.to(call.x.dtype)
+        y = F.linear(call.x, call.weight, call.bias)
+        return y.addmm_(h, call.B.to(y.dtype), alpha=call.scale), h
 
     return run
 
@@ -173,6 +189,7 @@ class Shrink:
         tile, block_r = cards.shrink_tile(card, p.kind, M), cards.block_r(R)
         tiles_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         self.M, self.R = M, R
+        self.rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
         self.splits = cards.splits(card, tiles_m * blocks_r, K, tile.block_k)
         self.kernel = Launch(
             lora_shrink_kernel,
@@ -181,7 +198,7 @@ class Shrink:
             **dict(BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r),
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_x", "mk", call.x.stride()),
-            **strides("STRIDE_A", "KR", call.A.stride()),
+            **strides("STRIDE_A", "KR", strides_a),
             **card.product_options(p.kind, call.A.dtype),
         )
 
@@ -189,7 +206,7 @@ class Shrink:
         """Launch it for a call of the planned sizes."""
         x = call.x
         parts = torch.empty(self.splits, self.M, self.R, dtype=torch.float32, device=x.device)
-        self.kernel(x=x, a=call.A, keep=call.keep, h=parts)
+        self.kernel(x=x, a=self.rounded(call.A), keep=call.keep, h=parts)
         return parts
 
 
@@ -255,6 +272,19 @@ def base_operands(w: Tensor, tile: Tile) -> tuple[Callable[[Tensor, Tensor], Any
     return described, tile.options(w_transposed=transposed)
 
 
+def loop_factor(
+    factor: Tensor, dtype: torch.dtype, tile: Tile
+) -> tuple[Callable[[Tensor], Tensor], Sequence[int]]:
+    """Return what makes A or B an operand of the products in a loop, and its strides then.
+
+    Matrix instructions of 64 rows read it from shared memory, in x's dtype. Rounded in the loop, a
+    float32 one would keep each step waiting for the one before: it is rounded once, by PyTorch.
+    """
+    if factor.dtype == dtype or tile.block_m < 64:
+        return lambda factor: factor, factor.stride()
+    return lambda factor: factor.to(dtype), factor.to(dtype).stride()
+
+
 def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """Return (factor of h, power of two for the rest), see common.add_low_rank."""
     if dtype != torch.float16:
@@ -263,13 +293,6 @@ def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     return mantissa, math.ldexp(1.0, exponent)
 
 
-def words_of(keep: Tensor | None, K: int) -> Tensor | None:
-    """Return dropout's bits (M, ceil(K / 8)) in 32-bit words where a row is whole words."""
-    if keep is None or K % 32 or keep.data_ptr() % 4:
-        return keep
-    return keep.view(torch.int32)
-
-
 def bits_of(keep: Tensor | None) -> Tensor | None:
-    """Return the bytes that words_of took."""
+    """Return the bytes that tuning.words_of took."""
     return None if keep is None else keep.view(torch.uint8)

@@ -78,12 +78,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one launch moves and computes; `tiles` of it run one an SM (0: as many as fit)."""
+    """What one launch moves and computes; `tiles` of it run one an SM (0: as many as fit).
+
+    `cached` bytes are scratch that one launch writes and the next reads, small enough for L2.
+    """
 
     bytes: int
     flops: int
     tiles: int = 0
     efficiency: float = 1.0
+    cached: int = 0
 
     def time_us(self, card: Card, kind: str) -> float:
         """Return its time: the longer of bytes and FLOPs, and a launch.
@@ -93,7 +97,8 @@ class Kernel:
         waves = ceil(self.tiles / card.sms) * card.sms / self.tiles if self.tiles else 1.0
         drawn = min(1.0, 2 * self.tiles / card.sms) if self.tiles else 1.0
         flops_us = self.flops * waves / card.flops_per_us(kind) / self.efficiency
-        return max(self.bytes / card.bytes_per_us / drawn, flops_us) + card.launch_us
+        moved_us = (self.bytes + self.cached / card.l2_speedup) / card.bytes_per_us / drawn
+        return max(moved_us, flops_us) + card.launch_us
 
 
 def time_us(kernels: list[Kernel], card: Card, kind: str) -> float:
@@ -107,16 +112,10 @@ def bytes_of(kernels: list[Kernel]) -> int:
 
 
 def decode_splits(p: Problem, tile: Tile, card: Card) -> int:
-    """Return into how many parts a decode splits K: a program for each SM, at least 4 steps each.
-
-    Fewer where the parts' sums would move more bytes than the plain layer does.
-    """
-    tiles = ceil(p.M / tile.block_m) * ceil(p.N / tile.block_n)
-    splits = cards.splits(card, tiles, p.K, tile.block_k)
-    most = bytes_of(_plain_forward(p, tile, card))
-    while splits > 1 and bytes_of(_decode(p, tile, card, splits)) > most:
-        splits -= 1
-    return splits
+    """Return into how many parts a decode splits K: those of the shortest time, 4 at most."""
+    steps = max(1, p.K // ((1 if card.interpreted else 4) * tile.block_k))
+    counts = range(1, min(steps, cards.MAX_SPLITS) + 1)
+    return min(counts, key=lambda n: time_us(_decode(p, tile, card, n), card, p.kind))
 
 
 def _padded(R: int) -> int:
@@ -163,10 +162,10 @@ def _torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
 def _decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
     splits, of = splits or decode_splits(p, tile, card), p.bytes
     parts = splits * p.M * (p.N + p.R) * 4
-    moved = of.x + of.keep + of.weight + of.A + parts
-    base = _base(p, tile, card, moved, p.K, p.N)
-    sums = Kernel(parts + of.B + of.bias + of.y + of.h, 2 * p.M * _padded(p.R) * p.N)
-    return [replace(base, tiles=base.tiles * splits), sums]
+    base = _base(p, tile, card, of.x + of.keep + of.weight + of.A, p.K, p.N)
+    moved = of.B + of.bias + of.y + of.h
+    sums = Kernel(moved, 2 * p.M * _padded(p.R) * p.N, cached=parts)
+    return [replace(base, tiles=base.tiles * splits, cached=parts), sums]
 
 
 def _plain_forward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
@@ -190,6 +189,18 @@ def _plain_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
         base = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
         kernels += [base, Kernel(of.h + a + of.x, over_k), Kernel(3 * of.x, 0)]
     return [*_before(p), *kernels, Kernel(of.x + of.h + a, over_k)]
+
+
+def _addmm(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
+    """The plain layer's with h @ B added to y where that is written."""
+    *rest, expand, _, _ = _plain_forward(p, tile, card)
+    return [*rest, replace(expand, bytes=expand.bytes + p.bytes.y)]
+
+
+def _addmm_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
+    """The plain layer's without scale * dy, with t @ A.T added to dx where that is written."""
+    *products, last = (kernel for kernel in _plain_backward(p, tile, card) if kernel.flops)
+    return [*_before(p), *products, replace(last, bytes=last.bytes + p.bytes.x * p.needs[0])]
 
 
 def _before(p: Problem) -> list[Kernel]:
@@ -248,8 +259,12 @@ def _delta_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return (cards.delta_tile(card),)
 
 
+def _addmm_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
+    return () if p.masked else _delta_tiles(p, card)
+
+
 def _dx_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
-    return _gemm_tiles(p, card) if p.needs[0] else _delta_tiles(p, card)
+    return _gemm_tiles(p, card) if p.needs[0] else (cards.strip_tile(card, p.kind),)
 
 
 def _delta_tiles_of_dx(p: Problem, card: Card) -> tuple[Tile, ...]:
@@ -279,6 +294,8 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "decode": Regime(_decode_tiles, _decode),
         # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.
         "torch_base": Regime(_delta_tiles, _torch_base),
+        # F.linear, x @ A, then h @ B added to y by one more product, all of them PyTorch's.
+        "addmm": Regime(_addmm_tiles, _addmm),
         # PyTorch's own operators, where every other regime would move more bytes than they do: a
         # rank beyond the features, over few rows, makes float32 h and t outweigh what is saved.
         "plain": Regime(_delta_tiles, _plain_forward),
@@ -288,6 +305,8 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "two_launches": Regime(_dx_tiles, _two_launches_backward),
         # dx = dy @ weight by PyTorch between the two; the second then adds scale * t @ A.T to it.
         "torch_base": Regime(_delta_tiles_of_dx, _torch_base_backward),
+        # Each product by PyTorch, t @ A.T added to dx by its own.
+        "addmm": Regime(_addmm_tiles, _addmm_backward),
         "plain": Regime(_delta_tiles, _plain_backward),
     },
 }
