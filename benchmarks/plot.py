@@ -72,7 +72,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> list[str]:
     for name, cells in by_rank:
         panels[f"By rank, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "R")
     if not panels:
-        raise ValueError("no run with a provider beside its peers to draw")
+        raise ValueError("no run with a provider and its peers to draw")
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(6.2 * across, 4.4 * down), layout="constrained", facecolor="white")

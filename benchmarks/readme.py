@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         if why := check():
-            print(f"{why}\nwrite it anew: make readme-results", file=sys.stderr)
+            print(f"{why}\nwrite it again: make readme-results", file=sys.stderr)
         return int(why is not None)
     kept = runs()
     README.write_text(replaced(README.read_text(), section(kept, model_runs())))

@@ -50,11 +50,10 @@ int64_t element_bytes(const Operand& operand) {
 // Checks arguments against the first, x or dy: its device and its dtype.
 class Checks {
  public:
-  Checks(const char* first_name, const Operand& first)
-      : first_name_(first_name), dtype_(first.dtype) {
+  Checks(const char* name, const Operand& first) : dtype_(first.dtype) {
     LORA_EXT_CHECK(aoti_torch_get_device_type(first.tensor->get(), &type_));
     LORA_EXT_CHECK(aoti_torch_get_device_index(first.tensor->get(), &index_));
-    check_memory(first_name, first);
+    check_memory(name, first);
   }
 
   bool on_cpu() const { return type_ == aoti_torch_device_type_cpu(); }
@@ -75,13 +74,12 @@ class Checks {
     int32_t type, index;
     LORA_EXT_CHECK(aoti_torch_get_device_type(operand.tensor->get(), &type));
     LORA_EXT_CHECK(aoti_torch_get_device_index(operand.tensor->get(), &index));
-    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on ", first_name_,
-                    "'s device ", device_text(type_, index_), ", got ", device_text(type, index));
+    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on device ",
+                    device_text(type_, index_), ", got ", device_text(type, index));
     check_memory(name, operand);
   }
 
  private:
-  const char* const first_name_;
   const ScalarType dtype_;
   int32_t type_, index_;
 };

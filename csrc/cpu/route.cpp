@@ -20,9 +20,17 @@ constexpr Routes kTable[] = {
     {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
     {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
     {"avx2", "", "float16", false, 0, 32, 4, false, kNever, kNever, kNever},
-    // On AVX-512 PyTorch hands bfloat16, and with AVX512-FP16 float16, to oneDNN.
-    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, kNever, kNever, kNever},
+    // AMX multiplies bfloat16 at 16 times the rate of float32, and only PyTorch's products use it.
+    {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 4, true, 1, 1, 1},
+    // Intel: MKL runs at the rate of the CPU, the products of rank R too. Without AMX, oneDNN's
+    // bfloat16 runs at half of MKL's float32, and strips of ours beat it from 4 rows on.
+    {"avx512", "intel", "float32", true, 2, 2, 4, true, 1, 1, 1},
+    {"avx512", "intel", "float64", true, 2, 2, 4, true, 1, 1, 1},
+    {"avx512", "intel", "bfloat16", false, 0, 8, 16, false, kNever, kNever, kNever},
+    // With AVX512-FP16 oneDNN multiplies float16; our products of rank R win while R is low.
+    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, 64, 64, 64},
     {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
+    // Others with AVX-512: PyTorch hands bfloat16 to oneDNN.
     {"avx512", "", "float32", true, 2, 2, 4, true, kNever, kNever, kNever},
     {"avx512", "", "float64", true, 2, 2, 4, true, kNever, kNever, kNever},
     {"avx512", "", "bfloat16", true, 2, 2, 4, true, kNever, kNever, kNever},
@@ -38,6 +46,7 @@ bool is_or_has(const char* cpu) {
   if (asked("")) return true;
 #if defined(__x86_64__)
   if (asked("amd")) return __builtin_cpu_is("amd");
+  if (asked("intel")) return __builtin_cpu_is("intel");
   if (asked("avx512fp16")) return __builtin_cpu_supports("avx512fp16");
   if (asked("amx-bf16")) return __builtin_cpu_supports("amx-bf16");
 #endif

@@ -1,6 +1,7 @@
 """A save is whole or not at all: killed, interrupted, on a full disk, by several at once."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -295,6 +296,41 @@ def test_temporary_of_a_living_save_stays(tmp_path):
         save_adapter(model_of(1), tmp_path / "a")
     assert len(inner[0]) == 1 and value_in(tmp_path / "a") == 1
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_temporary_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Another save can come between its creation and its lock."""
+    flock, taken = fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not taken:
+            taken.extend(os.listdir(tmp_path))
+            os.unlink(tmp_path / taken[0])
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    save_adapter(model_of(1), tmp_path / "a")
+    assert len(taken) == 1 and value_in(tmp_path / "a") == 1 and os.listdir(tmp_path) == ["a"]
+
+
+def test_file_system_without_locks_takes_saves(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for value in (1, 2):
+        save_adapter(model_of(value), tmp_path / "a")
+        save_peft_adapter(model_of(value), tmp_path / "p")
+        assert value_in(tmp_path / "a") == value_in(tmp_path / "p") == value
+    assert sorted(os.listdir(tmp_path)) == ["a", "p"] and len(os.listdir(tmp_path / "p")) == 2
+
+
+def test_folder_that_never_rests_is_an_error(tmp_path, monkeypatch):
+    save_peft_adapter(model_of(1), tmp_path)
+    times = itertools.count()
+    monkeypatch.setattr("lora_ext.adapters_peft._identity", lambda path: (next(times),))
+    with pytest.raises(OSError, match="was replaced again and again while it was read"):
+        value_in(tmp_path)
 
 
 def test_configuration_edited_by_hand_counts(tmp_path):

@@ -25,8 +25,8 @@ EMULATOR = ROOT / "tests/gpu/emulator"
 KERNELS = ["csrc/cuda/kernels.cu"]
 EMULATION = ["tests/gpu/emulator/emulator.cpp"]
 OPERATORS = [
-    "csrc/lora_linear.cpp",
-    "csrc/cuda/lora_linear_cuda.cpp",
+    "csrc/call.cpp",
+    "csrc/cuda/linear.cpp",
     "tests/gpu/emulator/register.cpp",
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
