@@ -7,7 +7,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test bench readme-results gpu-check lint wheel wheel-check clean
+.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -21,8 +21,36 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(RUN) -m benchmarks.finetune $(ARGS)
 
-test: install
-	$(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+# In three jobs, each with its count: all but the GPU kernels; Triton's kernels in its interpreter;
+# the CUDA C++ kernels over the emulator. `test` is what a newcomer runs, `test-all` what .ci/run does.
+# ARGS is for the first job: ARGS="-k backward" for a part, ARGS="-n 0" for one process.
+PYTEST = $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal --durations 15 $(CHOICE)
+KERNEL_TESTS = $(addprefix tests/op/test_,backends.py backward.py extremes.py)
+EMULATED = build/emulated
+test: CHOICE = -m "not slow"
+test test-all: export OMP_WAIT_POLICY = passive
+test test-all: install
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) --backends triton
+	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
+	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
+	  -p tests.gpu.emulated_cuda --backends cpp -k "not hopper or many_blocks or tile or threads"
+
+# Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
+EXAMPLES ?= 5000
+SECONDS_OF_SOAK ?= 3600
+ISAS ?= avx512 avx2 baseline
+test-long: install
+	$(RUN) -m tests.files.corruptions --cases $(EXAMPLES)
+	$(RUN) -m tests.files.faults --kills 50
+	LORA_EXT_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/files/test_patterns.py tests/layers/test_state_machine.py
+	for isa in $(ISAS); do LORA_EXT_CPU_ISA=$$isa LORA_EXT_EXAMPLES=$(EXAMPLES) \
+	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
+	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
+
+# Faults made by rule; fails if one survives. ARGS="--parts files,call --count 40 --seed 1".
+mutants: install
+	$(RUN) -m tests.tools.mutants $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
@@ -33,7 +61,7 @@ readme-results: install
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results
 gpu-check: $(if $(NO_VENV),,install)
-	$(if $(NO_VENV),$(PYTHON),$(RUN)) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
+	$(if $(NO_VENV),$(PYTHON),$(RUN)) -m tests.gpu.gpu_check --out "$(OUT)" $(ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

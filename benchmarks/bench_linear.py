@@ -1,4 +1,4 @@
-"""Time one adapted linear layer, forward or forward and backward, beside its alternatives.
+"""Time one adapted linear layer, forward or forward and backward, next to its alternatives.
 
 Each provider's results are first checked against an fp64 oracle; what is wrong is not timed.
 """
@@ -7,20 +7,43 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import arguments
-from .cases import DTYPES, MODES, Case, make_case
-from .compare import compare, print_comparison
-from .gate import Gate, Wrong
-from .grids import GRIDS, Shape, random_shapes
-from .memory import peak_mib, saved_mib
+from lora_ext import testing
+
+from . import (
+    DTYPES,
+    GRIDS,
+    MODES,
+    Case,
+    Shape,
+    make_case,
+    names_of,
+    positive,
+    random_shapes,
+    shape,
+    writable,
+)
 from .providers import DEFAULT, PROVIDERS, Step, Unavailable
-from .report import FLOOR, Row, make_header, make_row, print_report, wide_console, write_json
-from .timing import measure
+from .report import (
+    FLOOR,
+    Row,
+    compare,
+    earlier_run,
+    make_header,
+    make_row,
+    print_comparison,
+    print_report,
+    wide_console,
+    write_json,
+)
+from .timing import measure, peak_mib, saved_mib
+
+_SEED = 1  # of the masks that the gate checks with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     header = make_header(args.device, f"python -m benchmarks.bench_linear {shlex.join(argv)}")
+    header |= {name: value for name in ("dropout", "adapters") if (value := getattr(args, name))}
     console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
     rows, not_timed = _run_all(args, header)
@@ -48,16 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_shape(
-    shape: Shape, device: str, dtype: str, mode: str, providers: Sequence[str], budget_s: float
+    shape: Shape,
+    device: str,
+    dtype: str,
+    mode: str,
+    providers: Sequence[str],
+    budget_s: float,
+    **options: Any,
 ) -> tuple[list[Row], list[Row]]:
-    """Check, then time the providers at one shape.
+    """Check, then time the providers at one shape; `options` are those of `make_case`.
 
     Returns:
         A row for each that was timed, and an entry with the reason for each that was not; its
         "failed" tells a wrong or broken provider from one that is not to be had here.
 
     """
-    case = make_case(shape, device, DTYPES[dtype], mode)
+    case = make_case(shape, device, DTYPES[dtype], mode, **options)
     not_timed: list[Row] = []
 
     def refuse(provider: str, reason: str, failed: bool = True) -> None:
@@ -65,7 +95,7 @@ def run_shape(
         not_timed.append(entry)
 
     with torch.set_grad_enabled(case.training):
-        gate = Gate(case, PROVIDERS["reference"](case).results())
+        gate = Gate(case)
         runs, memory = {}, {}
         for name in providers:
             try:
@@ -78,7 +108,7 @@ def run_shape(
                 refuse(name, f"wrong: {reason}")
             except Exception as error:  # of whatever kind: one provider does not end the run
                 runs.pop(name, None)
-                refuse(name, f"{type(error).__name__}: {error}")
+                refuse(name, f"{type(error).__name__}: {error}".partition("\n")[0])
         del gate
         times, failed = measure(runs, device, budget_s)
     for name, reason in failed.items():
@@ -88,16 +118,53 @@ def run_shape(
     ], not_timed
 
 
-def _checked(name: str, case: Case, gate: Gate) -> Step:
+def _checked(name: str, case: Case, gate: "Gate") -> Step:
     """Build a provider's step and run it through the gate, twice: compilation ends in the first."""
     step = PROVIDERS[name](case)
     for _ in range(2):
-        gate.check(step.results(), lora=name != FLOOR)
+        gate.check(step, lora=name != FLOOR)
     return step
 
 
+class Wrong(Exception):
+    """A provider's result is not the operation's; the message says which and by how much."""
+
+
+class Gate:
+    """The error rule of `lora_ext.testing`, held against the steps of one case."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._wanted: dict[bool, testing.Expected] = {}
+
+    def check(self, step: Step, *, lora: bool = True) -> None:
+        """Raise Wrong unless a step's results keep the rule.
+
+        Args:
+            step: what is checked; under dropout with the mask that it draws from a fixed seed.
+            lora: whether the low-rank part belongs to the result, or the base layer alone.
+
+        """
+        case, keep = self._case, None
+        if case.dropout and lora:
+            torch.manual_seed(_SEED)
+            keep = step.mask(case)
+            torch.manual_seed(_SEED)
+        results = step.results()
+        if keep is not None or lora not in self._wanted:
+            inputs = {name: getattr(case, name) for name in (*testing.NAMES, "dy")}
+            if not lora:
+                inputs["B"] = torch.zeros_like(case.B)
+            of = ("x", "A", "B") if case.training else ()
+            scale = case.alpha / (1 - case.dropout)
+            want = testing.expect(inputs | {"keep": keep}, scale, of, case.x.device)
+            self._wanted[lora] = want
+        if lines := testing.broken_rules(results, self._wanted[lora]):
+            raise Wrong("; ".join(lines))
+
+
 def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row]]:
-    """Run every shape; --json is written anew after each, so that a run cut short leaves it."""
+    """Run every shape; --json is written again after each, so that a run cut short leaves it."""
     rows: list[Row] = []
     not_timed: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -105,7 +172,14 @@ def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row
         for shape in args.shapes:
             progress.update(task, description=str(shape))
             timed, refused = run_shape(
-                shape, args.device, args.dtype, args.mode, args.providers, args.seconds
+                shape,
+                args.device,
+                args.dtype,
+                args.mode,
+                args.providers,
+                args.seconds,
+                dropout=args.dropout,
+                adapter_dtype=DTYPES[args.adapters or args.dtype],
             )
             rows += timed
             not_timed += refused
@@ -123,44 +197,34 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", choices=tuple(GRIDS), default="cpu")
     add("--dtype", choices=tuple(DTYPES), default="fp32")
     add("--mode", choices=MODES, default="fwd", help="fwd runs without autograd (default)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="on the low-rank part (default 0)")
+    add("--adapters", choices=("fp32",), help="dtype of A and B (default: that of the base)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--grid", choices=tuple(GRIDS["cpu"]), default="standard")
-    which.add_argument("--shape", type=arguments.shape, metavar="M,K,N,R", help="this shape alone")
+    which.add_argument("--shape", type=shape, metavar="M,K,N,R", help="this shape alone")
     which.add_argument(
-        "--random", type=arguments.positive(int), metavar="COUNT", help="shapes drawn by --seed"
+        "--random", type=positive(int), metavar="COUNT", help="shapes drawn by --seed"
     )
     add("--seed", type=int, default=0, help="of --random (default 0)")
     add("--last-first", action="store_true", help="the grid backwards, its largest shapes first")
     add(
         "--providers",
-        type=arguments.provider_names,
+        type=names_of("provider", PROVIDERS),
         default=list(DEFAULT),
         metavar="NAME,...",
         help=f"of {', '.join(PROVIDERS)}; or all (default {','.join(DEFAULT)})",
     )
-    add(
-        "--threads",
-        type=arguments.positive(int),
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
-    add(
-        "--seconds",
-        type=arguments.positive(float),
-        default=2.0,
-        metavar="BUDGET",
-        help="timing budget of a shape, over all providers (default 2)",
-    )
-    add(
-        "--compare",
-        type=arguments.earlier_run,
-        metavar="OLD.json",
-        help="exit 1 if a row got slower",
-    )
-    add("--json", type=arguments.writable, metavar="FILE", help="write the rows there")
+    number, seconds = positive(int), positive(float)
+    add("--threads", type=number, metavar="N", help="CPU threads (default: torch's choice)")
+    budget = "timing budget of a shape, over all providers (default 2)"
+    add("--seconds", type=seconds, default=2.0, metavar="BUDGET", help=budget)
+    add("--compare", type=earlier_run, metavar="OLD.json", help="exit 1 if a row got slower")
+    add("--json", type=writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"argument --dropout: must be from 0 to below 1, got {args.dropout}")
     args.shapes = [args.shape] if args.shape else list(GRIDS[args.device][args.grid])
     if args.random:
         args.shapes = list(random_shapes(args.random, args.seed))

@@ -11,23 +11,22 @@ import math
 import shlex
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import lora_ext
-from benchmarks.finetune import plain
+from lora_ext import testing
 
-from . import arguments
-from .memory import peak_mib, saved_mib
-from .models import MODELS, Work
-from .providers import Unavailable
+from . import names_of, positive, writable
+from .providers import Unavailable, needed
 from .report import make_header, wide_console
-from .timing import measure
+from .timing import measure, peak_mib, saved_mib
 
 RANK, ALPHA, CHECKED_STEPS = 8, 2.0, 3
 LEARNING_RATE = 1e-4
@@ -35,6 +34,79 @@ LEARNING_RATE = 1e-4
 # steps; alpha 1 % wrong makes 1e-3.
 AGREE = 2e-5
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model to adapt and one batch of its training.
+
+    loss(model) gives a scalar; `adapted` is the name of the part whose linears get LoRA ("" for
+    all of it); `tokens` is what one step reads, padding not counted.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    adapted: str
+    tokens: int
+
+
+def minilm() -> Work:
+    """Return the demo's model and longest batch: all-MiniLM-L6-v2 on 16 SMS texts."""
+    from .finetune.data import DemoError
+    from .finetune.tasks import Settings, Sms
+
+    try:
+        task = Sms(Settings())
+    except DemoError as reason:
+        raise Unavailable(str(reason)) from None
+    batch = max(task.batches(0), key=lambda batch: batch["input_ids"].numel())
+    tokens = int(batch["attention_mask"].sum())
+    return Work(task.build(0), lambda model: task.loss(model, batch), "encoder", tokens)
+
+
+def gpt2() -> Work:
+    """Return GPT-2-small's shapes, random weights, 2 sequences of 256 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv1D):  # GPT-2's own linear, with a transposed weight
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight.data = child.weight.detach().T.contiguous()
+                linear.bias.data = child.bias.detach()
+                setattr(parent, name, linear)
+    return _language_model(model, "transformer", model.config.vocab_size, 2, 256)
+
+
+def llama_block() -> Work:
+    """Return one decoder block of Llama-3-8B's shapes, random weights, 128 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    config = LlamaConfig(**sizes, num_key_value_heads=8, num_hidden_layers=1, vocab_size=512)
+    return _language_model(LlamaForCausalLM(config), "model", config.vocab_size, 1, 128)
+
+
+def tiny() -> Work:
+    """Return a model of two small linears, to see the benchmark work in a second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+    x = torch.randn(8, 32)
+    return Work(model, lambda model: (model(x) - 1).square().mean(), "", len(x))
+
+
+def _language_model(model: nn.Module, adapted: str, vocabulary: int, count: int, length: int):
+    tokens = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    return Work(
+        model,
+        lambda model: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
+        adapted,
+        tokens.numel(),
+    )
 
 
 class Step:
@@ -55,50 +127,45 @@ class Step:
         return loss.item()
 
 
-def plain_step(work: Work) -> Step:
-    """Return the step of the plain layer as people write it."""
-    return Step(work, _adapted(work, plain.replace_linear_with_lora))
+def with_lora(replace: Callable[[nn.Module, int, float], Any], *, compiled: bool = False):
+    """Return a provider: the linears replaced, and where asked each step compiled."""
 
+    def build(work: Work) -> Step:
+        model = _frozen_copy(work.model)
+        adapters = list(_adapters(model, work.adapted))
+        replace(model.get_submodule(work.adapted), RANK, ALPHA)
+        for name, A, B in adapters:
+            lora = model.get_submodule(name).lora
+            lora.A.data, lora.B.data = A, B
+        if not compiled:
+            return Step(work, model)
+        torch.compiler.reset()
+        return Step(work, model, torch.compile(model, dynamic=False))
 
-def compile_step(work: Work) -> Step:
-    """Return the same, each step's forward and backward compiled."""
-    torch.compiler.reset()
-    model = _adapted(work, plain.replace_linear_with_lora)
-    return Step(work, model, torch.compile(model, dynamic=False))
-
-
-def ours_step(work: Work) -> Step:
-    """Return the step of lora_ext's layer."""
-    return Step(work, _adapted(work, lora_ext.replace_linear_with_lora))
+    return build
 
 
 def peft_step(work: Work) -> Step:
     """Return the step of peft's LoRA on the same linears."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise Unavailable(f"peft can't be imported ({error}); pip install peft") from None
+    peft = needed("peft")
     model = _frozen_copy(work.model)
-    prefix = f"{work.adapted}." if work.adapted else ""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(prefix)
-    ]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA * RANK, target_modules=names)
-    inject_adapter_in_model(config, model)
-    for name, A, B in _adapters(work.model, names):
+    adapters = list(_adapters(model, work.adapted))
+    names = [name for name, _, _ in adapters]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA * RANK, target_modules=names)
+    peft.inject_adapter_in_model(config, model)
+    for name, A, B in adapters:
         layer = model.get_submodule(name)
         layer.lora_A["default"].weight.data = A.T.contiguous()
         layer.lora_B["default"].weight.data = B.T.contiguous()
     return Step(work, model)
 
 
+MODELS = {"minilm": minilm, "gpt2": gpt2, "llama-block": llama_block, "tiny": tiny}
 PROVIDERS: dict[str, Callable[[Work], Step]] = {
-    "plain": plain_step,
-    "compile": compile_step,
+    "plain": with_lora(testing.replace_linear_with_lora),
+    "compile": with_lora(testing.replace_linear_with_lora, compiled=True),
     "peft": peft_step,
-    "lora_ext": ours_step,
+    "lora_ext": with_lora(lora_ext.replace_linear_with_lora),
 }
 
 
@@ -127,9 +194,7 @@ def run(
         {
             "model": name,
             "provider": provider,
-            "ms_median": round(ms.median, 3),
-            "ms_p20": round(ms.p20, 3),
-            "ms_p80": round(ms.p80, 3),
+            **{f"ms_{name}": round(value, 3) for name, value in ms._asdict().items()},
             "tokens_per_s": round(work.tokens / ms.median * 1e3, 1),
             "peak_mib": round(memory[provider][0], 1),
             "saved_mib": round(memory[provider][1], 1),
@@ -171,10 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     real = [name for name in MODELS if name != "tiny"]
     add("--model", choices=tuple(MODELS), action="append", help=f"default: {', '.join(real)}")
-    add("--providers", type=_providers, default=list(PROVIDERS), metavar="NAME,...")
-    add("--threads", type=arguments.positive(int), metavar="N", help="default: torch's choice")
-    add("--seconds", type=arguments.positive(float), default=30.0, help="a model (default 30)")
-    add("--json", type=arguments.writable, metavar="FILE", help="write the rows there")
+    add(
+        "--providers",
+        type=names_of("provider", PROVIDERS),
+        default=list(PROVIDERS),
+        metavar="NAME,...",
+    )
+    add("--threads", type=positive(int), metavar="N", help="default: torch's choice")
+    add("--seconds", type=positive(float), default=30.0, help="a model (default 30)")
+    add("--json", type=writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -202,27 +272,15 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _adapted(work: Work, replace: Callable[[nn.Module, int, float], Any]) -> nn.Module:
-    model = _frozen_copy(work.model)
-    names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
-    replace(model.get_submodule(work.adapted), RANK, ALPHA)
-    for name, A, B in _adapters(work.model, names):
-        layer = model.get_submodule(name)
-        if hasattr(layer, "lora"):
-            with torch.no_grad():
-                layer.lora.A.copy_(A)
-                layer.lora.B.copy_(B)
-    return model
-
-
-def _adapters(base: nn.Module, names: Sequence[str]):
-    """Yield (name, A, B) by name: the same for all providers, B not zero."""
-    for name in names:
-        linear = base.get_submodule(name)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        K, N = linear.in_features, linear.out_features
-        A = torch.randn(K, RANK, generator=generator) / K**0.5
-        yield name, A, torch.randn(RANK, N, generator=generator) / 30
+def _adapters(model: nn.Module, part: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (name, A, B) for each linear of a part: the same for all providers, B not zero."""
+    prefix = f"{part}." if part else ""
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and name.startswith(prefix):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            A = torch.randn(linear.in_features, RANK, generator=generator)
+            B = torch.randn(RANK, linear.out_features, generator=generator)
+            yield name, A / linear.in_features**0.5, B / 30
 
 
 def _difference(plain_losses: Sequence[float], losses: Sequence[float]) -> str | None:
@@ -236,14 +294,6 @@ def _difference(plain_losses: Sequence[float], losses: Sequence[float]) -> str |
 def _largest(first: Sequence[float], second: Sequence[float]) -> float:
     gaps = [abs(a - b) for a, b in zip(first, second, strict=True)]
     return math.nan if any(map(math.isnan, gaps)) else max(gaps)
-
-
-def _providers(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in PROVIDERS]:
-        known = ", ".join(PROVIDERS)
-        raise argparse.ArgumentTypeError(f"no provider {unknown[0]!r}, there are: {known}")
-    return names
 
 
 if __name__ == "__main__":

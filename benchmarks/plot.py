@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import arguments
-from .cases import flops
-from .grids import Shape
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, ratio
+from . import Shape, flops, writable
+from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, ratio
 
 Cells = dict[Shape, dict[str, Row]]
 # Told apart on white by most kinds of colour vision, and by their markers.
@@ -74,7 +72,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> list[str]:
     for name, cells in by_rank:
         panels[f"By rank, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "R")
     if not panels:
-        raise ValueError("no run with a provider beside its peers to draw")
+        raise ValueError("no run with a provider and its peers to draw")
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(6.2 * across, 4.4 * down), layout="constrained", facecolor="white")
@@ -184,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", type=arguments.earlier_run, metavar="FILE.json")
-    parser.add_argument("--out", type=arguments.writable, default=Path("bench.png"))
+    parser.add_argument("runs", nargs="+", type=earlier_run, metavar="FILE.json")
+    parser.add_argument("--out", type=writable, default=Path("bench.png"))
     args = parser.parse_args(argv)
     try:
         titles = draw([run for run in args.runs if run["rows"]], args.out)

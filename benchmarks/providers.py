@@ -5,6 +5,9 @@ case's tensors. A new one is a function here and its name in `PROVIDERS`.
 """
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,58 +16,70 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import lora_ext
+from lora_ext import testing
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
-from lora_ext.backends.triton_kernels import choice
-from lora_ext.backends.triton_kernels.cards import card_of
-from lora_ext.backends.triton_kernels.cost_model import Problem
+from lora_ext.backends.triton.regimes import REGIMES, Problem
+from lora_ext.call import Call, LowRank, Weight
+from lora_ext.dropout import draw_keep, pack_bits
 
-from .cases import Case
+from . import Case
 
 
 class Unavailable(Exception):
-    """A provider can't run here; the message says why and what mends it."""
+    """A provider can't run here; the message says why and how to fix it."""
+
+
+def hash_mask(case: Case) -> Tensor:
+    """Draw dropout's mask as lora_ext does, as bits."""
+    return draw_keep(case.x, case.dropout)
+
+
+def torch_mask(case: Case) -> Tensor:
+    """Draw dropout's mask as `F.dropout` does on x, as bits."""
+    return pack_bits(
+        F.dropout(torch.ones_like(case.x, requires_grad=case.training), case.dropout) != 0
+    )
+
+
+def needed(package: str) -> ModuleType:
+    """Import a package that not everyone has; raise Unavailable if it can't be."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise Unavailable(f"{package} can't be imported ({error}); pip install {package}") from None
 
 
 class Step(NamedTuple):
     """A call to time, and what it returns.
 
     run() gives a tensor for each of `names`: "y", "dx", "dA", "dB", with ".T" appended where the
-    provider holds the transpose. `held` are the inputs and parameters.
+    provider holds the transpose. `held` are the inputs and parameters. `mask` gives the mask that
+    dropout would draw next. `checked` is what the gate runs where that is another call than `run`.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
     names: tuple[str, ...]
     held: tuple[Tensor, ...]
+    mask: Callable[[Case], Tensor] = torch_mask
+    checked: Callable[[], tuple[Tensor, ...]] | None = None
 
     def results(self) -> dict[str, Tensor]:
         """Run once and return the tensors by name, transposes undone."""
-        pairs = zip(self.names, self.run(), strict=True)
+        pairs = zip(self.names, (self.checked or self.run)(), strict=True)
         return {n.removesuffix(".T"): t.T if n.endswith(".T") else t for n, t in pairs}
 
 
-class PlainLoRALayer(nn.Module):
-    """The low-rank part as people write it by hand: `alpha * (x @ A @ B)`."""
+class _LoRALayer(testing.LoRALayer):
+    """The plain layer with what people add by hand: dropout, and adapters of another dtype."""
 
-    def __init__(self, A: Tensor, B: Tensor, alpha: float) -> None:
-        super().__init__()
-        self.A, self.B, self.alpha = nn.Parameter(A), nn.Parameter(B), alpha
+    dropout = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., N)."""
-        return self.alpha * (x @ self.A @ self.B)
-
-
-class PlainLinearWithLoRA(nn.Module):
-    """The adapted layer as people write it by hand: `linear(x) + lora(x)`."""
-
-    def __init__(self, linear: nn.Module, lora: nn.Module) -> None:
-        super().__init__()
-        self.linear, self.lora = linear, lora
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., N)."""
-        return self.linear(x) + self.lora(x)
+        """Return `alpha * (dropout(x) @ A @ B)` in x's dtype, (..., N)."""
+        if self.dropout:
+            x = F.dropout(x, self.dropout)
+        return self.alpha * (x @ self.A.to(x.dtype) @ self.B.to(x.dtype))
 
 
 class _Addmm(torch.autograd.Function):
@@ -97,18 +112,28 @@ def _linear(case: Case) -> Step:
 
 
 def _reference(case: Case) -> Step:
-    layer = _plain_layer(case)
-    return _step(case, layer, {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B})
+    return _plain(case, lambda layer: layer)
 
 
 def _compile(case: Case) -> Step:
     torch.compiler.reset()  # a graph for this shape alone, none with symbolic sizes
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    step = _plain(case, compiled)
+    if not case.dropout:
+        return step
+    # Compiled code draws other numbers than eager code, unless it is told not to.
+    as_eager = _plain(case, partial(compiled, options={"fallback_random": True}))
+    return step._replace(checked=as_eager.run)
+
+
+def _plain(case: Case, prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Step:
     layer = _plain_layer(case)
-    inputs = {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B}
-    return _step(case, torch.compile(layer, fullgraph=True, dynamic=False), inputs)
+    return _step(case, prepare(layer), {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B})
 
 
 def _addmm(case: Case) -> Step:
+    if case.dropout or case.A.dtype != case.x.dtype:
+        raise Unavailable("addmm is written for A and B of x's dtype and no dropout")
     weight, bias, A, B, alpha = case.weight, case.bias, case.A, case.B, case.alpha
     if case.training:
         inputs = {"dx": case.x, "dA": A, "dB": B}
@@ -117,13 +142,14 @@ def _addmm(case: Case) -> Step:
 
 
 def _peft(case: Case) -> Step:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise Unavailable(f"peft can't be imported ({error}); pip install peft") from None
-    rank = case.shape.R
-    config = LoraConfig(r=rank, lora_alpha=case.alpha * rank, target_modules=["0"])
-    model = get_peft_model(
+    peft, rank = needed("peft"), case.shape.R
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=case.alpha * rank,
+        lora_dropout=case.dropout,
+        target_modules=["0"],
+    )
+    model = peft.get_peft_model(
         nn.Sequential(_frozen_linear(case)), config, autocast_adapter_dtype=False
     )
     layer = model.base_model.model[0]
@@ -134,12 +160,13 @@ def _peft(case: Case) -> Step:
 
 
 def _loralib(case: Case) -> Step:
-    try:
-        import loralib
-    except ImportError as error:
-        raise Unavailable(f"loralib can't be imported ({error}); pip install loralib") from None
+    loralib = needed("loralib")
     M, K, N, R = case.shape
-    layer = loralib.Linear(K, N, r=R, lora_alpha=case.alpha * R, merge_weights=False)
+    if case.A.dtype != case.x.dtype:
+        raise Unavailable("loralib takes A and B of x's dtype alone")
+    layer = loralib.Linear(
+        K, N, r=R, lora_alpha=case.alpha * R, lora_dropout=case.dropout, merge_weights=False
+    )
     layer.weight, layer.bias = (nn.Parameter(t, False) for t in (case.weight, case.bias))
     A, B = layer.lora_A, layer.lora_B
     with torch.no_grad():
@@ -152,13 +179,15 @@ def _lora_ext(case: Case) -> Step:
 
 
 def _adapted(case: Case) -> tuple[Step, lora_ext.LinearWithLoRA]:
-    linear = _frozen_linear(case)
-    layer = lora_ext.LinearWithLoRA(linear, case.shape.R, case.alpha, dtype=case.A.dtype)
+    linear, dropout = _frozen_linear(case), case.dropout
+    layer = lora_ext.LinearWithLoRA(
+        linear, case.shape.R, case.alpha, dtype=case.A.dtype, dropout=dropout
+    )
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
         layer.lora.B.copy_(case.B)
     step = _step(case, layer, {"dx": case.x, "dA": layer.lora.A, "dB": layer.lora.B})
-    return step, layer
+    return step._replace(mask=hash_mask), layer
 
 
 def _prepacked(case: Case) -> Step:
@@ -171,15 +200,19 @@ def _prepacked(case: Case) -> Step:
 
 def _backend(name: str) -> Callable[[Case], Step]:
     def build(case: Case) -> Step:
-        reason = BACKENDS[name].unsupported(case.x, case.weight, case.A)
+        keep = hash_mask(case) if case.dropout else None
+        low = LowRank(case.A, case.B, case.alpha, keep)
+        reason = BACKENDS[name].unsupported(Call(case.x, Weight(case.weight), case.bias, low))
         if reason is not None:
             raise Unavailable(reason)
         weight, bias, A, B, alpha = case.weight, case.bias, case.A, case.B, case.alpha
-        return _step(
+        options = {"backend": name} | ({"dropout": case.dropout} if case.dropout else {})
+        step = _step(
             case,
-            lambda x: lora_ext.lora_linear(x, weight, bias, A, B, alpha, backend=name),
+            lambda x: lora_ext.lora_linear(x, weight, bias, A, B, alpha, **options),
             {"dx": case.x, "dA": A, "dB": B},
         )
+        return step._replace(mask=hash_mask)
 
     return build
 
@@ -189,13 +222,20 @@ def _regime(name: str) -> Callable[[Case], Step]:
 
     def build(case: Case) -> Step:
         step = _backend("triton")(case)
-        from lora_ext.backends.triton_kernels.launch import kind_of
+        from lora_ext.backends.triton.cards import card_of
+        from lora_ext.backends.triton.tuning import kind_of
 
-        kind, size = kind_of(case.x.dtype), case.x.element_size()
-        problem = Problem(*case.shape, kind, size, size)
-        if not choice.forward_tiles(name, problem, card_of(case.x.device), False):
+        problem = Problem(
+            *case.shape,
+            kind_of(case.x.dtype),
+            case.x.element_size(),
+            case.A.element_size(),
+            descriptors=False,
+            masked=case.dropout > 0,
+        )
+        if not REGIMES["forward"][name].tiles(problem, card_of(case.x.device)):
             raise Unavailable(f"regime {name} does not take these sizes in {case.x.dtype}")
-        forced = {"forward": name, "backward": name if name in choice.BACKWARD else None}
+        forced = {"forward": name, "backward": name if name in REGIMES["backward"] else None}
 
         def run() -> tuple[Tensor, ...]:
             with regime(**forced):
@@ -220,9 +260,13 @@ def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tenso
     return Step(run, ("y", *inputs), held)
 
 
-def _plain_layer(case: Case) -> PlainLinearWithLoRA:
-    lora = PlainLoRALayer(case.A.detach(), case.B.detach(), case.alpha)
-    return PlainLinearWithLoRA(_frozen_linear(case), lora)
+def _plain_layer(case: Case) -> testing.LinearWithLoRA:
+    layer = testing.LinearWithLoRA(_frozen_linear(case), case.shape.R, case.alpha)
+    if case.dropout or case.A.dtype != case.x.dtype:
+        layer.lora = _LoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
+        layer.lora.dropout = case.dropout
+    layer.lora.A, layer.lora.B = (nn.Parameter(t.detach()) for t in (case.A, case.B))
+    return layer
 
 
 def _frozen_linear(case: Case) -> nn.Linear:
@@ -244,5 +288,5 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}
-PROVIDERS |= {f"triton.{name}": _regime(name) for name in choice.FORWARD}
+PROVIDERS |= {f"triton.{name}": _regime(name) for name in REGIMES["forward"]}
 DEFAULT = ("linear", "reference", "lora_ext")

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import read_run
-from .grids import GRIDS, Shape
+from . import GRIDS, Shape
 from .plot import draw, name_of
 from .providers import DEFAULT
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, geometric_mean, ratio
+from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -26,7 +25,8 @@ Run = dict[str, Any]
 
 def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
     """Return the runs of bench_linear kept there, float32 first, each with its file."""
-    found = [(path, read_run(path)) for path in sorted(folder.glob("*-*.json"))]
+    files = sorted(path for device in GRIDS for path in folder.glob(f"{device}-*.json"))
+    found = [(path, earlier_run(path)) for path in files]
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         if why := check():
-            print(f"{why}\nwrite it anew: make readme-results", file=sys.stderr)
+            print(f"{why}\nwrite it again: make readme-results", file=sys.stderr)
         return int(why is not None)
     kept = runs()
     README.write_text(replaced(README.read_text(), section(kept, model_runs())))

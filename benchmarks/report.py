@@ -1,5 +1,6 @@
-"""What a run leaves: the JSON document, and the table that leads with the two ratios."""
+"""What a run leaves: its JSON document, the table with the two ratios, the change since another."""
 
+import argparse
 import json
 import math
 import platform
@@ -8,20 +9,24 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cases import flops
-from .grids import Shape
+from . import Shape, flops
 from .timing import Times
 
 Row = dict[str, Any]
 OURS, FLOOR, PLAIN = "lora_ext", "linear", "reference"
 LOSES = 0.97  # of the plain layer's speed: below it a shape is named as lost
+SLOWER = 1.10  # a smaller change is not called a regression
+_MORE = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_int8")
 _TABLE_PROVIDERS = 4  # side by side in one table of about 120 columns
+_KEY = ("provider", "device", "dtype", "mode", "M", "K", "N", "R")
+_NUMBERS = ("ms_median", "ms_p80")
+_CONDITIONS = "torch triton device instruction_set threads dropout adapters".split()
 
 
 def make_header(device: str, command: str) -> dict[str, Any]:
@@ -29,7 +34,8 @@ def make_header(device: str, command: str) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu("model name"),
+        "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -68,6 +74,28 @@ def write_json(path: Path, header: dict[str, Any], rows: list[Row], not_timed: l
     """Write a run: "header", "rows", and "not_timed" (provider, shape, reason)."""
     document = {"header": header, "rows": rows, "not_timed": not_timed}
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def earlier_run(path: str | Path) -> dict[str, Any]:
+    """Read the file of an earlier run; it may be a command's argument.
+
+    Raises:
+        argparse.ArgumentTypeError: it can't be read, or is not such a file.
+
+    """
+    try:
+        run = json.loads(Path(path).read_text())
+        whole = isinstance(run["header"], dict) and all(
+            all(key in row for key in _KEY) and all(row[key] > 0 for key in _NUMBERS)
+            for row in run["rows"]
+        )
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise argparse.ArgumentTypeError(f"{path} is not a file that --json wrote")
+    return run
 
 
 def wide_console() -> Console:
@@ -124,11 +152,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
     gains = {s: g for s, cells in shapes.items() if (g := ratio(cells, PLAIN, OURS))}
     if gains:
         worst = min(gains, key=gains.__getitem__)
-        floor = _times(ratio(shapes[worst], OURS, FLOOR))
-        lines.append(
-            f"worst shape: {worst}: {PLAIN} / {OURS} {_times(gains[worst])}, "
-            f"{OURS} / {FLOOR} {floor}"
-        )
+        over = f"{OURS} / {FLOOR} {_times(ratio(shapes[worst], OURS, FLOOR))}"
+        lines.append(f"worst shape: {worst}: {PLAIN} / {OURS} {_times(gains[worst])}, {over}")
     if losers := [f"{shape} ({gain:.2f})" for shape, gain in gains.items() if gain < LOSES]:
         lines.append(f"slower than {PLAIN} by more than 3 %: {', '.join(losers)}")
     return lines
@@ -153,6 +178,73 @@ def ratio(cells: dict[str, Row], over: str, under: str) -> float | None:
 def geometric_mean(values: Sequence[float]) -> float | None:
     """Return the geometric mean of positive values, None of none."""
     return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
+
+
+class Change(NamedTuple):
+    """One row in both runs; `ratio` is the new median time over the old one."""
+
+    old: Row
+    new: Row
+    ratio: float
+
+    @property
+    def regressed(self) -> bool:
+        """More than 10% slower, and outside what the old run's own spread (p80) explains."""
+        return self.ratio > SLOWER and self.new["ms_median"] > self.old["ms_p80"]
+
+
+def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
+    """Pair the rows of two runs by provider, device, dtype, mode and shape."""
+    before = {_key(row): row for row in old}
+    pairs = ((before[_key(row)], row) for row in new if _key(row) in before)
+    return [Change(o, n, n["ms_median"] / o["ms_median"]) for o, n in pairs]
+
+
+def drift_free(changes: Sequence[Change]) -> list[float | None]:
+    """Return each change's ratio over that of `linear` at the same shape, None where it has none.
+
+    `linear` is timed in the same rounds, so a machine that is slower as a whole cancels out. Shown
+    next to the plain ratio and not part of the verdict.
+    """
+    floors = {_key(c.new)[1:]: c.ratio for c in changes if c.new["provider"] == FLOOR}
+    under = (floors.get(_key(change.new)[1:]) for change in changes)
+    return [c.ratio / floor if floor else None for c, floor in zip(changes, under, strict=True)]
+
+
+def print_comparison(console: Console, changes: Sequence[Change], old: dict, new: dict) -> None:
+    """Print a line a row that both runs have, what differs in their headers, and the verdict."""
+    title = f"against commit {old.get('commit')} of {old.get('date')}"
+    table = Table(title=title, title_justify="left")
+    headings = ("provider", "M,K,N,R", "old ms", "new ms", "new / old", f"over {FLOOR}'s", "")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("provider", "") else "right")
+    for change, relative in zip(changes, drift_free(changes), strict=True):
+        row = change.new
+        table.add_row(
+            row["provider"],
+            ",".join(str(row[size]) for size in "MKNR"),
+            f"{change.old['ms_median']:.3g}",
+            f"{row['ms_median']:.3g}",
+            f"{change.ratio:.2f}",
+            "-" if relative is None else f"{relative:.2f}",
+            "regression" if change.regressed else "",
+            style="bold red" if change.regressed else None,
+        )
+    console.print(table)
+    for key in _CONDITIONS:
+        if old.get(key) != new.get(key):
+            console.print(f"differs: {key} was {old.get(key)}, is {new.get(key)}", highlight=False)
+    by_provider: dict[str, list[float]] = {}
+    for change in changes:
+        by_provider.setdefault(change.new["provider"], []).append(change.ratio)
+    shown = ", ".join(f"{name} {geometric_mean(all_):.2f}" for name, all_ in by_provider.items())
+    console.print(f"geometric means, new / old: {shown}", highlight=False)
+    count = sum(change.regressed for change in changes)
+    console.print(f"regressions: {count} of {len(changes)} rows", highlight=False)
+
+
+def _key(row: Row) -> tuple:
+    return tuple(row[key] for key in _KEY)
 
 
 def _mean(shapes: Sequence[dict[str, Row]], over: str, under: str) -> str:
@@ -180,13 +272,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def instruction_set() -> str:
+    """Return what PyTorch computes by on this CPU, and what the CPU has beyond that."""
+    more = [flag for flag in _cpu("flags").split() if flag in _MORE]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *sorted(more)])
+
+
+def _cpu(field: str) -> str:
+    """Return a field of /proc/cpuinfo; where there is none, the processor's name or ""."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(field))
+    return next(values, platform.processor() if field == "model name" else "")
 
 
 def _commit() -> str | None:

@@ -1,7 +1,7 @@
-"""Reckon, without a GPU, what each way to run an adapted layer moves and computes on each card.
+"""Estimate, without a GPU, what each way to run an adapted layer moves and computes on each card.
 
-Bytes and FLOPs are the cost model's: a tensor counts once for each kernel that reads or writes it,
-FLOPs with the padding of tiles. A floor is what follows from the card's data sheet alone: each
+Bytes and FLOPs are those of regimes.py: a tensor counts once for each kernel that reads or writes
+it, FLOPs with the padding of tiles. A floor is what follows from the card's data sheet alone: each
 kernel takes at least the longer of its bytes at peak bandwidth and of its FLOPs at peak rate. No
 figure here is a measurement.
 """
@@ -16,16 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_ext.backends.triton_kernels import choice, cost_model
-from lora_ext.backends.triton_kernels.cards import KNOWN, Card
-from lora_ext.backends.triton_kernels.cost_model import Kernel, Problem
+from lora_ext.backends.triton import regimes
+from lora_ext.backends.triton.cards import KNOWN, Card
+from lora_ext.backends.triton.regimes import REGIMES, Kernel, Problem
 
-from .grids import GRIDS, Shape
+from . import GRIDS, Shape
 
 # PyTorch's dtype as the model sees it: kind of product, bytes an element.
 DTYPES = {"bf16": ("half", 2), "fp16": ("half", 2), "tf32": ("tf32", 4), "fp32": ("fp32", 4)}
-REGIMES = {"forward": choice.FORWARD, "backward": choice.BACKWARD}
-PLAIN = "plain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for card in args.cards
         for direction in REGIMES
         for shape in GRIDS["cuda"]["standard"]
-        for row in reckon(shape, card, args.dtype, direction)
+        for row in estimate(shape, card, args.dtype, direction)
     ]
     console = Console()
     if not console.is_terminal:
@@ -45,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for direction in REGIMES:
             console.print(_table(rows, card, args.dtype, direction))
     console.print(
-        "* picked by the library   MB moved / GFLOP / floor in µs; reckoned, not measured"
+        "* picked by the library   MB moved / GFLOP / floor in µs; estimated, not measured"
     )
     if args.json:
         args.json.write_text(json.dumps({"dtype": args.dtype, "rows": rows}, indent=1) + "\n")
     return 0
 
 
-def reckon(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[dict[str, Any]]:
+def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[dict[str, Any]]:
     """Yield a row for the plain layer and for each regime that can run a shape.
 
     Args:
@@ -63,39 +61,35 @@ def reckon(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[dict
 
     Returns:
         `card`, `direction`, M, K, N, R, `regime`, `tile` ([BLOCK_M, BLOCK_N, BLOCK_K], None for the
-        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (the cost model's time)
-        and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
+        plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (what its cost comes
+        to) and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
 
     """
     kind, size = DTYPES[dtype]
-    p = Problem(*shape, kind, size, size)
+    p = Problem(*shape, kind, size, size, has_bias=direction == "forward")
     c = KNOWN[card]
-    candidates = choice.forward_candidates if direction == "forward" else choice.backward_candidates
-    picked = candidates(choice.bucketed(p), c, True)[0]
-
-    def row(regime: str, tile: list[int] | None, kernels: list[Kernel]) -> dict[str, Any]:
-        return {
+    picked = regimes.candidates(direction, p.bucketed(), c)[0]
+    for name, regime in REGIMES[direction].items():
+        ways = [(regime.cost(p, tile, c), tile) for tile in regime.tiles(p, c)]
+        if not ways:
+            continue
+        if name == picked.name:
+            kernels, tile = next(way for way in ways if way[1] == picked.tile)
+        else:
+            kernels, tile = min(ways, key=lambda way: regimes.time_us(way[0], c, kind))
+        yield {
             "card": card,
             "direction": direction,
             **shape._asdict(),
-            "regime": regime,
-            "tile": tile,
-            "bytes": cost_model.bytes_of(kernels),
+            "regime": name,
+            "tile": [tile.block_m, tile.block_n, tile.block_k] if name != "plain" else None,
+            "bytes": regimes.bytes_of(kernels),
             "flops": sum(kernel.flops for kernel in kernels),
             "launches": len(kernels),
             "floor_us": round(floor_us(kernels, c, kind), 3),
-            "model_us": round(cost_model.time_us(kernels, c, kind), 3),
-            "picked": regime == picked.name,
+            "model_us": round(regimes.time_us(kernels, c, kind), 3),
+            "picked": name == picked.name,
         }
-
-    plain = cost_model.plain_forward if direction == "forward" else cost_model.plain_backward
-    yield row(PLAIN, None, plain(p))
-    for regime in REGIMES[direction]:
-        ways = _ways(regime, p, c, direction)
-        if ways:
-            tile = picked.tile if regime == picked.name else min(ways, key=lambda way: way[0])[1]
-            kernels = next(kernels for _, t, kernels in ways if t == tile)
-            yield row(regime, [tile.block_m, tile.block_n, tile.block_k], kernels)
 
 
 def floor_us(kernels: list[Kernel], card: Card, kind: str) -> float:
@@ -105,22 +99,9 @@ def floor_us(kernels: list[Kernel], card: Card, kind: str) -> float:
     return sum(max(k.bytes / bytes_per_us, k.flops / flops_per_us) for k in kernels)
 
 
-def _ways(regime: str, p: Problem, card: Card, direction: str) -> list[tuple]:
-    """Return (model's time, tile, kernels) for each tile that a regime may be given."""
-    ways = []
-    if direction == "forward":
-        for tile in choice.forward_tiles(regime, p, card, True):
-            splits = choice.decode_splits(p, tile, card) if regime == "decode" else 1
-            ways.append((tile, cost_model.forward(regime, p, tile, card, splits)))
-    else:
-        for tile in choice.backward_tiles(regime, p, card, True):
-            ways.append((tile, cost_model.backward(regime, p, tile, card)))
-    return [(cost_model.time_us(k, card, p.kind), tile, k) for tile, k in ways]
-
-
 def _table(rows: Sequence[dict[str, Any]], card: str, dtype: str, direction: str) -> Table:
     table = Table(title=f"{KNOWN[card].name}, {dtype}, {direction}", title_justify="left")
-    columns = (PLAIN, *REGIMES[direction])
+    columns = tuple(REGIMES[direction])
     table.add_column("M,K,N,R", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,15 +1,85 @@
-// The module lora_ext._C. Loading it registers the CPU kernels (cpu/register.cpp); its one function
-// tells how it was built.
+// The module lora_ext._C. Loading it registers the CPU kernels (cpu/register.cpp); its
+// functions tell how it was built and which way products go.
 #undef TORCH_TARGET_VERSION  // pybind11 as torch 2.11 carries it refuses to be included beside it
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "cpu/isa.h"
+#include "cpu/route.h"
+#include "cpu/split.h"
 
 namespace {
 
-pybind11::dict build_info() {
-  pybind11::dict info;
+namespace py = pybind11;
+using namespace lora_ext::cpu;
+
+const Routes* lines_of_this_machine() {
+  static const Routes lines[] = {routes<float>(), routes<double>(), routes<BFloat16>(),
+                                 routes<Float16>()};
+  return lines;
+}
+
+const Routes& line_of(const std::string& dtype) {
+  for (const Routes* line = lines_of_this_machine(); line < lines_of_this_machine() + 4; ++line) {
+    if (dtype == line->dtype) return *line;
+  }
+  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " + dtype);
+}
+
+// The dtypes whose base product is ours.
+py::list own_products() {
+  py::list own;
+  for (const char* dtype : {"float32", "float64", "bfloat16", "float16"}) {
+    if (!line_of(dtype).library_base) own.append(dtype);
+  }
+  return own;
+}
+
+py::dict ways() {
+  py::dict result;
+  for (int product = 0; product < kProducts; ++product) {
+    py::list names;
+    for (int way = 0; way < kWays; ++way) {
+      if (goes(static_cast<Way>(way), static_cast<Product>(product))) names.append(kWayNames[way]);
+    }
+    result[kProductNames[product]] = names;
+  }
+  return result;
+}
+
+py::dict route(const std::string& dtype) {
+  const Routes& line = line_of(dtype);
+  py::dict result;
+  result["isa"] = line.isa;
+  result["cpu"] = line.cpu;
+  result["dtype"] = line.dtype;
+  result["library_base"] = line.library_base;
+  result["strip_rows"] = line.strip_rows;
+  result["dot_rows"] = line.dot_rows;
+  result["stream_rows"] = line.stream_rows;
+  result["library_dweight"] = line.library_dweight;
+  result["library_shrink"] = line.library_shrink;
+  result["library_expand"] = line.library_expand;
+  result["library_gradient"] = line.library_gradient;
+  return result;
+}
+
+const char* way(const std::string& product, const std::string& dtype, int64_t M, int64_t depth,
+                int64_t R) {
+  const Way chosen = way_of(line_of(dtype), product_named(product), {M, depth, R});
+  return kWayNames[static_cast<int>(chosen)];
+}
+
+py::tuple tiles(int64_t rows, int64_t cols, int64_t threads) {
+  const Tiling tiling = tiles_for(rows, cols, kStripCols, kLeastRows, threads);
+  return py::make_tuple(tiling.rows, tiling.cols);
+}
+
+py::dict build_info() {
+  py::dict info;
   info["torch"] = TORCH_VERSION;
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
@@ -17,13 +87,8 @@ pybind11::dict build_info() {
   info["compiler"] = "g++ " __VERSION__;
 #endif
   info["cuda"] = LORA_EXT_BUILT_CUDA;
-  info["cpu_isa"] = lora_ext::cpu::blocks().name;
-  pybind11::list own;
-  if (!lora_ext::cpu::library_product_is_faster<float>()) own.append("float32");
-  if (!lora_ext::cpu::library_product_is_faster<double>()) own.append("float64");
-  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::BFloat16>()) own.append("bfloat16");
-  if (!lora_ext::cpu::library_product_is_faster<lora_ext::cpu::Float16>()) own.append("float16");
-  info["own_products"] = own;
+  info["cpu_isa"] = blocks().name;
+  info["own_products"] = own_products();
   return info;
 }
 
@@ -36,4 +101,21 @@ PYBIND11_MODULE(_C, module) {
       "Return the torch version and compiler that this was built with, the CUDA toolkit "
       "and architectures of lora_ext._cuda or none, the instruction set that the CPU kernels "
       "use on this machine, and the dtypes whose base product is theirs there.");
+  module.def("ways", &ways,
+             "Return {product: the ways it can go}, for force_way (csrc/cpu/route.h).");
+  module.def("route", &route, py::arg("dtype"),
+             "Return the line of the table of routes for this machine and a dtype.");
+  module.def("way", &way, py::arg("product"), py::arg("dtype"), py::arg("M"), py::arg("depth"),
+             py::arg("R"),
+             "Return the way that a product of M rows and rank R, summed over depth, takes, its "
+             "layout allowing.");
+  module.def(
+      "force_way", &force_way, py::arg("product"), py::arg("way"),
+      "For measuring: make a product go one way in all calls of this process that can go it; "
+      "None undoes it.");
+  module.def("even_part", &even_part, py::arg("size"), py::arg("most"), py::arg("least"),
+             py::arg("multiple"), py::arg("threads"),
+             "Return the size of the parts that a size is split into (csrc/cpu/split.h).");
+  module.def("tiles", &tiles, py::arg("rows"), py::arg("cols"), py::arg("threads"),
+             "Return rows and columns of the tiles that a large product is cut into.");
 }

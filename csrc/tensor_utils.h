@@ -9,6 +9,17 @@
 #include <cstdint>
 #include <initializer_list>
 
+// Where a C function of torch's fails, throw with torch's own words, so that out of memory stays
+// recognisable; headers before torch 2.13 know only which call failed.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define LORA_EXT_CHECK(call)             \
+  do {                                   \
+    STABLE_TORCH_ERROR_CODE_CHECK(call); \
+  } while (false)
+#else
+#define LORA_EXT_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace lora_ext {
 
 using torch::stable::Tensor;
@@ -20,19 +31,19 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, in
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
   int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  LORA_EXT_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  LORA_EXT_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.data(), dtype, device_type, device_index,
-                                                  &result));
+  LORA_EXT_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                          strides.data(), dtype, device_type, device_index,
+                                          &result));
   return Tensor(result);
 }
 
 // The same, of like's dtype.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  LORA_EXT_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(like, sizes, dtype);
 }
 
@@ -41,8 +52,7 @@ inline Tensor transposed(const Tensor& matrix) {
   const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)},
       strides{matrix.stride(1), matrix.stride(0)};
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
+  LORA_EXT_CHECK(aoti_torch_as_strided(matrix.get(), sizes.data(), strides.data(), &result));
   return Tensor(result);
 }
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -13,12 +14,10 @@ import torch
 import lora_ext
 from lora_ext.backends import BACKENDS, choose, cpp, unsupported_reasons
 from lora_ext.call import Call, LowRank, Weight
+from lora_ext.testing import Case, broken_rules, errors, expect, gradients, make_inputs
 
-_SELF_TEST_SHAPE = (37, 96, 160, 8)  # M, K, N, R: no size a multiple of every block
-# The largest error allowed, of the largest value. Sums of up to 160 products: in float32
-# sqrt(160) roundings of 6e-8, with room for the order; in bfloat16 three roundings of 2e-3, of h
-# or t, of it times alpha and of the result.
-_BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+# No size is a multiple of every block.
+_SELF_TEST = [Case((37,), 96, 160, 8, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def main() -> int:
@@ -81,34 +80,19 @@ def _self_tests() -> Iterator[tuple[str, str]]:
 
 
 def _compare(name: str, device: str) -> str:
-    """Forward and every gradient in each dtype against the reference in float64."""
-    errors = {dtype: _error(name, device, dtype) for dtype in _BOUNDS}
-    good = all(errors[dtype] < bound for dtype, bound in _BOUNDS.items())  # false for NaN
-    said = ", ".join(f"{error:.1e} in {str(dtype)[6:]}" for dtype, error in errors.items())
-    verdict = "passed" if good else "failed"
-    return f"{verdict}: y and five gradients, error at most {said}, of the largest value"
-
-
-def _error(name: str, device: str, dtype: torch.dtype) -> float:
-    M, K, N, R = _SELF_TEST_SHAPE
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((M, K), (N, K), (N,), (K, R), (R, N))
-    values = [(torch.randn(size, generator=generator) / K**0.5).to(dtype) for size in sizes]
-    dy = torch.randn(M, N, generator=generator).to(dtype)
-    exact = [t.double().requires_grad_() for t in values]
-    ours = [t.to(device).requires_grad_() for t in values]
-    x, weight, bias, A, B = exact
-    y_exact = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend="reference")
-    x, weight, bias, A, B = ours
-    y_ours = lora_ext.lora_linear(x, weight, bias, A, B, 2.0, backend=name)
-    y_exact.backward(dy.double())
-    y_ours.backward(dy.to(device))
-    pairs = [(y_exact, y_ours)] + [(e.grad, o.grad) for e, o in zip(exact, ours, strict=True)]
-    return max(_relative_error(e, o) for e, o in pairs)
-
-
-def _relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:
-    return ((got.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+    """Hold the forward and every gradient to the error rule, in each dtype."""
+    linear = partial(lora_ext.lora_linear, backend=name)
+    broken, said = [], []
+    for case in _SELF_TEST:
+        with torch.device(device):
+            want = expect(make_inputs(case), case.alpha)
+            got = gradients(linear, want.inputs, case.alpha)
+        broken += broken_rules(got, want)
+        worst = max(error.share for error in errors(got, want))
+        said.append(f"{worst:.0%} in {str(case.dtype)[6:]}")
+    if broken:
+        return f"failed: {broken[0]}"
+    return f"passed: y and five gradients, error at most {', '.join(said)} of what is allowed"
 
 
 def _reasons(device: str) -> dict[str, str | None]:

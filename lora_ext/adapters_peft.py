@@ -5,6 +5,10 @@
 
 PEFT multiplies by lora_alpha / r, or by lora_alpha / sqrt(r) under use_rslora. PEFT itself is not
 needed to read or write this.
+
+The two files of a folder belong together: tensors next to another save's lora_alpha would load and
+be wrong. So the tensors' metadata holds the configuration too, and while a save replaces both there
+is no adapter_config.json: whenever it is there, it is that of the tensors.
 """
 
 import json
@@ -15,15 +19,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor, nn
 
-from .adapters import install, write_whole
+from .adapters_fit import install, module_named
+from .checks import HALF
+from .files import Draft, one_at_a_time, publish_both, quoted, read_tensors, to_bytes
 from .inject import require_lora_layers, require_module
 from .layers import LinearWithLoRA
+from .patterns import Patterns
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_EMBEDDED = "lora_ext.adapter_config"  # a key of the tensors' metadata
 _PREFIX = "base_model.model."
+_DTYPES = (torch.float32, torch.float64, *HALF)
 # What changes the meaning of an adapter, and the value that ours has.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -41,6 +50,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
+    # Not those that change the base's weights: pissa, olora, corda, loftq, lora_ga.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "use_rslora": (True, False, None),
 }
 
 
@@ -53,15 +65,19 @@ def save_peft_adapter(
     lora_alpha / r. Ranks and alphas that differ from the most common go into rank_pattern and
     alpha_pattern.
 
+    If the process is killed, the folder holds the old adapter or the new one for
+    `load_peft_adapter`. PEFT finds the old, the new, or no adapter_config.json where that changes.
+
     Args:
         model: a model with LinearWithLoRA layers.
-        folder: where to write; made if it is not there. Files of these names are replaced.
+        folder: where to write; made if it is not there. Files of these names are replaced, behind
+            symbolic links too.
         base_model: name or path of the base model, for PEFT's base_model_name_or_path.
 
     Raises:
         TypeError: `model` is no nn.Module.
         ValueError: no LinearWithLoRA in the model, or the model is itself one.
-        OSError: the folder can't be written.
+        OSError: the folder can't be written. An adapter that was there is as it was.
 
     """
     layers = require_lora_layers(model)
@@ -72,12 +88,18 @@ def save_peft_adapter(
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora.A.T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora.B.T
     config = _config_of(model, layers) | {"base_model_name_or_path": base_model}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _TENSORS, tensors, {"format": "pt"})
-    temporary = folder / f".{_CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / _CONFIG)
+    with (
+        one_at_a_time(folder),
+        Draft(folder / _TENSORS, to_bytes(tensors, {"format": "pt", _EMBEDDED: text})) as first,
+        Draft(folder / _CONFIG, text.encode()) as second,
+    ):
+        if second.changes_nothing:
+            first.publish()
+        else:
+            publish_both(first, second)
 
 
 def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -95,24 +117,29 @@ def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: `model` is no nn.Module.
         FileNotFoundError: one of the files is missing.
+        OSError: one of the files can't be read.
         ValueError: a damaged file, something of PEFT's that a LinearWithLoRA has not (DoRA, biases,
-            modules_to_save, layers that are no linear), or a layer that does not fit the model.
+            modules_to_save, layers that are no linear), a pattern that `re` would not take or that
+            can't be matched in bounded time, or a layer that does not fit the model.
 
     """
     require_module(model)
-    folder = Path(folder)
-    config = _read_config(folder / _CONFIG)
-    tensors = _read_tensors(folder / _TENSORS)
+    config, tensors = _read(Path(folder))
+    r, lora_alpha = (_patterns(config, field) for field in ("rank_pattern", "alpha_pattern"))
     ours: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         name, end, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if not end or factor not in ("A.weight", "B.weight") or tensor.dim() != 2:
-            raise ValueError(f"folder must hold LoRA factors of linear layers, got {key}")
+        right = tensor.dim() == 2 and tensor.dtype in _DTYPES
+        if not (end and factor in ("A.weight", "B.weight") and right):
+            got = quoted(key)
+            raise ValueError(f"folder must hold LoRA factors of linear layers, got {got}")
         ours[f"{name}.lora.{factor[0]}"] = tensor.T.contiguous()
-        ranks[name] = _by_pattern(config, "rank_pattern", name, config.get("r"))
-        alphas[name] = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
+        # Names that the model has: how long a match takes depends on them.
+        if name not in ranks and module_named(model, name) is not None:
+            ranks[name] = _value_for(r, "rank_pattern", name, config.get("r"))
+            alphas[name] = _value_for(lora_alpha, "alpha_pattern", name, config.get("lora_alpha"))
     metadata = {"rank": json.dumps(ranks), "alpha": json.dumps(alphas)}
     metadata["scaling"] = json.dumps(
         "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
@@ -163,40 +190,56 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _by_pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
+def _patterns(config: dict[str, Any], field: str) -> Patterns:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{_CONFIG} must hold an object as {field}, got {patterns!r}")
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise ValueError(f"{_CONFIG} has a damaged {field}: {pattern!r}: {error}") from None
-    return default
+        raise ValueError(f"{_CONFIG} must hold an object as {field}, got {quoted(patterns)}")
+    return Patterns(patterns)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"folder must be a PEFT adapter's, there is no {path}")
+def _value_for(patterns: Patterns, field: str, name: str, default: Any) -> Any:
     try:
-        config = json.loads(path.read_text())
+        return patterns.value_for(name, default)
+    except ValueError as error:
+        raise ValueError(f"{_CONFIG} has a damaged {field}: {error}") from None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files, of one save even if another process is saving."""
+    what = "folder must be a PEFT adapter's"
+    path = folder / _TENSORS
+    for _ in range(100):
+        before = _identity(path)
+        tensors, metadata = read_tensors(path, what)
+        try:
+            text = (folder / _CONFIG).read_bytes()
+        except FileNotFoundError:  # a save is between its two renames, or was killed there
+            if _EMBEDDED not in metadata:
+                raise FileNotFoundError(f"{what}, there is no {folder / _CONFIG}") from None
+            text = metadata[_EMBEDDED].encode()
+        if _identity(path) == before:
+            return _checked_config(folder / _CONFIG, text), tensors
+    raise OSError(f"{what}, {path} was replaced again and again while it was read")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _checked_config(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
+        raise ValueError(f"{path} must be JSON: {quoted(str(error))}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} must have peft_type 'LORA', got {got!r}")
+        raise ValueError(f"{path} must have peft_type 'LORA', got {quoted(repr(got))}")
     for field, neutral in _NEUTRAL.items():
         if (value := config.get(field)) not in neutral:
-            raise ValueError(f"{path} has {field}={value!r}, which a LinearWithLoRA has not")
+            shown = quoted(repr(value))
+            raise ValueError(f"{path} has {field}={shown}, which a LinearWithLoRA has not")
     return config
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"folder must be a PEFT adapter's, there is no {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file: {error}") from None

@@ -1,9 +1,9 @@
-"""The one judge of modules: may a layer's weight be read, or must the module be called?
+"""The one judge of modules: whether a layer's weight may be read, or it must be called.
 
 Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,14 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
-    parameters = own["_parameters"]
+    parameters: dict[str, Any] = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is not kind or (bias is not None and type(bias) is not kind):
-        other = weight if type(weight) is not kind else bias
-        return f"has a weight or bias that is a {type(other).__name__}, not a {kind.__name__}"
+    if type(weight) is not kind:
+        return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
+    if bias is not None and type(bias) is not kind:
+        return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return Weight(weight) if why is None else why
+    return why or Weight(cast(Tensor, weight))
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:

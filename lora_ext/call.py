@@ -5,7 +5,7 @@
 M rows, K in, N out, R rank. A new operand is a field here; csrc/call.h has the same structs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     In a backward, what the gradients asked for do not read is None, A and B too.
     """
 
-    x: Tensor
+    x: Any  # Tensor, None in a backward that does not read it
     weight: Weight | None
     bias: Tensor | None
     low: LowRank

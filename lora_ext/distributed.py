@@ -1,4 +1,4 @@
-"""Tensor parallelism: how a LinearWithLoRA is split over ranks, and the operators' sharding rules.
+"""Tensor parallelism: how a LinearWithLoRA is split over ranks, and the operation on the parts.
 
 A rank computes with its part of each tensor, by the same kernels:
 
@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -24,13 +26,16 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
-from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import Parameter
 
-from .backends import dtensor
-from .layers import LinearWithLoRA
+from .backends import BACKENDS, choose
+from .bases import why_not_now
+from .call import Call, LowRank, Weight
+from .checks import check_arguments, fit
+from .explain import other_backends
+from .functional import cast_by_autocast, rows_of, with_shape
+from .layers import LinearWithLoRA, why_composed
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 
@@ -56,7 +61,7 @@ class LoRAColwiseParallel(ColwiseParallel):
         if not isinstance(module, LinearWithLoRA):
             return super()._apply(module, device_mesh)
         placements = {"weight": Shard(0), "bias": Shard(0), "A": Replicate(), "B": Shard(1)}
-        return _distribute(self, module, device_mesh, placements)
+        return _distribute(self, module, device_mesh, placements, _Columns(self))
 
 
 class LoRARowwiseParallel(RowwiseParallel):
@@ -82,11 +87,15 @@ class LoRARowwiseParallel(RowwiseParallel):
             return super()._apply(module, device_mesh)
         self.desired_input_layouts = (Shard(-1),)
         placements = {"weight": Shard(1), "bias": Replicate(), "A": Shard(0), "B": Replicate()}
-        return _distribute(self, module, device_mesh, placements)
+        return _distribute(self, module, device_mesh, placements, _Rows(self))
 
 
 def _distribute(
-    style: Any, layer: LinearWithLoRA, mesh: DeviceMesh, placements: dict[str, Placement]
+    style: Any,
+    layer: LinearWithLoRA,
+    mesh: DeviceMesh,
+    placements: dict[str, Placement],
+    split: "_Split",
 ) -> nn.Module:
     if layer._unmerged_weight:
         raise ValueError("module must not be merged: call unmerge_(model) before parallelising")
@@ -101,66 +110,161 @@ def _distribute(
                 part = distribute_tensor(parameter, mesh, [placements[key]], src_data_rank=source)
                 module.register_parameter(key, Parameter(part, parameter.requires_grad))
 
-    return distribute_module(
-        layer,
-        mesh,
-        shard,
-        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
-        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
-    )
+    layer._parallel = split
+    hooks: tuple[Any, Any] = (partial(split.take, style), partial(split.give, style))
+    return distribute_module(layer, mesh, shard, *hooks)
 
 
-_FWD = torch.ops.lora_ext.lora_linear_fwd.default
-_BWD = torch.ops.lora_ext.lora_linear_bwd.default
+class _Split:
+    """How one layer is split: what x comes as, what y leaves as, which results are summands."""
+
+    takes: Placement  # x
+    gives: Placement  # y, computed from the parts
+    sums_dx = sums_dA = sums_dB = False  # a rank has a summand of it
+
+    def __init__(self, style: Any) -> None:
+        # A layout that the parts have anyway needs no DTensor around x and y, 50 us a layer.
+        self.x_stays_plain = style.input_layouts == style.desired_input_layouts
+        leaves: tuple[Placement, ...] = style.output_layouts if style.use_local_output else ()
+        self.sums_y = self.gives.is_partial() and leaves == (Replicate(),)
+        self.y_stays_plain = self.sums_y or leaves == (self.gives,)
+
+    def take(self, style: Any, layer: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        """Hook before the layer: what comes as the layer takes it stays a plain tensor."""
+        x = inputs[0]
+        if self.x_stays_plain and not isinstance(x, DTensor):
+            return x
+        return style._prepare_input_fn(
+            style.input_layouts, style.desired_input_layouts, layer, inputs, mesh
+        )
+
+    def give(self, style: Any, layer: Any, y: Tensor, mesh: DeviceMesh) -> Tensor:
+        """Hook behind the layer: what leaves as it was computed stays a plain tensor."""
+        if not isinstance(y, DTensor):
+            if self.y_stays_plain:
+                return y
+            shape = torch.Size((*y.shape[:-1], layer.out_features))  # parts may be uneven
+            strides = torch.empty(shape, device="meta").stride()
+            y = DTensor.from_local(
+                y, mesh, (self.gives,), run_check=False, shape=shape, stride=strides
+            )
+        return style._prepare_output_fn(
+            style.output_layouts, style.use_local_output, layer, y, mesh
+        )
+
+    def __call__(self, layer: LinearWithLoRA, x: Tensor) -> Tensor:
+        """Return y plain: this rank's part or summand, or the sum; composed, a DTensor."""
+        linear: Any = layer.linear
+        lora: Any = layer.lora
+        mesh = lora.A.device_mesh
+        why = why_composed(linear, lora, kind=DTensor) or why_not_now(x)
+        if why is not None:
+            if layer.backend is not None:
+                raise ValueError(f"backend {layer.backend!r} can't run this layer: {why}")
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, mesh, (self.takes,), run_check=False)
+            return layer._composed(x)
+        if lora.dropout and lora.training:
+            raise ValueError("dropout must be 0 on a layer split over ranks: no rule shares masks")
+        sums_dx = self.sums_dx
+        if isinstance(x, DTensor):
+            if x.placements != self._placements_of(x):
+                x = x.redistribute(placements=(self.takes,))
+            # What to_local hands back has a gradient that is a summand, or a part, as x was.
+            grads = (Partial(),) if sums_dx else x.placements
+            x, sums_dx = x.to_local(grad_placements=grads), False
+        if isinstance(x, AsyncCollectiveTensor):
+            x = x.wait()
+        own, low = linear._parameters, lora._parameters
+        weight, bias, A, B = own["weight"], own["bias"], low["A"], low["B"]
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)
+        operands = (x, weight, bias, A, B, lora.scale)
+        return _OnParts.apply(*operands, layer.backend, self, sums_dx)
+
+    def explain(self, layer: LinearWithLoRA, x: Tensor) -> str:
+        """Say what runs on this rank's parts, see `lora_ext.explain`."""
+        why = why_composed(layer.linear, layer.lora, kind=DTensor) or why_not_now(x)
+        if why is not None:
+            return f"runs linear(x) + lora(x), composed: {why}"
+        parameters: tuple[Any, ...] = (layer.weight, layer.lora.A, layer.lora.B)
+        weight, A, B = (t.to_local() for t in parameters)
+        part = x.to_local() if isinstance(x, DTensor) else x
+        call = Call(part, Weight(weight), None, LowRank(A, B, layer.lora.scale))
+        chosen = choose(layer.backend, call)
+        return "\n".join([f"{chosen}: runs, on this rank's part", *other_backends(call, chosen)])
+
+    def _placements_of(self, x: Tensor) -> tuple[Placement, ...]:
+        takes = self.takes
+        return (Shard(x.ndim - 1),) if isinstance(takes, Shard) else (takes,)
 
 
-@register_sharding(_FWD)
-def _forward_rules(x, weight, bias, A, B, alpha):
-    """(y, h) from (x, weight, bias, A, B, alpha), for one dimension of the mesh at a time."""
-    whole, summand = Replicate(), Partial()
-
-    def inputs(x, weight, bias_part, A, B):
-        return [x, weight, None if bias is None else bias_part, A, B, None]
-
-    return [
-        ([whole, whole], inputs(whole, whole, whole, whole, whole)),
-        ([Shard(0), Shard(0)], inputs(Shard(0), whole, whole, whole, whole)),  # rows of x
-        ([Shard(1), whole], inputs(whole, Shard(0), Shard(0), whole, Shard(1))),  # columns
-        # Rows: each rank adds its share of the bias, so that the sum has it once.
-        ([summand, summand], inputs(Shard(1), Shard(1), summand, Shard(0), whole)),
-    ]
+class _Columns(_Split):
+    takes, gives = Replicate(), Shard(-1)
+    sums_dx = sums_dA = True
 
 
-@register_sharding(_BWD)
-def _backward_rules(dy, x, weight, A, B, h, alpha, needs):
-    """(dx, dweight, dbias, dA, dB) from (dy, x, weight, A, B, h, alpha, needs), likewise."""
-    whole, summand = Replicate(), Partial()
-    need_dx, need_dweight, _, need_dA, need_dB = needs
-
-    def rule(outputs, dy, x, weight, A, B, h):
-        # A result not asked for and an input not read have no elements: nothing to split.
-        outputs = [out if need else whole for out, need in zip(outputs, needs, strict=True)]
-        read = (need_dweight or need_dA, need_dx, need_dx, need_dx or need_dA, need_dB)
-        parts = zip((x, weight, A, B, h), read, strict=True)
-        return outputs, [dy, *(part if r else whole for part, r in parts), None, None]
-
-    return [
-        rule([whole] * 5, whole, whole, whole, whole, whole, whole),
-        rule([Shard(0)] + [summand] * 4, Shard(0), Shard(0), whole, whole, whole, Shard(0)),
-        rule(
-            [summand, Shard(0), Shard(0), summand, Shard(1)],
-            Shard(1), whole, Shard(0), whole, Shard(1), whole,
-        ),
-        rule(
-            [Shard(1), Shard(1), whole, Shard(0), summand],
-            whole, Shard(1), Shard(1), Shard(0), whole, summand,
-        ),
-    ]  # fmt: skip
+class _Rows(_Split):
+    takes, gives = Shard(-1), Partial()
+    sums_dB = True
 
 
-# The rules depend on `needs`, which register_sharding would leave out of the key that it keeps a
-# derived rule under: two layers of one shape, one with its bias frozen, would share theirs.
-DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_BWD] = RuntimeSchemaInfo(
-    static_argnum=7, needs_pytree=True
-)
-dtensor.TYPES.add(DTensor)
+class _OnParts(torch.autograd.Function):
+    """functional._LoRALinear on a rank's parts: plain x and y, parameters that are DTensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale, backend, split, sums_dx):
+        mesh = A.device_mesh
+        parts = [x, *(None if t is None else t.to_local() for t in (weight, bias, A, B))]
+        if not fit(*parts, scale):
+            check_arguments(*parts, scale)
+        x, part, bias_part, A_part, B_part = parts
+        if split.gives.is_partial() and mesh.get_local_rank() != 0:
+            bias_part = None  # so that the sum over ranks has it once
+        low = LowRank(A_part, B_part, scale)
+        call = Call(rows_of(x), Weight(part), bias_part, low)
+        name = choose(backend, call)
+        y, h = BACKENDS[name].forward(call)
+        if split.sums_y:
+            dist.all_reduce(y, group=mesh.get_group())
+        need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_dA or need_dweight else None,
+            part if need_dx else None,
+            A_part,
+            B_part,
+            h if need_dB else None,
+        )
+        ctx.specs = [None if t is None else t._spec for t in (weight, bias, A, B)]
+        ctx.scale, ctx.name, ctx.x_shape = scale, name, x.shape
+        ctx.mesh, ctx.split, ctx.sums_dx = mesh, split, sums_dx
+        return with_shape(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("a LinearWithLoRA that is split over ranks has no second derivative")
+        x, weight, A, B, h = ctx.saved_tensors
+        if isinstance(dy, AsyncCollectiveTensor):
+            dy = dy.wait()
+        call = Call(
+            None if x is None else rows_of(x),
+            None if weight is None else Weight(weight),
+            None,
+            LowRank(A, B, ctx.scale),
+        )
+        needs = ctx.needs_input_grad[:5]
+        dx, *others = BACKENDS[ctx.name].backward(rows_of(dy), call, h, needs)
+        split, group = ctx.split, ctx.mesh.get_group()
+        sums = (ctx.sums_dx, False, False, split.sums_dA, split.sums_dB)
+        for gradient, is_summand in zip((dx, *others), sums, strict=True):
+            if is_summand and gradient is not None:
+                dist.all_reduce(gradient, group=group)
+        # By the constructor: from_local takes twice its 35 us, for each parameter.
+        gradients = [
+            None if gradient is None else DTensor(gradient, spec, requires_grad=False)
+            for gradient, spec in zip(others, ctx.specs, strict=True)
+        ]
+        if dx is not None:
+            dx = with_shape(dx, ctx.x_shape)
+        return dx, *gradients, None, None, None, None

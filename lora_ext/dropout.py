@@ -10,6 +10,8 @@ One bit an element is kept for the backward.
 import torch
 from torch import Tensor
 
+from . import ops
+
 _MASK = 0xFFFFFFFF
 
 
@@ -34,8 +36,8 @@ def draw_keep(x: Tensor, p: float, mask: str = "hash") -> Tensor:
     if mask == "torch":
         # Of x's own strides: the draw follows the order of memory.
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-        return pack_bits(keep.reshape(M, K))
-    return pack_bits(keep_mask(draw_seed(x), (M, K), p))
+        return torch.ops.lora_ext.pack_keep(keep.reshape(M, K))
+    return torch.ops.lora_ext.draw_keep(draw_seed(x), M, K, p)
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -81,6 +83,15 @@ def pack_bits(mask: Tensor) -> Tensor:
     whole = torch.nn.functional.pad(mask.to(torch.uint8), (0, -K % 8)).view(M, -(-K // 8), 8)
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (whole << places).sum(2, dtype=torch.uint8)
+
+
+# Where C++ has no kernel for a device.
+ops.LIBRARY.impl("pack_keep", pack_bits, "CompositeExplicitAutograd")
+ops.LIBRARY.impl(
+    "draw_keep",
+    lambda seed, rows, cols, p: pack_bits(keep_mask(seed, (rows, cols), p)),
+    "CompositeExplicitAutograd",
+)
 
 
 def unpack_bits(bits: Tensor, K: int) -> Tensor:

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from .backends import choose, unsupported_reasons
 from .bases import why_not_now
-from .call import Call, LowRank
-from .functional import call_of
+from .call import Call, LowRank, Weight
+from .checks import check_arguments
+from .functional import cast_by_autocast
 from .layers import LinearWithLoRA, why_composed
 
 
@@ -42,21 +43,34 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         if layer.backend is not None:
             return f"raises: backend {layer.backend!r} can't run this layer: {why}"
         return f"runs linear(x) + lora(x), composed: {why}"
-    lora = layer.lora
     try:
-        call = call_of(x, weight, layer.bias, lora.A, lora.B, lora.scale)
-        if lora.dropout and lora.training:
-            K = call.x.shape[-1]
-            rows = call.x.numel() // K if K else 0
-            keep = torch.empty(rows, -(-K // 8), dtype=torch.uint8, device=call.x.device)
-            call = Call(call.x, call.weight, call.bias, LowRank(*call.low[:3], keep))
+        call = _call_of(layer, x)
         chosen = choose(layer.backend, call)
     except (TypeError, ValueError) as error:
         return f"raises: {error}"
     first = f"{chosen}: runs"
-    if chosen == "cpp" and layer._panels is not None and call.weight.data is weight:
+    if (
+        chosen == "cpp"
+        and layer._panels is not None
+        and call.weight is not None
+        and weight is call.weight.data
+    ):
         first += ", its weight laid out by prepack_"
     return "\n".join([first, *other_backends(call, chosen)])
+
+
+def _call_of(layer: LinearWithLoRA, x: Tensor) -> Call:
+    """Return the call that the layer would make, its mask not drawn; raise what that raises."""
+    weight, bias, lora = layer.weight, layer.bias, layer.lora
+    A, B = lora.A, lora.B
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)  # type: ignore[assignment]
+    check_arguments(x, weight, bias, A, B, lora.scale)
+    keep = None
+    if lora.dropout and lora.training:
+        rows = x.numel() // max(x.shape[-1], 1)
+        keep = torch.empty(rows, -(-x.shape[-1] // 8), dtype=torch.uint8, device=x.device)
+    return Call(x, Weight(weight), bias, LowRank(A, B, lora.scale, keep))
 
 
 def other_backends(call: Call, chosen: str) -> list[str]:

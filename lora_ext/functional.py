@@ -87,54 +87,52 @@ def adapted(
     fresh (panels.py). A backend that reads no panels, and autocast where it casts the weight, take
     the weight itself.
     """
-    call = call_of(x, weight, bias, A, B, scale)
-    if dropout:
-        check_dropout(dropout, mask)
-        low = call.low
-        keep = draw_keep(call.x, dropout, mask)
-        low = LowRank(low.A, low.B, low.scale * scale_of(dropout), keep)
-        call = Call(call.x, call.weight, call.bias, low)
-    if panels is not None and (weight is not call.weight.data or backend not in (None, "cpp")):
-        panels = None
-    name = choose(backend, call)
-    x, base, bias, (A, B, scale, keep) = call
-    weight = None if base is None else base.data
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or A.requires_grad
-        or B.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        try:
+    given = weight
+    try:
+        # Not for meta: PyTorch raises when asked about a device that has no autocast.
+        if not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)
+        if type(scale) not in (float, int):
+            check_arguments(x, weight, bias, A, B, scale)
+            scale = float(scale)  # any real number, such as numpy's: the operators take these two
+        keep = None
+        if dropout:
+            check_dropout(dropout, mask)
+            scale, keep = scale * scale_of(dropout), draw_keep(x, dropout, mask)
+        base = None if weight is None else Weight(weight)
+        call = Call(x, base, bias, LowRank(A, B, scale, keep))
+        name = choose(backend, call)
+        if name != "cpp" and not fit(x, weight, bias, A, B, scale):  # csrc/call.cpp checks itself
+            check_arguments(x, weight, bias, A, B, scale)
+        if name != "cpp" or weight is not given:
+            panels = None
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or A.requires_grad
+            or B.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
             y = _LoRALinear.apply(x, weight, bias, A, B, scale, keep, name, panels)
-        except RuntimeError as error:
-            if not torch._C._are_functorch_transforms_active():
-                raise
-            raise RuntimeError(_NO_TRANSFORM) from error
-        return y if isinstance(y, Tensor) else y[0]
-    if panels is not None and name == "cpp":
-        base = panels.forward
-    y, _ = BACKENDS[name].forward(Call(_rows(x), base, bias, call.low))
-    return _with_shape(y, (*x.shape[:-1], y.shape[1]))
+            return y if isinstance(y, Tensor) else y[0]
+        if panels is not None or x.dim() != 2:
+            base = call.weight if panels is None else panels.forward
+            call = Call(rows_of(x), base, bias, call.low)
+        y, _ = BACKENDS[name].forward(call)
+        return with_shape(y, x.shape)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        _raise_what_does_not_fit(x, weight, bias, A, B, scale)
+        raise
 
 
-def call_of(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-) -> Call:
-    """Return the call as a backend will see it, but for x, still (..., K): autocast and checked."""
-    # Not for meta: PyTorch raises when asked about a device that has no autocast.
-    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(_device_type(x)):
-        x, weight, bias, A, B = _autocast(x, weight, bias, A, B)
-    if not fit(x, weight, bias, A, B, scale):
-        check_arguments(x, weight, bias, A, B, scale)
-        scale = float(scale)  # any real number, such as numpy's: the operators take float and int
-    return Call(x, None if weight is None else Weight(weight), bias, LowRank(A, B, scale))
+def _raise_what_does_not_fit(*arguments: Any) -> None:
+    """Raise the error that names an argument, or that a transform of torch.func is active."""
+    try:
+        check_arguments(*arguments)
+    except (TypeError, ValueError) as error:
+        raise error from None
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NO_TRANSFORM)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -145,18 +143,15 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, keep, name, panels):
-        ctx.panels = None
-        base = None if weight is None else Weight(weight)
-        if panels is not None and name == "cpp":
-            base, ctx.panels = panels.forward, panels.backward
-        y, h = BACKENDS[name].forward(Call(_rows(x), base, bias, LowRank(A, B, scale, keep)))
+        base = None if weight is None else Weight(weight) if panels is None else panels.forward
+        y, h = BACKENDS[name].forward(Call(rows_of(x), base, bias, LowRank(A, B, scale, keep)))
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         keeps_x = need_dA or need_dweight
         ctx.save_for_backward(
             x if keeps_x else None, weight if need_dx else None, A, B, h if need_dB else None, keep
         )
-        ctx.scale, ctx.name, ctx.x_shape = scale, name, x.shape
-        y = _with_shape(y, (*x.shape[:-1], y.shape[1]))
+        ctx.call = (x.shape, scale, name, None if panels is None else panels.backward)
+        y = with_shape(y, x.shape)
         # Without x a second derivative finds h's own graph by h being a result of this Function.
         if need_dB and need_dx and not keeps_x:
             ctx.set_materialize_grads(False)
@@ -170,12 +165,13 @@ class _LoRALinear(torch.autograd.Function):
         if under_create_graph or dy is None or dh is not None:
             return _differentiable_gradients(ctx, dy, dh)
         x, weight, A, B, h, keep = ctx.saved_tensors
-        base = ctx.panels or (None if weight is None else Weight(weight))
-        call = Call(None if x is None else _rows(x), base, None, LowRank(A, B, ctx.scale, keep))
+        x_shape, scale, name, panels = ctx.call
+        base = panels or (None if weight is None else Weight(weight))
+        call = Call(None if x is None else rows_of(x), base, None, LowRank(A, B, scale, keep))
         needs = ctx.needs_input_grad[:5]
-        dx, dweight, dbias, dA, dB = BACKENDS[ctx.name].backward(_rows(dy), call, h, needs)
+        dx, dweight, dbias, dA, dB = BACKENDS[name].backward(rows_of(dy), call, h, needs)
         if dx is not None:
-            dx = _with_shape(dx, ctx.x_shape)
+            dx = with_shape(dx, x_shape)
         return dx, dweight, dbias, dA, dB, None, None, None, None
 
 
@@ -187,20 +183,21 @@ def _differentiable_gradients(
     `dh` comes, and dy may be absent, where a second derivative goes through an h that is a result.
     """
     x, weight, A, B, h, keep = ctx.saved_tensors
+    x_shape, scale, _, _ = ctx.call
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]
     dx = dweight = dbias = dA = dB = None
     if dy is not None:
-        rows = None if x is None else _rows(x)
+        rows = None if x is None else rows_of(x)
         if need_dB and rows is not None:  # h again, with its graph
             h = reference.masked(rows, keep) @ A.to(rows.dtype)
         base = None if weight is None else Weight(weight)
-        call = Call(rows, base, None, LowRank(A, B, ctx.scale, keep))
-        dx, dweight, dbias, dA, dB = reference.backward(_rows(dy), call, h, needs)
+        call = Call(rows, base, None, LowRank(A, B, scale, keep))
+        dx, dweight, dbias, dA, dB = reference.backward(rows_of(dy), call, h, needs)
     if dh is not None:  # h = (keep * x) @ A, of an A that needs no gradient
         through_h = reference.masked(dh @ A.to(dh.dtype).T, keep)
         dx = through_h if dx is None else dx + through_h
     if dx is not None:
-        dx = dx.view(ctx.x_shape)
+        dx = dx.view(x_shape)
     return dx, dweight, dbias, dA, dB, None, None, None, None
 
 
@@ -239,7 +236,7 @@ def lora_delta(
     return scale * F.linear(h, B.to(x.dtype).T)
 
 
-def _autocast(
+def cast_by_autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Cast as autocast casts what F.linear gets; float32 adapters stay, the kernels cast them."""
@@ -256,20 +253,17 @@ def _autocast(
     return x, weight, bias, A, B
 
 
-def _device_type(x: Tensor) -> str:
-    # Device.type makes its string again at each call, 4 us cold: not for the commonest answer.
-    return "cpu" if x.is_cpu else x.device.type
-
-
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """View x (..., K) as a matrix (M, K); a copy only where its strides forbid a view."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _with_shape(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give a fresh matrix its leading dimensions.
+def with_shape(rows: Tensor, like: torch.Size) -> Tensor:
+    """Give a fresh matrix the leading dimensions of a shape.
 
     By `_unsafe_view`, as F.linear itself does: what leaves a Function as a view can't be written
     into, and `nn.ReLU(inplace=True)` behind a linear does just that.
     """
-    return rows if len(shape) == 2 else torch.ops.aten._unsafe_view.default(rows, shape)
+    if len(like) == 2:
+        return rows
+    return torch.ops.aten._unsafe_view.default(rows, (*like[:-1], rows.shape[1]))

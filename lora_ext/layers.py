@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -135,7 +135,7 @@ class LinearWithLoRA(nn.Module):
     lora: LoRALayer
     # Of the class, so that no state has them.
     _panels: Panels | None = None  # by prepack_
-    _parallel: Callable[["LinearWithLoRA", Tensor], Tensor] | None = None  # by distributed.py
+    _parallel: Any = None  # by distributed.py: how it is split over ranks, and run then
 
     def __init__(
         self,

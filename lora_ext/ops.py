@@ -8,6 +8,8 @@ costs twice as much. What a call does not have is None.
 under `lora_ext_triton`: an operator takes one kernel a device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ SCHEMAS = {
 
 def fwd_fake(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
     """Shapes of linear_fwd: y (M, N) and h (M, R)."""
+    _require_device_of(x, weight=weight, bias=bias, A=A, B=B, keep=keep)
     M = x.shape[0]
     return x.new_empty(M, B.shape[1]), x.new_empty(M, A.shape[1])
 
@@ -35,6 +38,7 @@ def bwd_fake(
     dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
 ) -> tuple[Tensor, ...]:
     """Shapes of linear_bwd: a gradient has the shape of its argument, or no elements."""
+    _require_device_of(dy, x=x, weight=weight, A=A, B=B, h=h, keep=keep)
     M, N = dy.shape
     dx = dy.new_empty(M, A.shape[0]) if needs[0] else dy.new_empty(0)
     dweight = dy.new_empty(N, x.shape[1]) if needs[1] else dy.new_empty(0)
@@ -42,6 +46,13 @@ def bwd_fake(
     dA = empty_like_factor(A) if needs[3] else dy.new_empty(0)
     dB = empty_like_factor(B) if needs[4] else dy.new_empty(0)
     return dx, dweight, dbias, dA, dB
+
+
+def _require_device_of(first: Tensor, **others: Tensor | None) -> None:
+    # Of tensors on a CPU and one on meta the dispatcher takes the shape rule, and not a kernel.
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name} must be on device {first.device}, got {tensor.device}")
 
 
 def empty_like_factor(factor: Tensor) -> Tensor:
@@ -63,7 +74,7 @@ def is_transposed(factor: Tensor) -> bool:
 def define(namespace: str) -> torch.library.Library:
     """Declare the operators of SCHEMAS under a namespace, with their shape rules."""
     library = torch.library.Library(namespace, "DEF")
-    fakes = {"linear_fwd": fwd_fake, "linear_bwd": bwd_fake}
+    fakes: dict[str, Any] = {"linear_fwd": fwd_fake, "linear_bwd": bwd_fake}
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
@@ -77,8 +88,21 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-_LIBRARY = define("lora_ext")
-_LIBRARY.define(
-    "pack_weight(Tensor weight, bool transposed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-torch.library.register_fake("lora_ext::pack_weight", _pack_fake, lib=_LIBRARY)
+def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
+def _pack_keep_fake(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
+
+
+LIBRARY = define("lora_ext")
+# On the CPU: a weight in panels, and dropout's mask as bits, drawn from a seed's hash (dropout.py,
+# keep_mask) or packed from a mask of bytes.
+for _schema, _fake in (
+    ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
+    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lora_ext::{_schema.split('(')[0]}", _fake, lib=LIBRARY)

@@ -2,19 +2,28 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 
-from lora_ext import lora_linear
+from lora_ext import functional
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton import regime
-from tests.numerics import Linear
+from lora_ext.call import Call, LowRank, Weight
+from lora_ext.testing import Linear
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.gpu import interpreter
+
+    interpreter.mend()
 
 
 @dataclass(frozen=True)
@@ -42,19 +51,46 @@ class Backend:
 
     @property
     def linear(self) -> Linear:
-        """`lora_linear` with this backend asked for by name; skips a dtype it does not take."""
+        """`lora_linear` with this backend asked for by name; skips what it refuses."""
+        asked = linear_of(self.name)
 
-        def linear(x, weight, bias, A, B, alpha):
-            if self.name == "triton" and x.dtype == torch.float64:
-                pytest.skip("the Triton kernels leave float64 to the reference")
-            return lora_linear(x, weight, bias, A, B, alpha, backend=self.name)
+        def linear(x, weight, bias, A, B, alpha, *, keep=None):
+            base = None if weight is None else Weight(weight)
+            call = Call(x, base, bias, LowRank(A, B, alpha, keep))
+            if (reason := BACKENDS[self.name].unsupported(call)) is not None:
+                pytest.skip(f"{self.name} {reason}")  # test_backends.py holds what it may refuse
+            return asked(x, weight, bias, A, B, alpha, keep=keep)
 
         return linear
 
 
+def linear_of(backend: str, module: ModuleType = functional) -> Linear:
+    """Return `lora_linear` by one backend, as lora_ext.testing calls it.
+
+    With `keep` that is the mask that dropout draws, and without a weight the low-rank part alone.
+    `module` is functional.py, or a changed copy of it.
+    """
+
+    def linear(x, weight, bias, A, B, alpha, *, keep=None):
+        if keep is not None:
+            with mock.patch.object(module, "draw_keep", lambda *_: keep):  # 1 / (1 - p) is 2
+                return module.adapted(x, weight, bias, A, B, alpha / 2, backend, 0.5)
+        if weight is None:
+            return module.adapted(x, weight, bias, A, B, alpha, backend)
+        return module.lora_linear(x, weight, bias, A, B, alpha, backend=backend)
+
+    return linear
+
+
+def small_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
+    """Return a call of one element: what a backend is asked about to know if it is there."""
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    return Call(one, Weight(one), None, LowRank(one, one, 1.0))
+
+
 # The one list of what the tests run over: all backends, and here the further variants of one. The
 # instruction sets of "cpp" are chosen once a process: test_isa.py. Those of "triton" run on a GPU,
-# and in the interpreter: test_triton_interpreter.py.
+# and in Triton's interpreter where TRITON_INTERPRET=1 is set: a job of its own in the Makefile.
 VARIANTS: dict[str, list[Backend]] = {
     "triton": [
         Backend("triton", name, partial(regime, **forced), slow=True)
@@ -68,7 +104,7 @@ VARIANTS: dict[str, list[Backend]] = {
             },
             "decode": {"forward": "decode"},
             "torch_base": {"forward": "torch_base", "backward": "torch_base"},
-            "h_first": {"forward": "h_first"},
+            "addmm": {"forward": "addmm", "backward": "addmm"},
         }.items()
     ],
 }
@@ -76,15 +112,30 @@ VARIANTS: dict[str, list[Backend]] = {
 
 def backends_that_run_on(device: str) -> list[Backend]:
     """Return the backends that take a device's tensors on this machine, with their variants."""
-    one = torch.ones(1, 1, device=device)
-    names = [name for name, b in BACKENDS.items() if b.unsupported(one, one, one) is None]
+    call = small_call(device)
+    names = [name for name, b in BACKENDS.items() if b.unsupported(call) is None]
     return [b for name in names for b in (Backend(name), *VARIANTS.get(name, ()))]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --backends, by which test_triton_interpreter.py shares the tests out, and --device."""
-    parser.addoption("--backends", help="only tests over these, e.g. triton,triton-decode")
+    """Add --backends and --device."""
+    parser.addoption("--backends", help="only tests over these: cpp, triton, triton-decode, ...")
     parser.addoption("--device", default="cpu", help="where the tests over backends run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a name in --backends that none here has: it would pass by running nothing."""
+    asked = (config.getoption("--backends") or "").split(",")
+    if "triton" in asked and importlib.util.find_spec("triton") is None:
+        pytest.exit("needs the package triton", 0)
+    known = set().union(*map(names_of, backends_that_run_on(config.getoption("--device"))), [""])
+    if unknown := set(asked) - known:
+        raise pytest.UsageError(f"--backends must be among {sorted(known)}, got {sorted(unknown)}")
+
+
+def names_of(backend: Backend) -> set[str]:
+    """Return what --backends may call it: its own name, or its backend's for all variants."""
+    return {backend.name, str(backend)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -97,13 +148,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep what --backends asks for."""
     if asked := config.getoption("--backends"):
-        names = asked.split(",")
-        backends = [getattr(item, "callspec", None) for item in items]
-        items[:] = [
-            item
-            for item, spec in zip(items, backends, strict=True)
-            if spec is not None and str(spec.params.get("backend")) in names
-        ]
+        items[:] = [item for item in items if names_of_item(item) & set(asked.split(","))]
+
+
+def names_of_item(item: pytest.Item) -> set[str]:
+    """Return the names of the backend that a test runs over, none for one over no backend."""
+    if "backend" not in getattr(item, "fixturenames", ()):
+        return set()
+    return names_of(item.callspec.params["backend"])
 
 
 @pytest.fixture
@@ -124,12 +176,21 @@ with contextlib.suppress(AttributeError, OSError):  # another libc
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Fill what at::empty hands out with NaN: an element that nobody writes shows."""
+    with poisoned_memory():
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Have at::empty give NaN, without what `use_deterministic_algorithms` imports: inductor."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     RowwiseParallel,
@@ -18,8 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_ext
-from benchmarks.finetune import plain
-from lora_ext import LinearWithLoRA
+from lora_ext import LinearWithLoRA, testing
 from lora_ext.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from lora_ext.inject import linears
 
@@ -61,9 +60,14 @@ class PlainLinearWithLoRA(LinearWithLoRA):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(linear, rank, alpha)
-        self.lora = plain.LoRALayer(linear.in_features, linear.out_features, rank, alpha)
+        self.lora = testing.LoRALayer(linear.in_features, linear.out_features, rank, alpha)
 
-    forward = plain.LinearWithLoRA.forward
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `linear(x) + lora(x)`; an x that comes plain is made a DTensor first."""
+        if self._parallel is not None and not isinstance(x, DTensor):
+            mesh = self.linear.weight.device_mesh
+            x = DTensor.from_local(x, mesh, (self._parallel.takes,), run_check=False)
+        return testing.LinearWithLoRA.forward(self, x)
 
 
 class RMSNorm(nn.Module):

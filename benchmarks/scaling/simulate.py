@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import arguments
+from benchmarks import positive, writable
 from benchmarks.report import make_header, wide_console
 
 from .decoder import DecoderShape
@@ -205,18 +205,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0]
     )
-    add, positive, llama = parser.add_argument, arguments.positive(int), DecoderShape()
+    add, count, llama = parser.add_argument, positive(int), DecoderShape()
     add("--ranks", type=_ranks, default=list(RANKS), metavar="N,...", help="default: 8 to 4096")
-    add("--tp", type=positive, default=8, metavar="N", help="tensor-parallel ranks (default 8)")
+    add("--tp", type=count, default=8, metavar="N", help="tensor-parallel ranks (default 8)")
     for name, size in asdict(llama).items():
         option = f"--{name.replace('_', '-')}"
-        add(option, type=positive, default=size, metavar="N", help=f"default {size}")
-    add("--sequence", type=positive, default=4096, metavar="N", help="tokens (default 4096)")
-    add("--batch", type=positive, default=1, metavar="N", help="sequences on each data rank")
+        add(option, type=count, default=size, metavar="N", help=f"default {size}")
+    add("--sequence", type=count, default=4096, metavar="N", help="tokens (default 4096)")
+    add("--batch", type=count, default=1, metavar="N", help="sequences on each data rank")
     add("--dtype", choices=tuple(DTYPES), default="bf16")
     add("--trace-all", action="store_true", help="trace every block, extrapolate none")
-    add("--json", type=arguments.writable, metavar="FILE", help="write the rows there")
-    add("--plot", type=arguments.writable, metavar="FILE", help="write a PNG there")
+    add("--json", type=writable, metavar="FILE", help="write the rows there")
+    add("--plot", type=writable, metavar="FILE", help="write a PNG there")
     args = parser.parse_args(argv)
     args.shape = DecoderShape(**{name: getattr(args, name) for name in asdict(llama)})
     if args.hidden % args.heads:
@@ -233,4 +233,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _ranks(text: str) -> list[int]:
-    return sorted(set(map(arguments.positive(int), text.split(","))))
+    return sorted(set(map(positive(int), text.split(","))))

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lora_ext import layers
+from lora_ext import LinearWithLoRA, bases
 from lora_ext.backends import cpp
 
 from .decoder import DecoderShape, adapted_decoder, lay_out
@@ -64,7 +64,7 @@ class Trace:
     Attributes:
         memory: bytes of each of KINDS: `weights` (frozen) and `adapters` as they lie sharded,
             `gradients` and `optimizer` of the adapters, `activations` that are kept between forward
-            and backward; beside them `gathered`, parameters whole at the end of the forward, and
+            and backward; with them `gathered`, parameters whole at the end of the forward, and
             `peak`, the most that is held at any time, all of it included.
         traffic: by (collective, dimension of the mesh).
 
@@ -131,7 +131,7 @@ def simulate_step(
     Args:
         shape: sizes of the decoder; heads, kv_heads, ffn and vocabulary multiples of `tp`.
         layer: of LAYERS: "plain"; "lora_ext", whose operators run; or "composed", what lora_ext
-            does where sharded tensors have no kernel: the base is called, the low-rank part added.
+            does where a weight may not be read: the base is called, the low-rank part added.
         ranks: of the world, a multiple of `tp`.
         tp: ranks that share each linear; the others share parameters by FSDP2.
         batch: sequences on each data-parallel rank.
@@ -150,6 +150,9 @@ def simulate_step(
         with torch.device("meta"):
             model = adapted_decoder(shape, layer == "plain", dtype)
         lay_out(model, mesh, checkpointing)
+        if layer == "composed":  # as over a base with a hook, which may not be read
+            for module in filter(lambda m: isinstance(m, LinearWithLoRA), model.modules()):
+                module.linear.register_forward_hook(lambda *_: None)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if layer == "lora_ext":  # fake tensors run the operators' shape rules
             stack.enter_context(mock.patch.object(cpp, "_PLAIN", (*cpp._PLAIN, FakeTensor)))
@@ -228,7 +231,7 @@ def _hooks_that_look_on() -> AbstractContextManager[Any]:
     """
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     none = SimpleNamespace(**{f"_global_{kind}": {} for kind in kinds})
-    return mock.patch.object(layers, "every_module", none)
+    return mock.patch.object(bases, "every_module", none)
 
 
 @contextmanager

@@ -82,6 +82,18 @@ template <typename A>
   return (cols + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
+// Dropout's mask of a matrix, a bit an element: element k of a row is bit k % 8, the least
+// significant first, of the row's byte k / 8. No data means that everything is kept.
+struct Bits {
+  const uint8_t* data = nullptr;
+  int64_t row_stride = 0;  // in bytes
+
+  // The mask from an element on; col % 8 == 0.
+  [[gnu::always_inline]] Bits from(int64_t row, int64_t col) const {
+    return {data == nullptr ? data : data + row * row_stride + col / 8, row_stride};
+  }
+};
+
 // T is the storage dtype, A = Acc<T> the arithmetic.
 template <typename T, typename A = Acc<T>>
 struct StorageOps {
@@ -89,8 +101,11 @@ struct StorageOps {
   void (*load)(View<const T> src, A* dst, int64_t ld);
   // dst, packed panels of src.rows rows each, = src
   void (*pack)(View<const T> src, A* dst);
-  // dst = scale * src (dense rows of `ld`) + bias (per column, may be null)
-  void (*store)(const A* src, int64_t ld, A scale, const T* bias, View<T> dst);
+  // dst = scale * src (dense rows of `ld`) + bias (per column, may be null); with `add` it is added
+  // to what dst holds
+  void (*store)(const A* src, int64_t ld, A scale, const T* bias, bool add, View<T> dst);
+  // values, of dense rows, become 0 where their bit is 0
+  void (*keep)(Bits bits, View<T> values);
   // out (left.rows, right.rows; dense rows of `ld`) = left @ right.T, or += with `add`; both have
   // dense rows. Packs nothing, and reads `right` once for 3 or 4 rows of `left`: for few of those
   void (*dot)(View<const A> left, View<const T> right, A* out, int64_t ld, bool add);
@@ -121,12 +136,14 @@ struct Ahead {
   int64_t row_stride = 0, panel_stride = 0;
 };
 
-template <typename A>
+// W is the word of the factors: float, double or a pair.
+template <typename W>
 struct MultiplyOps {
-  // c (a.rows, cols; dense rows of `ldc`) = a @ b + addend; a.cols rows of b's panels are read.
-  // Columns past `cols` are not written.
-  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc,
-                   Addend<A> addend, Ahead ahead);
+  // c (a.rows, cols; dense rows of `ldc`) = scale * a @ b + addend; a.cols rows of b's panels are
+  // read, and with none of them c becomes the addend. The scale meets the sums. Columns past `cols`
+  // are not written.
+  void (*multiply)(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
+                   Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead);
 };
 
 // Pairs made of a matrix of T; float is rounded to nearest even.
@@ -145,9 +162,7 @@ struct PairLoadOps {
 struct PairOps {
   PairLoadOps<BFloat16> from_bfloat16;
   PairLoadOps<float> from_float;
-  // c (a.rows, cols; dense rows of `ldc`) = scale * a @ b + addend
-  void (*multiply)(View<const Pair> a, Panels<const Pair> b, int64_t cols, float* c, int64_t ldc,
-                   float scale, Addend<float> addend, Ahead ahead);
+  MultiplyOps<Pair> products;
   // y (dense rows) += scale * a @ b
   void (*update)(View<const Pair> a, Panels<const Pair> b, float scale, View<BFloat16> y);
   // out (left.rows, right.rows; dense rows of `ld`) = scale * left @ right.T, or += with `add`;
@@ -159,6 +174,15 @@ struct PairOps {
   void (*combine_rows)(View<const Pair> left, View<const BFloat16> right, float* out, int64_t ld);
 };
 
+// Rows of dropout's mask as bits, (cols + 7) / 8 bytes; bits past the end are 0.
+struct MaskOps {
+  // Drawn: bit k is whether the hash of row ^ columns[k] is at least the threshold.
+  void (*draw)(uint32_t row, const uint32_t* columns, int64_t cols, int32_t threshold,
+               uint8_t* bits);
+  // Packed: bit k is whether the k-th byte, `stride` apart, is not 0.
+  void (*pack)(const uint8_t* mask, int64_t stride, int64_t cols, uint8_t* bits);
+};
+
 struct Blocks {
   const char* name;
   StorageOps<float> float32;
@@ -167,6 +191,7 @@ struct Blocks {
   StorageOps<Float16> float16;
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
+  MaskOps mask;
   const PairOps* pairs;  // null where the instruction set has none
 
   template <typename T>
@@ -198,6 +223,10 @@ inline const MultiplyOps<float>& Blocks::products<float>() const {
 template <>
 inline const MultiplyOps<double>& Blocks::products<double>() const {
   return in_double;
+}
+template <>
+inline const MultiplyOps<Pair>& Blocks::products<Pair>() const {
+  return pairs->products;
 }
 
 extern const Blocks kBaselineBlocks;

@@ -10,9 +10,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/blocks.h"
 #include "cpu/few_rows_impl.h"
+#include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
 #include "cpu/vectors.h"
 
@@ -93,37 +95,100 @@ void pack(View<const T> src, Acc<T>* dst) {
   }
 }
 
-template <typename T>
-void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, View<T> dst) {
+// to = scale * row + bias, or += it.
+template <bool kAdd, typename T>
+void store_row(const Acc<T>* row, Acc<T> scale, const T* bias, int64_t cols, T* to,
+               int64_t stride) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
+  int64_t j = 0;
+  if (stride == 1) {
+    for (; j + lanes <= cols; j += lanes) {
+      Vector<Acc<T>> v = scale * read<Vector<Acc<T>>>(row + j);
+      if (bias != nullptr) v += widen(bias + j);
+      if (kAdd) v += widen(to + j);
+      narrow(v, to + j);
+    }
+  }
+  for (; j < cols; ++j) {
+    Acc<T> value = scale * row[j];
+    if (bias != nullptr) value += widen_one(bias + j);
+    if (kAdd) value += widen_one(to + j * stride);
+    narrow_one(value, to + j * stride);
+  }
+}
+
+template <typename T>
+void store(const Acc<T>* src, int64_t ld, Acc<T> scale, const T* bias, bool add, View<T> dst) {
   if (dst.row_stride == 1 && dst.col_stride != 1) {  // a transposed matrix: write along its rows
     for (int64_t j = 0; j < dst.cols; ++j) {
       const Acc<T> shift = bias != nullptr ? widen_one(bias + j) : 0;
       T* to = dst.data + j * dst.col_stride;
-      for (int64_t i = 0; i < dst.rows; ++i) narrow_one(scale * src[i * ld + j] + shift, to + i);
+      for (int64_t i = 0; i < dst.rows; ++i) {
+        const Acc<T> value = scale * src[i * ld + j] + shift;
+        narrow_one(add ? widen_one(to + i) + value : value, to + i);
+      }
     }
     return;
   }
   for (int64_t i = 0; i < dst.rows; ++i) {
-    const Acc<T>* from = src + i * ld;
     T* to = dst.data + i * dst.row_stride;
-    int64_t j = 0;
-    if (dst.col_stride == 1) {
-      for (; j + lanes <= dst.cols; j += lanes) {
-        Vector<Acc<T>> v = scale * read<Vector<Acc<T>>>(from + j);
-        if (bias != nullptr) v += widen(bias + j);
-        narrow(v, to + j);
-      }
+    if (add) {
+      store_row<true>(src + i * ld, scale, bias, dst.cols, to, dst.col_stride);
+    } else {
+      store_row<false>(src + i * ld, scale, bias, dst.cols, to, dst.col_stride);
     }
-    for (; j < dst.cols; ++j) {
-      const Acc<T> shift = bias != nullptr ? widen_one(bias + j) : 0;
-      narrow_one(scale * from[j] + shift, to + j * dst.col_stride);
+  }
+}
+
+// ---- keep ----
+
+// Whole vectors of elements of sizeof(T) bytes, of as many lanes as the mask has bits for.
+template <typename T>
+struct KeepIn;
+template <>
+struct KeepIn<float> {
+  using type = UintVector;
+};
+template <>
+struct KeepIn<double> {
+  using type = UlongVector;
+};
+template <>
+struct KeepIn<BFloat16> {
+  using type = ShortVector;
+};
+template <>
+struct KeepIn<Float16> {
+  using type = ShortVector;
+};
+
+template <typename T>
+void keep(Bits bits, View<T> values) {
+  using V = typename KeepIn<T>::type;
+  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(Lane);
+  V bit_of_lane;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i) bit_of_lane[i] = static_cast<Lane>(Lane{1} << i);
+  for (int64_t row = 0; row < values.rows; ++row) {
+    const uint8_t* mask = bits.data + row * bits.row_stride;
+    T* to = values.data + row * values.row_stride;
+    int64_t j = 0;
+    for (; j + lanes <= values.cols; j += lanes) {
+      uint32_t word = mask[j / 8];
+      if constexpr (lanes == 16) word |= static_cast<uint32_t>(mask[j / 8 + 1]) << 8;
+      if constexpr (lanes < 8) word >>= j % 8;
+      const V kept = (V)(((V{} + static_cast<Lane>(word)) & bit_of_lane) != 0);
+      write(to + j, read<V>(to + j) & kept);
+    }
+    for (; j < values.cols; ++j) {
+      if ((mask[j / 8] >> j % 8 & 1) == 0) to[j] = T{};
     }
   }
 }
 
 template <typename T>
-constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>,         &store<T>,
+constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>,         &store<T>, &keep<T>,
                                        &dot<T>,  &combine_rows<T>, &update<T>};
 
 constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
@@ -134,6 +199,7 @@ constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
           kStorageOps<Float16>,
           {&multiply<float>},
           {&multiply<double>},
+          {&draw_bits, &pack_bits},
           pairs};
 }
 

@@ -40,50 +40,11 @@ const Blocks& choose() {
   return kBaselineBlocks;
 }
 
-#if defined(__x86_64__)
-bool is_avx512() { return &blocks() == &kAvx512Blocks || &blocks() == &kAvx512Bf16Blocks; }
-#endif
-
 }  // namespace
 
 const Blocks& blocks() {
   static const Blocks& chosen = choose();
   return chosen;
-}
-
-int64_t rows_of_dots() {
-#if defined(__x86_64__)
-  if (&blocks() == &kAvx2Blocks) return 32;
-  if (is_avx512()) return 2;
-#endif
-  return 0;
-}
-
-template <>
-bool library_product_is_faster<float>() {
-#if defined(__x86_64__)
-  return &blocks() != &kAvx2Blocks;
-#else
-  return true;
-#endif
-}
-template <>
-bool library_product_is_faster<double>() {
-  return true;
-}
-// From AVX-512 on PyTorch hands bfloat16 to oneDNN, and where the CPU has it float16 too. Asked of
-// the chosen blocks, so that a test that caps them meets our own product.
-template <>
-bool library_product_is_faster<BFloat16>() {
-  return library_product_is_faster<float>();
-}
-template <>
-bool library_product_is_faster<Float16>() {
-#if defined(__x86_64__)
-  return &blocks() == &kBaselineBlocks || (is_avx512() && __builtin_cpu_supports("avx512fp16"));
-#else
-  return true;
-#endif
 }
 
 }  // namespace lora_ext::cpu

@@ -15,9 +15,9 @@ constexpr int kTileRows = LORA_EXT_TILE_ROWS, kTilePanels = LORA_EXT_TILE_PANELS
 
 // ---- where the sums go ----
 
-// c = sums + addend, or scale * sums + addend. The addend comes in last: sums of kDepth terms that
-// are then summed round a third as much as one sum.
-template <typename A, bool kScaled>
+// c = scale * sums + addend. The addend comes in last: sums of kDepth terms that are then summed
+// round a third as much as one sum.
+template <typename A>
 struct ToSums {
   A* c;
   int64_t ldc;
@@ -31,13 +31,13 @@ struct ToSums {
     return moved;
   }
   void put(int64_t row, int64_t col, Vector<A> sum) const {
-    if constexpr (kScaled) sum *= scale;
+    sum *= scale;
     if (addend.data != nullptr) sum += read<Vector<A>>(addend.data + row * addend.row_stride + col);
     write(c + row * ldc + col, sum);
   }
   void put_one(int64_t row, int64_t col, A sum) const {
     const A start = addend.data != nullptr ? addend.data[row * addend.row_stride + col] : 0;
-    c[row * ldc + col] = (kScaled ? scale * sum : sum) + start;
+    c[row * ldc + col] = scale * sum + start;
   }
 };
 
@@ -115,7 +115,7 @@ inline void multiply_rows(View<const W> a, Panels<const W> b, Ahead ahead, const
 template <typename W, typename Out>
 void multiply_edge(View<const W> a, Panels<const W> b, int64_t cols, const Out& out) {
   Acc<W> tile[kTileRows * kPanel<W>];
-  multiply_rows<kTileRows, 1>(a, b, Ahead{}, ToSums<Acc<W>, false>{tile, kPanel<W>, 1, {}});
+  multiply_rows<kTileRows, 1>(a, b, Ahead{}, ToSums<Acc<W>>{tile, kPanel<W>, 1, {}});
   for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) out.put_one(i, j, tile[i * kPanel<W> + j]);
   }
@@ -156,10 +156,10 @@ void multiply_to(View<const W> a, Panels<const W> b, int64_t cols, Ahead ahead, 
   }
 }
 
-template <typename A>
-void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, Addend<A> addend,
-              Ahead ahead) {
-  multiply_to(a, b, cols, ahead, ToSums<A, false>{c, ldc, 1, addend});
+template <typename W>
+void multiply(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
+              Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead) {
+  multiply_to(a, b, cols, ahead, ToSums<Acc<W>>{c, ldc, scale, addend});
 }
 
 template <typename T>

@@ -141,11 +141,6 @@ void pack_pairs(View<const T> src, Pair* dst) {
 
 // ---- products ----
 
-void multiply_pairs(View<const Pair> a, Panels<const Pair> b, int64_t cols, float* c, int64_t ldc,
-                    float scale, Addend<float> addend, Ahead ahead) {
-  multiply_to(a, b, cols, ahead, ToSums<float, true>{c, ldc, scale, addend});
-}
-
 void update_by_pairs(View<const Pair> a, Panels<const Pair> b, float scale, View<BFloat16> y) {
   multiply_to(a, b, y.cols, Ahead{}, ToStorage<BFloat16>{y.data, y.row_stride, scale});
 }
@@ -275,7 +270,7 @@ void combine_pairs(View<const Pair> left, View<const BFloat16> right, float* out
 template <typename T>
 constexpr PairLoadOps<T> kPairLoadOps = {&load_pairs<T>, &load_pairs_transposed<T>, &pack_pairs<T>};
 
-constexpr PairOps kPairOps = {kPairLoadOps<BFloat16>, kPairLoadOps<float>, &multiply_pairs,
+constexpr PairOps kPairOps = {kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>},
                               &update_by_pairs,       &dot_pairs,          &combine_pairs};
 
 }  // namespace

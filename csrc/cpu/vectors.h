@@ -21,6 +21,7 @@ constexpr int kVectors = 64 / kVectorBytes;  // vectors in a row of a panel
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UlongVector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));
 
 template <typename A>

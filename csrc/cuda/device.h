@@ -6,12 +6,14 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "tensor_utils.h"
+
 namespace lora_ext::cuda {
 
 using torch::stable::Tensor;
 
 // Makes a tensor's device the current one as long as it lives.
-class [[gnu::visibility("hidden")]] Device {
+class Device {
  public:
   explicit Device(const Tensor& tensor)
       : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {}
@@ -19,7 +21,7 @@ class [[gnu::visibility("hidden")]] Device {
   int index() const { return index_; }
   void* stream() const {
     void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    LORA_EXT_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return stream;
   }
 
@@ -29,14 +31,13 @@ class [[gnu::visibility("hidden")]] Device {
 };
 
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
+  LORA_EXT_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
 }
 
 // out = bias + left @ right
 inline void addmm_out(const Tensor& bias, const Tensor& left, const Tensor& right,
                       const Tensor& out) {
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cuda_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
+  LORA_EXT_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
 }
 
 }  // namespace lora_ext::cuda

@@ -49,7 +49,7 @@ def unsupported(call: Call) -> str | None:
         and type(data) in _PLAIN
         and type(A) in _PLAIN
         and type(B) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
     ):
         return None
@@ -65,7 +65,8 @@ def unsupported(call: Call) -> str | None:
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
     if x.is_cuda and (keep is not None or weight is None):
-        return "has no CUDA kernel for " + ("a dropout mask" if weight else "the low-rank part alone")
+        operand = "the low-rank part alone" if weight is None else "a dropout mask"
+        return f"has no CUDA kernel for {operand}"
     return _why_not_on(x.device)
 
 

@@ -3,6 +3,7 @@
 y = x @ weight.T + bias + scale * ((keep * x) @ A @ B)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +46,9 @@ def backward(
         dA = scale * product_like(A, masked(x, keep).T, t).to(A.dtype)
     dweight = dy.T @ x if need_dweight else None
     dbias = dy.sum(0) if need_dbias else None
-    dB = scale * product_like(B, h.T, dy).to(B.dtype) if need_dB else None
+    dB = None
+    if need_dB and h is not None:
+        dB = scale * product_like(B, h.T, dy).to(B.dtype)
     return dx, dweight, dbias, dA, dB
 
 
@@ -55,5 +58,10 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def product_like(factor: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right in the memory layout of `factor`, whose gradient it is."""
-    return (right.T @ left.T).T if is_transposed(factor) else left @ right
+    """Return left @ right in the memory layout of `factor`, whose gradient it is.
+
+    Compiled code lays its own results out, and may not ask for strides in a backward.
+    """
+    if not torch.compiler.is_compiling() and is_transposed(factor):
+        return (right.T @ left.T).T
+    return left @ right

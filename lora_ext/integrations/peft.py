@@ -8,15 +8,15 @@ subclass whose forward makes one operation of what PEFT composes:
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..bases import base_of, why_not_now
+from ..call import Weight
 from ..checks import HALF, check_dropout, lines_by_reason
 from ..functional import lora_linear
-
 
 try:
     from peft.tuners.lora import LoraLayer
@@ -167,7 +167,7 @@ def _parts(layer: Any) -> tuple[Any, Tensor, Tensor, nn.Module, str] | str:
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(dropout).__name__}"
-    return base, A.data, B.data, dropout, name
+    return base, cast(Weight, A).data, cast(Weight, B).data, dropout, name
 
 
 def _why_never(layer: BaseTunerLayer) -> str | None:

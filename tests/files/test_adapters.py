@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,19 +155,92 @@ def test_state_dict_of_the_adapters():
         lora_state_dict(base_model())
 
 
-def test_failed_save_leaves_the_old_file(saved, monkeypatch):
-    model, path = saved
-    before = path.read_bytes()
+def test_adapted_module_to_save_loads_into_a_fresh_model(tmp_path):
+    """The file has the keys of the adapted head, and the fresh model a plain one."""
+    model = adapted_model()
+    model.head.linear.weight = nn.Parameter(torch.randn(20, 12))  # untied and trained
+    for names in (["head"], ["head.linear"], ["head", "blocks.1", "head.lora", "head"]):
+        save_adapter(model, tmp_path / "a", modules_to_save=names)
+        other = base_model()
+        other.head.weight = nn.Parameter(torch.zeros(20, 12))
+        load_adapter(other, tmp_path / "a")
+        assert torch.equal(other(TOKENS), model(TOKENS)), names
+        load_adapter(other, tmp_path / "a")  # adapted by now
+        assert torch.equal(other(TOKENS), model(TOKENS)), names
+
+
+def test_shared_module_to_save_comes_back_under_both_names(tmp_path):
+    def make():
+        shared = nn.Linear(12, 12)
+        return nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared), nn.Linear(12, 12))
+
+    model = make()
+    replace_linear_with_lora(model, 3, 2.0, target_modules=["0"])
+    replace_linear_with_lora(model, 2, 2.0, target_modules=["3"])
     randomise(model)
+    save_adapter(model, tmp_path / "a", modules_to_save=["2", "3"])
+    other = make()
+    load_adapter(other, tmp_path / "a")
+    x = torch.randn(4, 12)
+    assert other[2][0] is other[0] and torch.equal(other(x), model(x))
 
-    def fail(tensors, target, metadata):
-        Path(target).write_bytes(b"half a fi")
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_ext.adapters.save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_adapter(model, path)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-    with pytest.raises(ValueError, match="model must have LinearWithLoRA layers"):
-        save_adapter(base_model(), path)
-    assert path.read_bytes() == before
+def test_modules_to_save_are_names_of_tensors(tmp_path):
+    class WithState(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(nn.Linear(12, 12), WithState(12, 12))
+    replace_linear_with_lora(model, 3, 2.0)
+    with pytest.raises(ValueError, match="must name modules of tensors, 1._extra_state is none"):
+        save_adapter(model, tmp_path / "a", modules_to_save=["1"])
+    with pytest.raises(TypeError, match="modules_to_save must hold strings, got int"):
+        save_adapter(model, tmp_path / "a", modules_to_save=[1])
+    assert os.listdir(tmp_path) == []
+
+
+def test_meta_model_is_refused(tmp_path):
+    """Loading would look as if it had worked, with the values gone."""
+    save_adapter(adapted_model(), tmp_path / "a")
+    with torch.device("meta"):
+        model = ToyLM()
+    with pytest.raises(ValueError, match="lora.A can't be loaded: the model's is on the meta dev"):
+        load_adapter(model, tmp_path / "a")
+    assert names_of(model) == []
+
+
+def test_loading_runs_no_property_of_the_model(tmp_path):
+    class WithProperty(ToyLM):
+        @property
+        def danger(self):
+            raise RuntimeError("a file's key ran this")
+
+    layer = nn.ModuleDict({"danger": nn.Linear(12, 12)})
+    replace_linear_with_lora(layer, 3, 2.0)
+    save_adapter(layer, tmp_path / "a")
+    with pytest.raises(ValueError, match="danger must be a linear layer, the model has no such mo"):
+        load_adapter(WithProperty(), tmp_path / "a")
+
+
+def test_loading_in_threads_leaves_the_random_numbers_alone(saved):
+    """While others draw: what they draw is what they would have drawn alone."""
+    model, path = saved
+    torch.manual_seed(3)
+    want = torch.stack([torch.rand(8) for _ in range(200)])
+    torch.manual_seed(3)
+    got, models = [], [base_model() for _ in range(8)]
+    torch.manual_seed(3)
+
+    def draw():
+        for _ in range(200):
+            got.append(torch.rand(8))
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(draw), *(pool.submit(load_adapter, other, path) for other in models)]
+        for job in jobs:
+            job.result()
+    assert torch.equal(torch.stack(got), want)
+    assert all(torch.equal(other(TOKENS), model(TOKENS)) for other in models)

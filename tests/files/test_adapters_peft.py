@@ -14,8 +14,8 @@ from lora_ext import (
     replace_linear_with_lora,
     save_peft_adapter,
 )
+from lora_ext.testing import replace_linear_with_lora as replace_plain
 from tests.layers.test_inject import assert_unchanged, names_of, randomise, snapshot
-from tests.reference import replace_linear_with_lora as replace_plain
 from tests.training import MLP, batches, make_models
 
 X = batches()[0][0].double()
@@ -147,11 +147,15 @@ def tensors_with(change):
 
 KEY = "base_model.model.head.lora_A.weight"
 BROKEN = {
-    "no_config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "there is no"),
+    "no_config": (
+        lambda f: (tensors_with(lambda t: None)(f), (f / "adapter_config.json").unlink()),
+        FileNotFoundError,
+        "a PEFT adapter's, there is no .*adapter_config",
+    ),
     "no_tensors": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
         FileNotFoundError,
-        "there is no .*adapter_model",
+        "a PEFT adapter's, there is none at .*adapter_model",
     ),
     "no_json": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "must be JSON"),
     "list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "got 'list'"),
@@ -168,6 +172,33 @@ BROKEN = {
     "no_rank": (config_with(r=None), ValueError, "entry for 'blocks.0.*' is damaged: rank must"),
     "alpha": (config_with(lora_alpha="8"), ValueError, "is damaged: alpha must be a number"),
     "pattern": (config_with(rank_pattern={"(": 3}), ValueError, "has a damaged rank_pattern"),
+    "pattern_nested": (
+        config_with(rank_pattern={"(" * 3000 + ")" * 3000: 2}),
+        ValueError,
+        "has a damaged rank_pattern: .*: 6000 characters, at most 1000 are read",
+    ),
+    "pattern_huge": (
+        config_with(rank_pattern={"a{99999999999}": 2}),
+        ValueError,
+        "has a damaged rank_pattern: .*: the repetition number is too large",
+    ),
+    "pattern_reference": (
+        config_with(alpha_pattern={r"(.)\1.*": 2}),
+        ValueError,
+        "has a damaged alpha_pattern: .*: groupref is not supported, nor are flags",
+    ),
+    "pattern_value": (
+        config_with(rank_pattern={"head": [2]}),
+        ValueError,
+        "'head' is damaged: rank must be an integer, got list",
+    ),
+    "rslora": (config_with(use_rslora="no"), ValueError, "has use_rslora='no', which a Linear"),
+    "pissa": (config_with(init_lora_weights="pissa_niter_4"), ValueError, "='pissa_niter_4', whi"),
+    "integers": (
+        tensors_with(lambda t: t.update({KEY: t[KEY].long()})),
+        ValueError,
+        "must hold LoRA factors of linear layers, got base_model.model.head",
+    ),
     "patterns": (config_with(alpha_pattern=3), ValueError, "must hold an object as alpha_pattern"),
     "shape": (
         tensors_with(lambda t: t.update({KEY: t[KEY][:, :-1].contiguous()})),

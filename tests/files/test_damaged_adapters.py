@@ -1,6 +1,7 @@
 """A damaged adapter file is refused with the reason, and the model is as it was, bit for bit."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -97,6 +98,24 @@ DAMAGED = {
         damage(lambda ts, _: ts.update({"embed.lora.A": ts[A].clone()})),
         "embed must be a linear layer, the model has a Embedding",
     ),
+    "two_dots": (
+        damage(lambda ts, _: ts.update({"0..lora.A": ts[A].clone(), "0..lora.B": ts[B].clone()})),
+        "0. must be a linear layer, the model has no such module",
+    ),
+    "no_name": (
+        damage(lambda ts, _: ts.update({"lora.A": ts[A].clone(), "lora.B": ts[B].clone()})),
+        "model must be a linear layer, the model has a ToyLM",
+    ),
+    "tied_apart": (
+        damage(
+            lambda ts, metadata: (
+                metadata.update(modules_to_save='["embed", "head"]'),
+                ts.update({"embed.weight": torch.ones(20, 12)}),
+                ts.update({"head.linear.weight": torch.zeros(20, 12)}),
+            )
+        ),
+        "must equal .*, they are the same tensor in the model",
+    ),
     "no_tensor": (damage(lambda tensors, _: tensors.clear()), "at least one adapter"),
 }
 
@@ -113,6 +132,65 @@ def test_damaged_file_is_refused_and_the_model_unchanged(path, kind, fresh):
         load_adapter(model, path)
     assert_unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+LONG = "x" * 5000
+TALKATIVE = {
+    "version": entry(version=LONG),
+    "rank": entry(rank=LONG),
+    "rank_text": entry(rank=f'"{LONG}"'),
+    "rank_negative": entry(rank="-" + "9" * 4000),
+    "rank_of_a_long_name": damage(
+        lambda ts, metadata: (ts.update({f"{LONG}.lora.A": ts[A].clone()}), metadata.pop("rank"))
+    ),
+    "alpha": entry(alpha=f"[{LONG!r}]".replace("'", '"')),
+    "scaling": entry(scaling=f'"{LONG}"'),
+    "scaling_list": entry(scaling=f'["{LONG}"]'),
+    "extra": entry(modules_to_save=f'{{"{LONG}": 1}}'),
+    "extra_name": entry(modules_to_save=f'["{LONG}"]'),
+    "extra_nested": entry(modules_to_save="[" * 400 + "]" * 400),
+    "layer": tensor(f"{LONG}.lora.A", lambda t: torch.ones(1)),
+    "unknown": damage(lambda ts, _: ts.update({f"{LONG}{i}": torch.ones(1) for i in range(9)})),
+    "terminal": tensor("\x1b[2J\n\x07" * 900, lambda t: torch.ones(1)),
+    "shape": tensor(A, lambda t: torch.ones([1] * 2000)),
+    "header": lambda path: path.write_bytes(
+        (len(LONG) + 99).to_bytes(8, "little") + b'{"a":{"dtype":"' + LONG.encode() + b" " * 84
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TALKATIVE)
+def test_message_shows_little_of_the_file(path, kind):
+    """At most 200 characters of it, next to 200 of ours, and nothing that steers a terminal."""
+    TALKATIVE[kind](path)
+    path = path.rename(path.parent.parent / "a")  # a short name: it is in the message too
+    for model in (base_model(), adapted_model()):
+        with pytest.raises(ValueError) as caught:
+            load_adapter(model, path)
+        message = str(caught.value).replace(str(path), "")
+        assert len(message) <= 400 and message.isprintable()
+        assert message.count("x") <= 200 + 9 and message.count("9") <= 200
+
+
+def test_huge_ranks_take_no_memory(tmp_path):
+    """A rank that the header claims and the tensors do not have is refused before it costs."""
+    model = base_model()
+    path = tmp_path / "a"
+    metadata = {"format": "lora_ext.adapter", "version": "1", "alpha": "1", "scaling": '"alpha"'}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for rank in (10**8, 10**12, 10**400):
+        tensors = {"head.lora.A": torch.ones(12, 3), "head.lora.B": torch.ones(3, 20)}
+        save_file(tensors, path, metadata | {"rank": str(rank)})
+        with pytest.raises(ValueError, match="lora.A must have shape"):
+            load_adapter(model, path)
+    header = b'{"a.lora.A":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,8]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        load_adapter(model, path)
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        load_adapter(model, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # KiB
 
 
 def test_file_that_fits_another_model_is_refused(path):

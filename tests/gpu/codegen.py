@@ -26,6 +26,7 @@ TARGETS = {
 }
 NVIDIA_LOAD, AMD_LOAD = r"\b(?:UTMALDG|LDGSTS|LDG)\b[.\w]*", r"\b(?:global|buffer)_load_\w+"
 NVIDIA_MATRIX, AMD_MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA)\b", r"\bv_mfma(?=_)"
+NVIDIA_ASYNC = r"\b(?:UTMALDG|LDGSTS)\b"
 ATOMIC = r"\b(?:atom|red)\.|\b(?:global|flat|buffer)_atomic"
 NVIDIA_PLAIN, AMD_PLAIN = r"\bFFMA2?\b", r"\bv_(?:pk_)?fma\w*"
 
@@ -58,6 +59,7 @@ class Machine:
         matrix: the matrix instruction in its loops, or else the multiply-add; "" if not asked for.
         wide: loads in its loops of 128 bits from global memory, or by the copy engine.
         narrow: loads in its loops of fewer bits.
+        waiting: loops with a matrix instruction of their own and no asynchronous copy (NVIDIA).
 
     """
 
@@ -68,27 +70,27 @@ class Machine:
     matrix: str = ""
     wide: int = 0
     narrow: int = 0
+    waiting: int = 0
 
 
-def compile_launch(family: str, kernel, grid, args, options):
+def compile_launch(family: str, kernel, grid, arguments):
     """Return Triton's compiled kernel for a launch on a card of `family`."""
     with mock.patch.object(driver, "_active", StandInDriver(family)):
-        return kernel.warmup(*args, grid=grid, **options)
+        return kernel.warmup(grid=grid, **arguments)
 
 
-def specialisation(family: str, kernel, args, options) -> str:
+def specialisation(family: str, kernel, arguments) -> str:
     """Return what Triton would compile a launch for: equal ones share a kernel."""
     with mock.patch.object(driver, "_active", StandInDriver(family)):
         binder = kernel.device_caches[driver.active.get_current_device()][4]
-    options = {"debug": False, **options}
-    _, specialised, rest = binder(*args, **options)
+    _, specialised, rest = binder(**{"debug": False, **arguments})
     return repr((specialised, rest))
 
 
 def read(compiled, *, loops: bool) -> Machine:
     """Read a compiled kernel's figures and, with `loops`, the instructions in its loops."""
     amd = compiled.metadata.target.backend == "hip"
-    figures, code = _amd(compiled) if amd else _nvidia(compiled, loops)
+    figures, code, waiting = _amd(compiled) if amd else _nvidia(compiled, loops)
     atomics = len(re.findall(ATOMIC, compiled.asm["amdgcn" if amd else "ptx"]))
     figures = (*figures, compiled.metadata.shared, atomics)
     if not loops:
@@ -101,29 +103,39 @@ def read(compiled, *, loops: bool) -> Machine:
         _most(matrix, code) or _most(plain, code),
         wide,
         len(loads) - wide,
+        waiting,
     )
 
 
-def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str]:
-    """Return (registers, stack) and the machine code of all loops."""
+def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str, int]:
+    """Return (registers, stack), the machine code of all loops, and how many of them wait."""
     cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
     usage = _tool("cuobjdump", "-res-usage", cubin)
     figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
     # cuobjdump -sass does this too, in 0.7 s a kernel: twice as long, as long as to compile it.
     sass = _tool("nvdisasm", "-c", "-ndf", cubin) if loops else ""
-    code, labels, looped = [], {}, set()
+    code, labels, bodies = [], {}, []
     for label, text in re.findall(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/ +(.*?);", sass, re.MULTILINE):
         if label:
             labels[label] = len(code)
             continue
         code.append(text)
         if (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)) and jump[1] in labels:
-            looped |= set(range(labels[jump[1]], len(code)))
-    return (figures["REG"], figures["STACK"]), "\n".join(code[at] for at in sorted(looped))
+            bodies.append(range(labels[jump[1]], len(code)))
+    looped = sorted({at for body in bodies for at in body})
+    waiting = sum(_waits(code, body, bodies) for body in bodies)
+    return (figures["REG"], figures["STACK"]), "\n".join(code[at] for at in looped), waiting
 
 
-def _amd(compiled) -> tuple[tuple[int, int], str]:
-    """Return (registers, stack) and the assembly of all loops."""
+def _waits(code: list[str], body: range, bodies: list[range]) -> bool:
+    """Whether a loop multiplies outside of the loops in it, and nothing in it loads ahead."""
+    inner = {at for other in bodies if other != body and other[0] in body for at in other}
+    multiplies = any(re.search(NVIDIA_MATRIX, code[at]) for at in body if at not in inner)
+    return multiplies and not any(re.search(NVIDIA_ASYNC, code[at]) for at in body)
+
+
+def _amd(compiled) -> tuple[tuple[int, int], str, int]:
+    """Return (registers, stack), the assembly of all loops, and 0."""
     text = compiled.asm["amdgcn"]
 
     def figure(name: str) -> int:
@@ -136,7 +148,7 @@ def _amd(compiled) -> tuple[tuple[int, int], str]:
         elif (jump := re.search(r"s_c?branch\w* (\.LBB\w+)", line)) and jump[1] in labels:
             looped |= set(range(labels[jump[1]], at))
     code = "\n".join(lines[at] for at in sorted(looped))
-    return (figure("vgpr_count"), figure("private_segment_fixed_size")), code
+    return (figure("vgpr_count"), figure("private_segment_fixed_size")), code, 0
 
 
 def _most(pattern: str, code: str) -> str:

@@ -1,16 +1,17 @@
-"""The Triton backend around its kernels: reasons, choice, costs, what makes it compile anew."""
+"""The Triton backend around its kernels: reasons, choice, costs, what makes it compile again."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.grids import GRIDS
+from benchmarks import GRIDS
 from lora_ext.backends import choose
 from lora_ext.backends import triton as backend
 
@@ -18,16 +19,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton_kernels import (
-    cards,
-    choice,
-    cost_model,
-    gradients,
-    launch,
-    regimes,
-    tuning,
-)
-from lora_ext.backends.triton_kernels.cost_model import Problem
+from lora_ext.backends.triton import cards, forward_launches, regimes, tuning
+from lora_ext.backends.triton.backward_launches import Backward
+from lora_ext.backends.triton.forward_launches import Forward
+from lora_ext.backends.triton.regimes import REGIMES, Problem
+from lora_ext.call import Call, LowRank, Weight
 from tests.gpu.codegen import specialisation
 
 H100 = cards.KNOWN["H100"]
@@ -57,14 +53,19 @@ assert "triton" not in sys.modules
     assert run.stdout.strip() == ("the package triton is not there; install it: pip install triton")
 
 
+def call_of(one: torch.Tensor) -> Call:
+    """Return a call whose operands are all (1, 1)."""
+    return Call(one, Weight(one), None, LowRank(one, one, 1.0))
+
+
 def reason_with(monkeypatch, capability=(8, 0), compiler="/usr/bin/gcc") -> str | None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(backend.shutil, "which", lambda name: compiler)
-    backend.why_not_here.cache_clear()
+    backend._why_not_here.cache_clear()
     reason = backend.why_not_here(torch.device("cuda", 0))
-    backend.why_not_here.cache_clear()
+    backend._why_not_here.cache_clear()
     return reason
 
 
@@ -72,17 +73,16 @@ def test_reasons_are_words(monkeypatch):
     assert reason_with(monkeypatch) is None
     assert reason_with(monkeypatch, (7, 5)) == "needs compute capability 8.0, Some GPU has 7.5"
     assert "C compiler" in reason_with(monkeypatch, compiler=None)
-    x = torch.ones(1, 1)
-    assert backend.unsupported(x, x, x) == "runs on cuda tensors, x is on cpu"
+    assert backend.unsupported(call_of(torch.ones(1, 1))) == "runs on cuda tensors, x is on cpu"
 
 
 def test_reason_on_an_amd_card_other_than_gfx942(monkeypatch):
     arch = SimpleNamespace(gcnArchName="gfx1100:sramecc+")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: arch)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    backend.why_not_here.cache_clear()
+    backend._why_not_here.cache_clear()
     reason = backend.why_not_here(torch.device("cuda", 0))
-    backend.why_not_here.cache_clear()
+    backend._why_not_here.cache_clear()
     assert reason == "takes gfx942 of the AMD GPUs, this one is gfx1100"
 
 
@@ -90,15 +90,22 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(monkeypatch):
     """As on a GPU: the interpreter's switch makes the backend take CPU tensors."""
     monkeypatch.setattr(backend, "_INTERPRETED", True)
     x = torch.ones(1, 1)
-    assert backend.unsupported(x, x, x) is None and choose(None, x, x, x) == "triton"
-    d = x.double()
-    reason = backend.unsupported(d, d, d)
+    call = call_of(x)
+    assert backend.unsupported(call) is None and choose("triton", call) == "triton"
+    reason = backend.unsupported(call_of(x.double()))
     assert reason == "takes float16, bfloat16 and float32, x is torch.float64"
-    assert choose(None, d, d, d) != "triton"
     with pytest.raises(ValueError, match="backend 'triton' can't run.*float64"):
-        choose("triton", d, d, d)
-    sparse = x.to_sparse()
-    assert "weight is Tensor, torch.sparse_coo" in backend.unsupported(x, sparse, x)
+        choose("triton", call_of(x.double()))
+    low, sparse = call.low, x.to_sparse()
+    for name, refused in {
+        "weight is Tensor, torch.sparse_coo": call._replace(weight=Weight(sparse)),
+        "bias is Tensor, torch.sparse_coo": call._replace(bias=torch.ones(1).to_sparse()),
+        "B is Tensor, torch.sparse_coo": call._replace(low=low._replace(B=sparse)),
+        "keep is Tensor, torch.sparse_coo": call._replace(low=low._replace(keep=sparse)),
+        "needs a weight": call._replace(weight=None),
+        "not one in format 'panels'": call._replace(weight=Weight(x, "panels")),
+    }.items():
+        assert name in (backend.unsupported(refused) or "")
 
 
 def test_tf32_only_where_torch_says_so():
@@ -107,13 +114,12 @@ def test_tf32_only_where_torch_says_so():
     try:
         for allowed, kind in ((True, "tf32"), (False, "fp32")):
             matmul.allow_tf32 = allowed
-            assert launch.kind_of(torch.float32) == kind
-            assert launch.kind_of(torch.bfloat16) == launch.kind_of(torch.float16) == "half"
+            assert tuning.kind_of(torch.float32) == kind
+            assert tuning.kind_of(torch.bfloat16) == tuning.kind_of(torch.float16) == "half"
     finally:
         matmul.allow_tf32 = before
-    A = torch.empty(1, 1)
     for kind, precision in (("fp32", "ieee"), ("tf32", "tf32")):
-        assert launch.product_options(kind, A, H100)["PRECISION"] == precision
+        assert H100.product_options(kind, torch.float32)["PRECISION"] == precision
 
 
 @pytest.mark.parametrize("family", cards.FAMILIES)
@@ -122,46 +128,50 @@ def test_the_choice_never_moves_more_bytes_than_the_plain_layer(family, shape):
     card = next(c for c in cards.KNOWN.values() if c.family == family)
     for kind, size in (("half", 2), ("tf32", 4), ("fp32", 4)):
         p = Problem(*shape, kind, size, size)
-        best = choice.forward_candidates(p, card, True)[0]
-        splits = choice.decode_splits(p, best.tile, card) if best.name == "decode" else 1
-        ours = cost_model.forward(best.name, p, best.tile, card, splits)
-        plain = cost_model.plain_forward(p)
-        assert cost_model.bytes_of(ours) <= cost_model.bytes_of(plain)
-        assert len(ours) < len(plain)
-        best = choice.backward_candidates(p, card, True)[0]
-        ours = cost_model.backward(best.name, p, best.tile, card)
-        assert cost_model.bytes_of(ours) <= cost_model.bytes_of(cost_model.plain_backward(p))
+        for direction, names in REGIMES.items():
+            best = regimes.candidates(direction, p, card)[0]
+            ours = names[best.name].cost(p, best.tile, card)
+            plain = names["plain"].cost(p, best.tile, card)
+            assert regimes.bytes_of(ours) <= regimes.bytes_of(plain)
+            assert len(ours) < len(plain)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 512), (1, 1, 1, 300), (4, 32, 8, 400)], ids=str)
-def test_plain_runs_where_every_regime_would_move_more(shape):
+def test_torchs_own_ways_are_candidates_everywhere_and_right(shape):
     p = Problem(*shape)
-    assert [c.name for c in choice.forward_candidates(p, H100, True)] == ["plain"]
-    (way,) = choice.backward_candidates(p, H100, True)
-    assert way.name == "plain"
+    for direction in REGIMES:
+        assert {"addmm", "plain"} <= {c.name for c in regimes.candidates(direction, p, H100)}
     M, K, N, R = shape
     x, weight, A, B = (torch.randn(n).double() for n in ((M, K), (N, K), (K, R), (R, N)))
-    y, h = regimes.plain(regimes.Forward(x, weight, None, A, B, 0.5, H100), way.tile)
-    torch.testing.assert_close(y, x @ weight.T + 0.5 * (x @ A @ B))
-    needs = (True, False, False, False, True)
-    dx, dA, dB = gradients.plain(
-        gradients.Backward(y, x, weight, A, B, h, 0.5, needs, H100), way.tile
-    )
-    torch.testing.assert_close(dx, y @ weight + 0.5 * (y @ B.T @ A.T))
-    torch.testing.assert_close(dB, 0.5 * (x @ A).T @ y)
-    assert dA is None
+    call = Forward(x, weight, None, A, B, 0.5, None)
+    for name in ("addmm", "plain"):
+        y, h = tuning.planned("forward", name, call, p, cards.delta_tile(H100), H100)(call)
+        torch.testing.assert_close(y, x @ weight.T + 0.5 * (x @ A @ B))
+        for needs in ((True, False, True), (False, True, False)):
+            back = Backward(y, x, weight, A, B, h, 0.5, needs, None)
+            q = replace(p, needs=needs)
+            run = tuning.planned("backward", name, back, q, cards.delta_tile(H100), H100)
+            dx, dA, dB = run(back)
+            assert [g is not None for g in (dx, dA, dB)] == list(needs)
+            if needs[0]:
+                torch.testing.assert_close(dx, y @ weight + 0.5 * (y @ B.T @ A.T))
+                torch.testing.assert_close(dB, 0.5 * (x @ A).T @ y)
+            else:
+                torch.testing.assert_close(dA, 0.5 * x.T @ (y @ B.T))
 
 
-def test_h_first_is_chosen_by_name_only():
-    for card in cards.KNOWN.values():
-        for shape in GRIDS["cuda"]["standard"]:
-            names = [c.name for c in choice.forward_candidates(Problem(*shape), card, True)]
-            assert names and "h_first" not in names
+def test_every_regime_has_its_launches():
+    for direction, module in (
+        ("forward", tuning.forward_launches),
+        ("backward", tuning.backward_launches),
+    ):
+        assert all(callable(getattr(module, name)) for name in REGIMES[direction])
 
 
 def test_cost_of_a_known_case():
     """H100, 8192 x 4096 x 4096, R=16: 275 GFLOP in 397 us at 0.7 of the peak."""
-    linear, *rest = cost_model.plain_forward(Problem(8192, 4096, 4096, 16))
+    p = Problem(8192, 4096, 4096, 16)
+    linear, *rest = REGIMES["forward"]["plain"].cost(p, cards.delta_tile(H100), H100)
     assert linear.flops == 2 * 8192 * 4096 * 4096
     assert linear.bytes == 2 * (2 * 8192 * 4096 + 4096 * 4096 + 4096)
     assert linear.time_us(H100, "half") == pytest.approx(397 + 3, rel=0.01)
@@ -171,42 +181,54 @@ def test_cost_of_a_known_case():
     )
 
 
-def forward_of(M, K, N, R=16, alpha=0.5, dtype=torch.bfloat16) -> regimes.Forward:
+def forward_of(M, K, N, R=16, scale=0.5, dtype=torch.bfloat16) -> Forward:
     sizes = ((M, K), (N, K), (N,), (K, R), (R, N))
     tensors = (torch.empty(s, dtype=dtype, device="meta") for s in sizes)
-    return regimes.Forward(*tensors, alpha, H100)
+    return Forward(*tensors, scale, None)
 
 
-def specialisations(monkeypatch, M, K, N, alpha=0.5, R=16) -> list:
-    """Return what Triton compiles for at these sizes, over all regimes but decode and backward."""
+def backward_of(M, K, N, R=16, scale=0.5, needs=(True, True, True)) -> Backward:
+    f = forward_of(M, K, N, R)
+    dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
+    return Backward(dy, f.x, f.weight if needs[0] else None, f.A, f.B, h, scale, needs, None)
+
+
+def choice_of(call: Forward | Backward) -> tuning.Choice:
+    """Return the regime and tile that a call is run with on an H100."""
+    if isinstance(call, Forward):
+        return tuning.choose("forward", call, tuning.forward_problem(call), H100)
+    return tuning.choose("backward", call, tuning.backward_problem(call), H100)
+
+
+def specialisations(monkeypatch, M, K, N, scale=0.5, R=16) -> list:
+    """Return what Triton compiles for at these sizes, over all regimes."""
     found = []
 
-    def record(kernel, grid, *args, **options):
-        found.append((kernel.__name__, specialisation("sm_90", kernel, args, options)))
+    def record(kernel, grid, arguments):
+        found.append((kernel.__name__, specialisation("sm_90", kernel, arguments)))
 
-    for module in (launch, regimes, gradients):
-        monkeypatch.setattr(module, "launch", record)
-    f = forward_of(M, K, N, R, alpha)
-    p, can = Problem(M, K, N, R), launch.describable_product(f.x, f.w)
-    for name in ("in_loop", "two_launches", "h_first", "torch_base"):
-        regimes.FORWARD[name](f, choice.forward_tiles(name, p, H100, can)[0])
-    f16 = forward_of(16, K, N, R, alpha)
-    regimes.decode(f16, choice.forward_tiles("decode", Problem(16, K, N, R), H100, can)[0])
-    dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
-    call = gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, alpha, (True,) * 5, H100)
-    for name in choice.BACKWARD:
-        gradients.BACKWARD[name](call, choice.backward_tiles(name, p, H100, can)[0])
+    monkeypatch.setattr(forward_launches, "launch", record)
+    for name, regime in REGIMES["forward"].items():
+        call = forward_of(16 if name == "decode" else M, K, N, R, scale)
+        p = tuning.forward_problem(call)
+        if name not in ("addmm", "plain"):
+            tuning.planned("forward", name, call, p, regime.tiles(p, H100)[0], H100)(call)
+    back = backward_of(M, K, N, R, scale)
+    p = tuning.backward_problem(back)
+    for name, regime in REGIMES["backward"].items():
+        if name not in ("addmm", "plain"):
+            tuning.planned("backward", name, back, p, regime.tiles(p, H100)[0], H100)(back)
     return found
 
 
-def test_a_new_size_or_alpha_does_not_recompile(monkeypatch):
-    """Only Triton's own classes of an integer (one, a multiple of 16, another) compile anew."""
+def test_a_new_size_or_scale_does_not_recompile(monkeypatch):
+    """Only Triton's own classes of an integer (one, a multiple of 16, another) compile again."""
     first = specialisations(monkeypatch, 8192, 4096, 4096)
-    assert len(first) == 12
-    for M in (8191, 8193, 5001, 100_000):
+    assert len(first) == 11
+    for M in (8191, 8193, 7700, 100_000):
         assert specialisations(monkeypatch, M, 4096, 4096) == first
     assert specialisations(monkeypatch, 8192, 4112, 11008) == first
-    assert specialisations(monkeypatch, 8192, 4096, 4096, alpha=1.0) == first
+    assert specialisations(monkeypatch, 8192, 4096, 4096, scale=1.0) == first
     assert specialisations(monkeypatch, 8192, 4097, 4096) != first
     assert specialisations(monkeypatch, 8192, 4096, 4096, R=32) != first
 
@@ -222,81 +244,166 @@ def test_a_new_size_or_alpha_does_not_recompile(monkeypatch):
 )
 def test_backward_launches_only_what_needs_asks_for(monkeypatch, needs, expected):
     launched = []
-    monkeypatch.setattr(gradients, "launch", lambda k, grid, *args, **opts: launched.append(opts))
-    f = forward_of(8192, 4096, 4096)
-    asked = tuple(needs == name for name in ("dx", "dweight", "dbias", "dA", "dB"))
-    dy, h = f.x.new_empty(8192, 4096), f.x.new_empty(8192, 16)
-    call = gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, 0.5, asked, H100)
-    tile = choice.backward_tiles("two_launches", Problem(8192, 4096, 4096, 16), H100, True)[0]
-    dx, dA, dB = gradients.two_launches(call, tile)
-    assert [dx is not None, dA is not None, dB is not None] == [asked[i] for i in (0, 3, 4)]
+    monkeypatch.setattr(forward_launches, "launch", lambda k, grid, args: launched.append(args))
+    asked = tuple(needs == name for name in ("dx", "dA", "dB"))
+    call = backward_of(8192, 4096, 4096, needs=asked)
+    p = tuning.backward_problem(call)
+    tile = REGIMES["backward"]["two_launches"].tiles(p, H100)[0]
+    gradients = tuning.planned("backward", "two_launches", call, p, tile, H100)(call)
+    assert [g is not None for g in gradients] == list(asked)
     assert [
-        {k: int(opts[k]) for k in opts if k.startswith("WANT_")} for opts in launched
+        {k: int(args[k]) for k in args if k.startswith("WANT_")} for args in launched
     ] == expected
 
 
-def test_alpha_is_split_exactly_for_float16_alone():
-    for alpha in (0.0, 1.0, -2.5, 1e5, 1e-6):
-        factor, scale = launch.split_alpha(alpha, torch.float16)
-        assert factor * scale == alpha and (0.5 <= abs(factor) < 1 or alpha == 0)
-        assert launch.split_alpha(alpha, torch.bfloat16) == (alpha, 1.0)
+def test_scale_is_split_exactly_for_float16_alone():
+    for scale in (0.0, 1.0, -2.5, 1e5, 1e-6):
+        factor, power = forward_launches.split_scale(scale, torch.float16)
+        assert factor * power == scale and (0.5 <= abs(factor) < 1 or scale == 0)
+        assert forward_launches.split_scale(scale, torch.bfloat16) == (scale, 1.0)
+
+
+def test_bits_come_in_words_where_a_row_is_whole_words():
+    keep = torch.zeros(3, 12, dtype=torch.uint8)
+    words = tuning.words_of(keep, 96)
+    assert words.dtype == torch.int32 and words.shape == (3, 3)
+    assert forward_launches.bits_of(words).shape == (3, 12)
+    assert tuning.words_of(keep, 95) is keep
+    unaligned = torch.zeros(37, dtype=torch.uint8)[1:].view(3, 12)
+    assert tuning.words_of(unaligned, 96) is unaligned
 
 
 def test_descriptors_only_where_strides_and_alignment_allow():
     matrix = torch.empty(64, 128, dtype=torch.bfloat16)
-    assert launch.describable(matrix)
-    assert not launch.describable(matrix.T)
-    assert not launch.describable(matrix[:, 1:])  # 2 bytes off
-    assert not launch.describable(torch.empty(64, 127, dtype=torch.bfloat16))
-    assert not launch.describable(torch.empty(1, 128).expand(64, 128))  # stride 0
-    assert launch.describable_product(matrix, torch.empty(128, 64).T)
+    assert tuning.describable(matrix)
+    assert not tuning.describable(matrix.T)
+    assert not tuning.describable(matrix[:, 1:])  # 2 bytes off
+    assert not tuning.describable(torch.empty(64, 127, dtype=torch.bfloat16))
+    assert not tuning.describable(torch.empty(1, 128).expand(64, 128))  # stride 0
+    f = forward_of(64, 128, 256)
+    assert tuning.forward_problem(f).descriptors
+    turned = f._replace(weight=f.weight.T.contiguous().T)
+    assert tuning.forward_problem(turned).descriptors
+    assert not tuning.forward_problem(f._replace(x=f.x.T.contiguous().T)).descriptors
 
 
-def test_tuning_measures_once_a_bucket_and_keeps_the_winner(monkeypatch, tmp_path):
+@pytest.fixture
+def tuner(monkeypatch, tmp_path) -> list:
+    """Tuning as on a card, its file in a folder of its own; what is measured is in the list."""
     measured = []
     monkeypatch.setattr(tuning.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "may_measure", lambda card: True)
-    monkeypatch.setattr(
-        tuning, "_measure", lambda run, c: measured.append(c) or -len(measured)
-    )  # the last measured wins
-    best = tuning.choose_forward(forward_of(8000, 4096, 4096), None, None)
-    assert len(measured) == tuning.MEASURED and best == (measured[-1].name, measured[-1].tile)
-    assert tuning.choose_forward(forward_of(5000, 4096, 4096), None, None) == best
-    assert len(measured) == tuning.MEASURED  # the same bucket of M
+    tuning.tuning_file.cache_clear()
+    for name in ("_chosen", "_plans", "_unmeasured"):
+        monkeypatch.setattr(tuning, name, {})
+    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    monkeypatch.setattr(tuning, "card_of", lambda device: H100)
+
+    def bench(run, **options):
+        run()
+        measured.append(run)
+        return float(-len(measured))  # the last measured wins
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(forward_launches, "launch", lambda kernel, grid, arguments: None)
+    yield measured
+    tuning.tuning_file.cache_clear()
+
+
+def test_tuning_measures_once_a_bucket_and_keeps_the_winner(monkeypatch, tuner):
+    best = choice_of(forward_of(8000, 4096, 4096))
+    found = regimes.candidates("forward", Problem(8192, 4096, 4096, 16), H100)
+    each = len({c.name for c in found})  # one tile of each regime: the cheapest
+    assert len(tuner) == each == 5
+    assert best[0] == list({c.name: c for c in reversed(found)})[-1]
+    assert best[1] == next(c.tile for c in found if c.name == best[0])
+    assert choice_of(forward_of(5000, 4096, 4096)) == best
+    assert len(tuner) == each  # the same bucket of M
 
     monkeypatch.setattr(tuning, "_chosen", {})  # another process
-    assert tuning.choose_forward(forward_of(8000, 4096, 4096), None, None) == best
-    assert len(measured) == tuning.MEASURED
+    assert choice_of(forward_of(8000, 4096, 4096)) == best
+    assert len(tuner) == each
     file = tuning.tuning_file(H100)
     assert len(json.loads(file.read_text())) == 1 and list(file.parent.iterdir()) == [file]
 
     file.write_text("{ not json")
     monkeypatch.setattr(tuning, "_chosen", {})
-    tuning.choose_forward(forward_of(8000, 4096, 4096), None, None)
-    assert len(measured) == 2 * tuning.MEASURED
+    choice_of(forward_of(8000, 4096, 4096))
+    assert len(tuner) == 2 * each
+
+
+def test_the_tuning_file_is_of_these_kernels(monkeypatch, tuner, tmp_path):
+    before = tuning.tuning_file(H100)
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    (kernels / "common.py").write_text("another kernel")
+    monkeypatch.setattr(tuning, "__file__", str(kernels / "tuning.py"))
+    tuning.tuning_file.cache_clear()
+    assert tuning.tuning_file(H100) != before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PassManager::run failed"), ValueError("no")])
+def test_a_candidate_that_fails_loses_and_the_call_goes_on(monkeypatch, tuner, caplog, error):
+    def launch(kernel, grid, arguments):
+        if kernel.__name__ != "lora_linear_fwd_in_loop_kernel":
+            raise error
+
+    def bench(run, **options):  # the first that runs wins
+        run()
+        tuner.append(run)
+        return float(len(tuner))
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(forward_launches, "launch", launch)
+    call = forward_of(512, 4096, 4096)
+    assert choice_of(call)[0] == "in_loop"
+    assert str(error) in caplog.text and "two_launches" in caplog.text
+    y, h = tuning.run_forward(call)
+    assert y.shape == (512, 4096) and h.shape == (512, 16)
+
+
+def test_where_every_kernel_fails_torch_runs(monkeypatch, tuner):
+    def launch(kernel, grid, arguments):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(forward_launches, "launch", launch)
+    call = forward_of(512, 4096, 4096)
+    assert choice_of(call)[0] in ("addmm", "plain")
+    assert tuning.run_forward(call)[0].shape == (512, 4096)
+
+
+def test_what_was_not_measured_is_not_remembered(monkeypatch, tuner):
+    call = forward_of(8000, 4096, 4096)
+    monkeypatch.setattr(tuning, "may_measure", lambda: False)
+    for _ in range(2):
+        tuning.run_forward(call)
+    assert not tuner and not tuning._chosen and len(tuning._unmeasured) == 1
+    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    for _ in range(2):
+        tuning.run_forward(call)
+    assert len(tuner) == 5 and len(tuning._chosen) == 1
 
 
 def test_nothing_is_measured_in_a_capture_or_when_determinism_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     torch.use_deterministic_algorithms(False)
-    assert tuning.may_measure(H100)
+    assert tuning.may_measure()
     torch.use_deterministic_algorithms(True)
-    assert not tuning.may_measure(H100)
+    assert not tuning.may_measure()
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not tuning.may_measure(H100)
+    assert not tuning.may_measure()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("LORA_EXT_TUNE", "0")
-    assert not tuning.may_measure(H100)
+    assert not tuning.may_measure()
 
 
 def test_a_regime_forced_by_name_is_taken_where_it_can_run():
-    call = forward_of(8192, 4096, 4096)
-    assert tuning.choose_forward(call, "h_first", None)[0] == "h_first"
-    assert (
-        tuning.choose_forward(forward_of(8192, 4096, 4096, R=100), "in_loop", None)[0] != "in_loop"
-    )
+    with backend.regime(forward="torch_base"):
+        assert choice_of(forward_of(8192, 4096, 4096))[0] == "torch_base"
+    with backend.regime(forward="in_loop", descriptors=False):
+        name, tile = choice_of(forward_of(8192, 4096, 4096))
+        assert name == "in_loop" and not tile.descriptors
+        assert choice_of(forward_of(8192, 4096, 4096, R=100))[0] != "in_loop"
 
 
 def test_family_of_an_unlisted_capability_asks_no_more_than_it_has():
@@ -305,6 +412,8 @@ def test_family_of_an_unlisted_capability_asks_no_more_than_it_has():
 
 
 def test_an_unknown_regime_is_named():
-    with pytest.raises(ValueError, match="backward must be one of two_launches, torch_base, got"):
+    with pytest.raises(
+        ValueError, match="backward must be one of two_launches, .*, plain, got"
+    ):
         with backend.regime(backward="in_loop"):
             pass

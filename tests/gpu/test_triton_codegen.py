@@ -15,21 +15,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton_kernels import (
-    cards,
-    choice,
-    gradients,
-    launch,
-    regimes,
-    tuning,
-)
+from lora_ext.backends.triton import cards, forward_launches, tuning
+from lora_ext.backends.triton.backward_launches import Backward
+from lora_ext.backends.triton.forward_launches import Forward
+from lora_ext.backends.triton.regimes import REGIMES
 from tests.gpu import codegen
 
 BASE_KERNELS = (
     "lora_linear_decode_kernel",
     "lora_linear_fwd_kernel",
     "lora_linear_fwd_in_loop_kernel",
-    "lora_linear_h_first_kernel",
     "lora_linear_bwd_dx_kernel",
 )
 N = K = 4096
@@ -42,6 +37,7 @@ class Types(NamedTuple):
     adapter: torch.dtype
     R: int
     kind: str = "half"
+    masked: bool = False
     loops: bool = True  # whether to read them: 0.3 s a kernel
     rows: tuple[int, ...] = (16, 64, 512, 2048, 4096, 8192)
 
@@ -54,10 +50,11 @@ DTYPES = {
     "bf16-R16": Types(torch.bfloat16, torch.bfloat16, 16, loops=False, rows=(8192,)),
     "fp16-R64": Types(torch.float16, torch.float16, 64),
     "fp16-R64-fp32-AB": Types(torch.float16, torch.float32, 64, loops=False, rows=(64, 8192)),
+    "fp16-R64-keep": Types(torch.float16, torch.float16, 64, masked=True, loops=False),
     "tf32-R64": Types(torch.float32, torch.float32, 64, "tf32", rows=(16, 8192)),
     "fp32-R64": Types(torch.float32, torch.float32, 64, "fp32", loops=False, rows=(16, 8192)),
 }
-Launch = tuple[Any, tuple, tuple, dict]
+Launch = tuple[Any, tuple, dict]
 
 
 class Inspected(NamedTuple):
@@ -68,6 +65,7 @@ class Inspected(NamedTuple):
     types: str
     rows: int  # of a tile
     wide: int  # 128-bit loads that one step of a base product takes; 0 where none is read
+    waiting: int  # loops that may multiply without loading ahead
     machine: codegen.Machine | str  # or the compiler's complaint
 
     def __str__(self) -> str:
@@ -85,33 +83,30 @@ class Inspected(NamedTuple):
 def problems(family: str, dtypes: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and what runs it, for every regime and tile of a card."""
     card = next(card for card in cards.KNOWN.values() if card.family == family)
-    dtype, adapter, R, _, _, rows = DTYPES[dtypes]
+    dtype, adapter, R, _, masked, _, rows = DTYPES[dtypes]
 
-    def forward_of(M: int) -> regimes.Forward:
-        tensors = [(M, K), (N, K), (N,), (K, R), (R, N)]
-        x, w, bias = (torch.empty(s, dtype=dtype, device="meta") for s in tensors[:3])
-        A, B = (torch.empty(s, dtype=adapter, device="meta") for s in tensors[3:])
-        return regimes.Forward(x, w, bias, A, B, 0.5, card)
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
 
-    def backward_of(M: int, *, need_dx: bool = True) -> gradients.Backward:
-        f = forward_of(M)
-        dy, h = f.x.new_empty(M, N), f.x.new_empty(M, R)
-        needs = (need_dx, False, False, True, True)
-        return gradients.Backward(dy, f.x, f.weight, f.A, f.B, h, 0.5, needs, card)
-
+    A, B = empty(K, R, of=adapter), empty(R, N, of=adapter)
+    weight, bias = empty(N, K), empty(N)
     for M in rows:
-        call = forward_of(M)
-        p = tuning.problem(call, call.x, call.A, bias=True)
-        for name in choice.FORWARD:
-            for tile in choice.forward_tiles(name, p, card, True):
-                yield tile_label(tile), partial(regimes.FORWARD[name], call, tile)
-        call = backward_of(M)
-        for name in choice.BACKWARD:
-            for tile in choice.backward_tiles(name, p, card, True):
-                yield tile_label(tile), partial(gradients.BACKWARD[name], call, tile)
-        call = backward_of(M, need_dx=False)
-        tile = tuning.choose_backward(call, None, None)[1]
-        yield tile_label(tile), partial(gradients.two_launches, call, tile)
+        keep = empty(M, K // 32, of=torch.int32) if masked else None
+        call = Forward(empty(M, K), weight, bias, A, B, 0.5, keep)
+        yield from ways("forward", call, tuning.forward_problem(call), card)
+        dy, x, h = empty(M, N), empty(M, K), empty(M, R)
+        for need_dx in (True, False):
+            needs = (need_dx, True, True)
+            back = Backward(dy, x, weight if need_dx else None, A, B, h, 0.5, needs, keep)
+            yield from ways("backward", back, tuning.backward_problem(back), card)
+
+
+def ways(direction, call, p, card) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield a label and what runs a call, for every regime and tile that launches kernels."""
+    for name, regime in REGIMES[direction].items():
+        for tile in regime.tiles(p, card) if name not in ("addmm", "plain") else ():
+            run = tuning.planned(direction, name, call, p, tile, card)
+            yield tile_label(tile), partial(run, call)
 
 
 def tile_label(tile) -> str:
@@ -124,45 +119,50 @@ def launches(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     """Return a label and the launch for each different kernel that the problems end in."""
     found: dict[str, tuple[str, Launch]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (regimes, gradients):
-            patch.setattr(module, "kind_of", lambda dtype: DTYPES[dtypes].kind)
+        patch.setattr(tuning, "kind_of", lambda dtype: DTYPES[dtypes].kind)
         for label, run in problems(family, dtypes):
 
-            def record(kernel, grid, *args, label=label, **options):
-                pairs = zip(args, kernel.params, strict=False)
-                kinds = [type(a) if p.do_not_specialize else specialised(a) for a, p in pairs]
-                key = repr((kernel.__name__, kinds, sorted(options.items())))
-                found.setdefault(key, (label, (kernel, grid, args, options)))
+            def record(kernel, grid, arguments, label=label):
+                params = {param.name: param for param in kernel.params}
+                kinds = {n: specialised(a, params.get(n)) for n, a in sorted(arguments.items())}
+                key = repr((kernel.__name__, kinds))
+                found.setdefault(key, (label, (kernel, grid, arguments)))
 
-            for module in (launch, regimes, gradients):
-                patch.setattr(module, "launch", record)
+            patch.setattr(forward_launches, "launch", record)
             run()
     return list(found.values())
 
 
-def specialised(argument: object) -> object:
-    """Return what of an argument makes Triton compile anew."""
+def specialised(argument: object, param: Any) -> object:
+    """Return what of an argument makes Triton compile again; `param` None is an option."""
+    if param is None or param.is_constexpr:
+        return argument
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     if hasattr(argument, "block_shape"):
         return argument.base.dtype, tuple(argument.block_shape)
-    return (argument == 1, argument % 16 == 0) if isinstance(argument, int) else type(argument)
+    if type(argument) is int and not param.do_not_specialize:
+        return argument == 1, argument % 16 == 0
+    return type(argument)
 
 
 def inspect(family: str, types: str, index: int) -> Inspected:
     """Compile one launch and read it."""
-    tile, (kernel, grid, args, options) = launches(family, types)[index]
+    tile, (kernel, grid, options) = launches(family, types)[index]
     rows = options["BLOCK_M"]
     wide = 0
     if DTYPES[types].loops:
         wide = wide_loads(kernel.__name__, options, family, DTYPES[types].dtype.itemsize)
     machine: codegen.Machine | str
     try:
-        compiled = codegen.compile_launch(family, kernel, grid, args, options)
-        machine = codegen.read(compiled, loops=wide > 0)
+        compiled = codegen.compile_launch(family, kernel, grid, options)
+        machine = codegen.read(compiled, loops=DTYPES[types].loops)
     except Exception as error:  # the table shows what any compiler stage says
         machine = f"{type(error).__name__}: {error}"
-    return Inspected(kernel.__name__, tile, types, rows, wide, machine)
+    # The epilogue's loop over ranks, whose operands are small; and dA's strips over a t in parts,
+    # which few rows alone have.
+    waiting = (options["R"] > options["BLOCK_R"]) + (options.get("t_splits", 1) > 1)
+    return Inspected(kernel.__name__, tile, types, rows, wide, waiting, machine)
 
 
 def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
@@ -192,9 +192,10 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"stack of {machine.stack} bytes, so registers spill"
     if machine.shared > shared:
         yield f"{machine.shared} bytes of shared memory, {shared} there"
-    # Atomic sums change their order from run to run. h_first raises flags by one, may read them so.
-    if machine.atomics not in ((1, 2) if row.kernel == "lora_linear_h_first_kernel" else (0,)):
+    if machine.atomics:  # their order changes from run to run
         yield f"{machine.atomics} atomics"
+    if machine.waiting > row.waiting:
+        yield f"{machine.waiting} loops multiply and load nothing ahead, not {row.waiting}"
     if not row.wide:
         return
     expected = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(family, "HMMA")

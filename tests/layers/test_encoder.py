@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_ext import LinearWithLoRA, replace_linear_with_lora
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.layers.test_inject import randomise
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 
 LENGTHS = torch.tensor([6, 3, 1])
 PADDING = torch.arange(6)[None] >= LENGTHS[:, None]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_ext import LinearWithLoRA, mark_only_lora_as_trainable, replace_linear_with_lora
-from tests.reference import replace_linear_with_lora as replace_plain
+from lora_ext.testing import replace_linear_with_lora as replace_plain
 
 
 class Block(nn.Module):

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lora_ext import LinearWithLoRA, LoRALayer, explain, lora_linear
+from lora_ext.testing import Case, broken_rules, expected
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
+from lora_ext.testing import LoRALayer as PlainLoRALayer
 from tests.conftest import Backend
-from tests.numerics import Case, assert_same_up_to_rounding, broken_rules, expected
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
-from tests.reference import LoRALayer as PlainLoRALayer
+from tests.numerics import assert_same_up_to_rounding
 
 CASE = Case((5,), 12, 10, 3)
 

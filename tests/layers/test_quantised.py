@@ -14,9 +14,10 @@ from lora_ext import (
     save_adapter,
 )
 from lora_ext.functional import lora_delta
+from lora_ext.testing import Case, make_inputs
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.layers.test_inject import names_of
-from tests.numerics import Case, assert_same_up_to_rounding, make_inputs
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
+from tests.numerics import assert_same_up_to_rounding
 from tests.training import MLP, batches, train
 
 TARGETS = ["up", "down", "head"]
@@ -185,17 +186,15 @@ def test_low_rank_part_alone_has_the_gradients_asked_for(lead, needs):
             torch.testing.assert_close(mine, other)
 
 
-def test_low_rank_part_alone_keeps_little_and_derives_once():
+def test_low_rank_part_alone_keeps_little():
     inputs = make_inputs(DELTA.but(lead=(64,)))
     tensors = [inputs[n].detach().requires_grad_() for n in ("x", "A", "B")]
     given, saved = {t.data_ptr() for t in tensors}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = lora_delta(*tensors, 1.7)
+        lora_delta(*tensors, 1.7)
     assert [t.shape for t in saved if t.data_ptr() not in given] == [(64, 3)]  # h
     assert torch.autograd.gradcheck(lambda *t: lora_delta(*t, 1.7), tensors)
-    (dx,) = torch.autograd.grad(y.square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    assert torch.autograd.gradgradcheck(lambda *t: lora_delta(*t, 1.7), tensors)
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)

@@ -92,11 +92,7 @@ MUTANTS = {
         "add ? read<V>(to) + sum[i] : sum[i]",
         "sum[i]",
     ),
-    "scale_of_pairs_dropped": (
-        "pairs_impl.h",
-        "ToSums<float, true>{c, ldc, scale, addend}",
-        "ToSums<float, true>{c, ldc, 1, addend}",
-    ),
+    "scale_dropped": ("multiply_impl.h", "sum *= scale;", ""),
     "scale_of_an_update_dropped": (
         "multiply_impl.h",
         "narrow(widen(to) + scale * sum, to);",

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext import LinearWithLoRA, explain, lora_linear, merge_, replace_linear_with_lora
+from lora_ext import LinearWithLoRA, lora_linear, merge_, replace_linear_with_lora
 from lora_ext.dropout import drop
-from tests.numerics import NAMES, Case, assert_same_up_to_rounding, expected, make_inputs
+from lora_ext.testing import NAMES, Case, make_inputs
+from tests.conftest import Backend
+from tests.numerics import assert_same_up_to_rounding
 from tests.op.test_autograd import leaves, make_layer
 from tests.stacks.test_compile import NEEDS_COMPILER
 from tests.training import MLP, assert_trains_like_plain, batches, make_models, train
@@ -85,45 +87,21 @@ def test_any_subset_of_the_gradients(needs):
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("adapter", [None, torch.float32], ids=["same", "fp32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes_keep_the_error_rule(dtype, adapter):
-    case = Case((37,), 96, 160, 8, dtype=dtype, adapter_dtype=adapter)
-    inputs, mask = expected(case).inputs, mask_of(case)
-    results = {}
-    for kind in ("ours", "plain", "exact"):
-        wide = torch.float64 if kind == "exact" else None
-        tensors = [inputs[n].to(wide or inputs[n].dtype).requires_grad_() for n in NAMES]
-        torch.manual_seed(42)
-        if kind == "ours":
-            y = lora_linear(*tensors, case.alpha, dropout=P)
-        else:
-            y = plain_with(mask, *tensors, case.alpha)
-        dy = inputs["dy"].to(y.dtype)
-        results[kind] = [y.detach(), *torch.autograd.grad(y, tensors, dy)]
-    for ours, plain, exact in zip(*results.values(), strict=True):
-        assert ours.dtype == plain.dtype
-        error, plain_error = ((t.double() - exact).norm() for t in (ours, plain))
-        assert error <= 2 * plain_error + torch.finfo(dtype).eps * exact.norm()
-
-
 def test_gradcheck_passes():
     inputs = leaves(DOUBLE)
     run = with_seed(lambda *t: lora_linear(*t, DOUBLE.alpha, dropout=P))
     assert torch.autograd.gradcheck(run, inputs)
-    (dx,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_nothing_as_large_as_the_mask_is_kept():
+def test_a_bit_an_element_is_kept_of_the_mask():
     tensors = leaves(CASE.but(lead=(64,)))
     inputs = {t.data_ptr() for t in tensors}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(*tensors, CASE.alpha, dropout=P)
-    own = sorted(t.numel() for t in saved if t.data_ptr() not in inputs)
-    assert own == [2, 64 * 3]  # the seed, and h
+    own = sorted(t.nbytes for t in saved if t.data_ptr() not in inputs)
+    assert own == [64 * 2, 64 * 3 * 4]  # the bits of 12 columns, and h
 
 
 def make(p=P, dtype=torch.float64):
@@ -270,20 +248,12 @@ def test_vmap_needs_its_randomness_said():
     assert y.shape == (2, 3, 10) and not torch.allclose(y, make(0.0)(x))
 
 
-def test_explain_says_that_the_kernels_take_no_mask():
-    layer = make()
-    first, *others = explain(layer).splitlines()
-    assert first == "reference: runs"
-    assert any("cpp: takes no dropout mask" in line for line in others)
-    assert explain(layer.eval()) == explain(make(0.0))
-
-
 @pytest.mark.parametrize(
     ("p", "error", "message"),
     [
-        (1.0, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
-        (-0.1, ValueError, "dropout must be at least 0 and below 1, got -0.1"),
-        (float("nan"), ValueError, "dropout must be at least 0 and below 1, got nan"),
+        (1.1, ValueError, "dropout must be from 0 to 1, got 1.1"),
+        (-0.1, ValueError, "dropout must be from 0 to 1, got -0.1"),
+        (float("nan"), ValueError, "dropout must be from 0 to 1, got nan"),
         ("0.1", TypeError, "dropout must be a number, got str"),
         (True, TypeError, "dropout must be a number, got bool"),
     ],
@@ -300,11 +270,22 @@ def test_wrong_dropout_is_named(p, error, message):
     assert type(model.head) is nn.Linear
 
 
-def test_kernels_asked_for_by_name_raise():
-    with pytest.raises(ValueError, match="backend 'cpp' can't run with dropout: its kernels"):
-        lora_linear(*leaves(CASE), 1.0, backend="cpp", dropout=P)
-    y = with_seed(lambda: lora_linear(*leaves(CASE), 1.0, backend="reference", dropout=P))()
-    assert_same_up_to_rounding(y, with_seed(lambda: lora_linear(*leaves(CASE), 1.0, dropout=P))())
+def test_the_low_rank_part_is_zero_where_all_is_dropped():
+    tensors = leaves(CASE)
+    y = lora_linear(*tensors, CASE.alpha, dropout=1.0)
+    assert torch.equal(y, nn.functional.linear(*tensors[:3]))
+    y.sum().backward()
+    assert not tensors[3].grad.any() and not tensors[4].grad.any()
+
+
+def test_every_backend_takes_the_same_mask(backend: Backend):
+    """The mask is drawn before the backend is asked, so a name changes no number drawn."""
+    named = with_seed(lambda: lora_linear(*leaves(CASE), 1.0, backend=backend.name, dropout=P))()
+    chosen = with_seed(lambda: lora_linear(*leaves(CASE), 1.0, dropout=P))()
+    assert_same_up_to_rounding(named, chosen)
+
+
+def test_a_nested_tensor_is_refused():
     nested = torch.nested.nested_tensor([torch.ones(2, 12), torch.ones(3, 12)])
     with pytest.raises(ValueError, match="x must be a plain tensor where dropout is on, got a nes"):
         make(dtype=torch.float32)(nested)

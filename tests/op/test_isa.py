@@ -6,32 +6,27 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lora_ext.backends import BACKENDS
+from tests.conftest import small_call
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_CPP = BACKENDS["cpp"].unsupported(*[torch.ones(1, 1)] * 3)
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 SCRIPT = """
 import sys
-from functools import partial
-import torch
-from lora_ext import _C, lora_linear
-from tests.numerics import LAYOUTS, broken_rules, expected, gradients
-from tests.op.test_backends import CROSSES_EVERY_BLOCK, DTYPES, LARGE_WEIGHT, SHAPES, TAILS
+from lora_ext import _C
+from lora_ext.testing import DTYPES, LAYOUTS, TAILS, check, every_case
+from tests.conftest import linear_of, poisoned_memory  # that import poisons malloc
+from tests.op.test_backends import CROSSES_EVERY_BLOCK, LARGE_WEIGHT
 
 if _C.build_info()["cpu_isa"] != sys.argv[1]:
     print("this CPU has no", sys.argv[1])
     sys.exit()
-import tests.conftest  # poisons malloc
-torch.use_deterministic_algorithms(True, warn_only=True)  # and at::empty, with NaN
-cases = [*SHAPES, CROSSES_EVERY_BLOCK, LARGE_WEIGHT, *(TAILS.but(layout=name) for name in LAYOUTS)]
-for case in cases:
-    for dtype, adapter in DTYPES:
-        case = case.but(dtype=dtype, adapter_dtype=adapter)
-        want = expected(case)
-        got = gradients(partial(lora_linear, backend="cpp"), want.inputs, case.alpha)
-        assert not (broken := broken_rules(got, want)), f"{case}: {broken}"
+large = [CROSSES_EVERY_BLOCK, LARGE_WEIGHT, *(TAILS.but(layout=name) for name in LAYOUTS)]
+large = [c.but(dtype=dtype, adapter_dtype=ab) for c in large for dtype, ab in DTYPES]
+with poisoned_memory():
+    for case in {*every_case(), *large}:
+        check(linear_of("cpp"), case)
 print("ran")
 """
 

@@ -17,7 +17,7 @@ SCRIPT = f"""
 import sys
 import torch
 from lora_ext import LinearWithLoRA
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()

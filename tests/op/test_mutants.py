@@ -17,13 +17,15 @@ import torch
 
 import lora_ext
 from lora_ext.backends import BACKENDS
-from tests.numerics import Case, Linear, broken_rules, expected, gradients
+from lora_ext.testing import TAILS, Case, Linear, broken_rules, expected, gradients, plain_linear
+from tests.conftest import linear_of
 
 FOLDER = Path(lora_ext.__file__).parent
-TAILS = Case((37,), 96, 160, 8)
 CASES = [TAILS, TAILS.but(lead=(0,)), TAILS.but(lead=(3, 5)), TAILS.but(dtype=torch.bfloat16)]
 CASES += [Case((19,), 64, 64, 8), Case((19,), 40, 24, 24, bias=False)]  # square: transposes fit
 CASES += [TAILS.but(dtype=torch.float16, adapter_dtype=torch.float32)]
+CASES += [TAILS.but(layout="A_transposed")]
+CASES += [TAILS.but(K=91, dropout=0.3), TAILS.but(base=False)]
 
 
 def refused(linear: Linear, cases: list[Case] = CASES) -> str | None:
@@ -32,7 +34,7 @@ def refused(linear: Linear, cases: list[Case] = CASES) -> str | None:
         want = expected(case)
         try:
             broken = broken_rules(gradients(linear, want.inputs, case.alpha), want)
-        except RuntimeError as error:  # a shape that does not fit is refused as well
+        except (RuntimeError, AttributeError) as error:  # a shape that does not fit, a lost tensor
             return f"{case}: {error}"
         if broken:
             return f"{case}: {broken[0]}"
@@ -60,113 +62,124 @@ def through(backend: ModuleType):
     return mock.patch.dict(BACKENDS, mutant=backend)
 
 
-MUTANT_LINEAR = partial(lora_ext.lora_linear, backend="mutant")
-FORWARD = "F.linear(x, weight, bias) + alpha * (h @ B.to(x.dtype)), h"
-DX = "dy @ weight + alpha * (t @ A.to(dy.dtype).T)"
-DA = "alpha * (x.T @ t).to(A.dtype)"
-DB = "alpha * (h.T @ dy).to(B.dtype)"
+H = "h = masked(x, keep) @ A.to(x.dtype)"
+Y = "F.linear(x, weight.data, bias) + low, h"
+LOW = "low = scale * (h @ B.to(x.dtype))"
+DX_LOW = "dx = masked(scale * (t @ A.to(dy.dtype).T), keep)"
+DX = "dx = dx if weight is None else dy @ weight.data + dx"
+DA = "scale * product_like(A, masked(x, keep).T, t)"
+DB = "scale * product_like(B, h.T, dy)"
 BACKEND_MUTANTS = {
-    "scale_dropped": (FORWARD, FORWARD.replace("alpha * ", "")),
-    "scale_dropped_in_dx": (DX, DX.replace("alpha * ", "")),
-    "scale_dropped_in_dA": (DA, DA.replace("alpha * ", "")),
-    "scale_twice_in_dB": (DB, "alpha * " + DB),
-    "one_percent_in_y": (FORWARD, FORWARD.replace("alpha *", "1.01 * alpha *")),
-    "one_percent_in_dx": (DX, DX.replace("alpha *", "1.01 * alpha *")),
+    "scale_dropped": (LOW, LOW.replace("scale * ", "")),
+    "scale_dropped_in_dx": (DX_LOW, DX_LOW.replace("scale * ", "")),
+    "scale_dropped_in_dA": (DA, DA.replace("scale * ", "")),
+    "scale_twice_in_dB": (DB, "scale * " + DB),
+    "one_percent_in_y": (LOW, LOW.replace("scale *", "1.01 * scale *")),
+    "one_percent_in_dx": (DX_LOW, DX_LOW.replace("scale *", "1.01 * scale *")),
     "one_percent_in_dA": (DA, "1.01 * " + DA),
     "one_percent_in_dB": (DB, "1.01 * " + DB),
-    "low_rank_part_forgotten": (FORWARD, "F.linear(x, weight, bias), h"),
-    "dx_without_low_rank_part": (DX, "dy @ weight"),
-    "dx_without_base": (DX, "alpha * (t @ A.to(dy.dtype).T)"),
-    "bias_forgotten": ("F.linear(x, weight, bias)", "F.linear(x, weight)"),
-    "weight_transposed": (DX, DX.replace("dy @ weight", "dy @ (weight.T if N_IS_K else weight)")),
-    "A_and_B_swapped": (
-        "x @ A.to(x.dtype)",
-        "x @ (B.T if B.T.shape == A.shape else A).to(x.dtype)",
+    "low_rank_part_forgotten": (Y, "F.linear(x, weight.data, bias), h"),
+    "dx_without_low_rank_part": (DX, DX.replace("data + dx", "data")),
+    "dx_without_base": (DX, "pass"),
+    "bias_forgotten": ("F.linear(x, weight.data, bias)", "F.linear(x, weight.data)"),
+    "weight_transposed": (
+        "dy @ weight.data +",
+        "dy @ (weight.data.T if dy.shape[1] == A.shape[0] else weight.data) +",
     ),
+    "A_and_B_swapped": (H, H.replace("A.to", "(B.T if B.T.shape == A.shape else A).to")),
     "dbias_forgotten": ("dy.sum(0) if need_dbias", "dy.new_zeros(dy.shape[1]) if need_dbias"),
     "dbias_a_mean": ("dy.sum(0)", "dy.mean(0)"),
     "dbias_of_first_row": ("dy.sum(0)", "dy[:1].sum(0)"),
     "dweight_transposed": ("dy.T @ x if", "(x.T @ dy).reshape(dy.shape[1], -1) if"),
-    "h_not_kept": (FORWARD, FORWARD[:-1] + "h * 0"),
-    "h_scaled": (FORWARD, FORWARD[:-1] + "alpha * h"),
+    "h_not_kept": (Y, Y + " * 0"),
+    "h_scaled": (Y, Y.replace(", h", ", scale * h")),
     "tail_rows_forgotten": (
-        FORWARD,
-        "F.pad((" + FORWARD[:-3] + ")[: len(x) // 4 * 4], (0, 0, 0, len(x) % 4)), h",
+        Y,
+        "F.pad((" + Y[:-3] + ")[: len(x) // 4 * 4], (0, 0, 0, len(x) % 4)), h",
     ),
-    "tail_rows_unwritten": (DX, "dy.new_empty(len(dy), weight.shape[1])"),
+    "tail_rows_unwritten": (DX, "dx = dy.new_empty(len(dy), A.shape[0])"),
     "tail_rows_out_of_the_sum": (
         DB,
-        "alpha * (h[: len(h) // 8 * 8].T @ dy[: len(h) // 8 * 8]).to(B.dtype)",
+        "scale * product_like(B, h[: len(h) // 8 * 8].T, dy[: len(h) // 8 * 8])",
     ),
     "one_element_wrong": (
         DX,
-        f"({DX}).index_put((torch.tensor([-1]), torch.tensor([-1])), "
-        "torch.tensor(9.0).to(dy.dtype))",
+        f"{DX}; dx[-1:, -1:] = 9",
     ),
     "rank_tail_forgotten": (
-        "h = x @ A.to(x.dtype)",
-        "h = x @ (A * (torch.arange(A.shape[1]) < max(A.shape[1] - 1, 1))).to(x.dtype)",
+        H,
+        H.replace("A.to", "(A * (torch.arange(A.shape[1]) < max(A.shape[1] - 1, 1))).to"),
+    ),
+    "dA_of_a_transposed_A_in_its_order": (
+        "return (right.T @ left.T).T",
+        "return (right.T @ left.T).reshape(len(left), -1)",
+    ),
+    "mask_forgotten_in_h": (H, "h = x @ A.to(x.dtype)"),
+    "mask_forgotten_in_dx": (DX_LOW, "dx = scale * (t @ A.to(dy.dtype).T)"),
+    "mask_forgotten_in_dA": (DA, DA.replace("masked(x, keep)", "x")),
+    "mask_of_the_base_too": (
+        DX,
+        DX.replace("dy @ weight.data + dx", "masked(dy @ weight.data + dx, keep)"),
+    ),
+    "mask_the_other_way_round": ("~unpack_bits", "unpack_bits"),
+    "mask_of_first_row_for_all": (
+        "unpack_bits(keep, x.shape[1])",
+        "unpack_bits(keep, x.shape[1])[:1]",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BACKEND_MUTANTS)
 def test_wrong_backend_is_refused(name):
-    old, new = BACKEND_MUTANTS[name]
-    new = new.replace("N_IS_K", "weight.shape[0] == weight.shape[1]")
-    mutant = changed("backends/reference.py", (old, new))
+    mutant = changed("backends/reference.py", BACKEND_MUTANTS[name])
     mutant.torch = torch
     with through(mutant):
-        assert refused(MUTANT_LINEAR)
+        assert refused(linear_of("mutant"))
 
 
 def test_right_backend_is_accepted():
     """The same way with nothing changed: what refuses the mutants is the mutation."""
     with through(changed("backends/reference.py")):
-        assert refused(MUTANT_LINEAR) is None
-    assert refused(partial(changed("functional.py").lora_linear, backend="reference")) is None
+        assert refused(linear_of("mutant")) is None
+    assert refused(linear_of("reference", changed("functional.py"))) is None
 
 
 def test_one_percent_is_refused_in_bfloat16_too():
     for name in ("one_percent_in_dA", "one_percent_in_dB"):
         with through(changed("backends/reference.py", BACKEND_MUTANTS[name])):
-            assert refused(MUTANT_LINEAR, [TAILS.but(dtype=torch.bfloat16)])
+            assert refused(linear_of("mutant"), [TAILS.but(dtype=torch.bfloat16)])
 
 
+SAVED_H = "h if need_dB else None, keep"
+GRADIENTS = """dx = with_shape(dx, x_shape)
+        return dx, dweight, dbias, dA, dB,"""
 FUNCTIONAL_MUTANTS = {
-    "x_not_saved": ("x if need_dA or need_dweight else", "x if need_dweight else"),
-    "h_not_saved": ("h if need_dB else _stand_in(h)", "_stand_in(h)"),
-    "B_not_saved_for_dA": ("B if need_dx or need_dA else", "B if need_dx else"),
-    "y_saved_for_h": ("h if need_dB else _stand_in(h)", "y if need_dB else _stand_in(h)"),
-    "gradients_swapped": (
-        "return dx, dweight, dbias, dA, dB,",
-        "return dx, dweight, dbias, dB, dA,",
-    ),
-    "dbias_lost": ("return dx, dweight, dbias, dA,", "return dx, dweight, None, dA,"),
-    "alpha_not_kept": (
-        "ctx.alpha, ctx.name, ctx.x_shape = alpha,",
-        "ctx.alpha, ctx.name, ctx.x_shape = 1.0,",
-    ),
+    "x_not_saved": ("keeps_x = need_dA or need_dweight", "keeps_x = need_dweight"),
+    "h_not_saved": (SAVED_H, "None, keep"),
+    "B_not_saved_for_dA": (f"A, B, {SAVED_H}", f"A, B if need_dx else None, {SAVED_H}"),
+    "y_saved_for_h": (SAVED_H, "y if need_dB else None, keep"),
+    "gradients_swapped": (GRADIENTS, GRADIENTS.replace("dA, dB", "dB, dA")),
+    "dbias_lost": (GRADIENTS, GRADIENTS.replace("dbias", "None")),
+    "scale_not_kept": ("ctx.call = (x.shape, scale,", "ctx.call = (x.shape, 1.0,"),
+    "mask_not_saved": (SAVED_H, "h if need_dB else None, None"),
+    "dropout_not_scaled": ("scale * scale_of(dropout), draw", "scale, draw"),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL_MUTANTS)
 def test_wrong_autograd_function_is_refused(name):
-    linear = changed("functional.py", FUNCTIONAL_MUTANTS[name]).lora_linear
-    linear = partial(linear, backend="reference")
+    linear = linear_of("reference", changed("functional.py", FUNCTIONAL_MUTANTS[name]))
     frozen = (False, False, False, True, False)  # only A trains: not all that is saved is needed
     assert refused(linear) or refused(partial(only, frozen, linear))
 
 
-def only(needs, linear, *arguments):
+def only(needs, linear, *arguments, **masked):
     """Call with gradients for some of the tensors alone; the others' come from PyTorch."""
-    exact = partial(lora_ext.lora_linear, backend="reference")
-    tensors = [
-        t if t is None or need else t.detach() for t, need in zip(arguments[:5], needs, strict=True)
-    ]
-    others = [
-        t if t is None or not need else t.detach()
-        for t, need in zip(arguments[:5], needs, strict=True)
-    ]
-    y, rest = linear(*tensors, arguments[5]), exact(*others, arguments[5])
+    *tensors, alpha = arguments
+    with_gradient, others = (
+        [t if t is None or n is need else t.detach() for t, n in zip(tensors, needs, strict=True)]
+        for need in (True, False)
+    )
+    y = linear(*with_gradient, alpha, **masked)
+    rest = plain_linear(*others, alpha, **masked)
     return y + (rest - rest.detach())

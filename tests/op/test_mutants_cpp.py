@@ -23,8 +23,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import lora_ext
-from tests.numerics import LAYOUTS, Case
-from tests.op.test_backends import SHAPES, TAILS
+from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
 from tests.op.test_mutants import CASES, refused
 
 pytestmark = pytest.mark.skipif(
@@ -58,8 +57,8 @@ AVX512_CASES += [LONG.but(dtype=torch.float16)]
 MUTANTS = {
     "scale_dropped_in_y": (
         "cpu/lora_linear_fwd.cpp",
-        "Sum(alpha_), nullptr, {block",
-        "Sum(1), nullptr, {block",
+        "Sum(alpha_), nullptr, false, {block",
+        "Sum(1), nullptr, false, {block",
         FORWARD,
     ),
     "bias_of_first_columns": (
@@ -71,8 +70,8 @@ MUTANTS = {
     "B_of_first_columns": ("cpu/lora_linear_fwd.cpp", "B_.from(0, col)", "B_.from(0, 0)", FORWARD),
     "h_scaled": (
         "cpu/lora_linear_fwd.cpp",
-        "Sum(1), nullptr, h.block",
-        "Sum(alpha_), nullptr, h.block",
+        "Sum(1), nullptr, false, h.block",
+        "Sum(alpha_), nullptr, false, h.block",
         FORWARD,
     ),
     "scale_dropped_in_t": (

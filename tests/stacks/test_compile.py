@@ -7,15 +7,15 @@ import torch
 
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
-from tests.conftest import Backend
-from tests.numerics import NAMES, Case, broken_rules, expected, gradients
+from lora_ext.testing import NAMES, Case, broken_rules, expected, gradients
+from tests.conftest import Backend, small_call
 from tests.op.test_autograd import make_layer
 
 CASE = Case((6,), 24, 40, 4)
 NEEDS_COMPILER = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
 )
-WITHOUT_CPP = BACKENDS["cpp"].unsupported(*[torch.ones(1, 1)] * 3)
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 
 
 @pytest.fixture(autouse=True)
@@ -85,16 +85,33 @@ def test_compiled_layer_follows_batch_size_and_mode(backend: Backend):
 
 
 @pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
-@pytest.mark.parametrize("case", [CASE, CASE.but(bias=False, dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASE,
+        CASE.but(bias=False, dtype=torch.bfloat16),
+        CASE.but(dropout=0.3),
+        CASE.but(base=False),
+        CASE.but(layout="A_transposed"),
+        CASE.but(layout="B_transposed"),
+    ],
+    ids=str,
+)
 def test_operators_pass_opcheck(case):
     inputs = expected(case).inputs
     x, weight, bias, A, B = (inputs[n] for n in NAMES)
-    ops = torch.ops.lora_ext
-    torch.library.opcheck(ops.lora_linear_fwd.default, (x, weight, bias, A, B, case.alpha))
-    _, h = ops.lora_linear_fwd(x, weight, bias, A, B, case.alpha)
-    for needs in ([True] * 5, [False, False, False, True, True], [True] + [False] * 4):
+    ops, keep = torch.ops.lora_ext, {"keep": inputs.get("keep")}
+    forward = (x, weight, bias, A, B, case.alpha)
+    torch.library.opcheck(ops.linear_fwd.default, forward, keep)
+    _, h = ops.linear_fwd(*forward, **keep)
+    base = case.base
+    for needs in (
+        [True, base, base and case.bias, True, True],
+        [False, False, False, True, True],
+        [True] + [False] * 4,
+    ):
         arguments = (inputs["dy"], x, weight, A, B, h, case.alpha, needs)
-        torch.library.opcheck(ops.lora_linear_bwd.default, arguments)
+        torch.library.opcheck(ops.linear_bwd.default, arguments, keep)
 
 
 @pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
@@ -111,14 +128,14 @@ def test_operators_pass_opcheck(case):
 def test_operator_called_by_itself_checks_shapes(argument, shape, message):
     inputs = expected(CASE).inputs | {argument: torch.zeros(shape)}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lora_ext.lora_linear_fwd(*(inputs[n] for n in NAMES), 1.0)
+        torch.ops.lora_ext.linear_fwd(*(inputs[n] for n in NAMES), 1.0)
 
 
 @pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
 def test_operator_called_by_itself_checks_dtypes():
     inputs = expected(CASE).inputs
     x, weight, bias, A, B = (inputs[n] for n in NAMES)
-    op = torch.ops.lora_ext.lora_linear_fwd
+    op = torch.ops.lora_ext.linear_fwd
     with pytest.raises(RuntimeError, match="weight must have x's dtype Float, got Double"):
         op(x, weight.double(), bias, A, B, 1.0)
     with pytest.raises(RuntimeError, match="A must have x's dtype Float, got BFloat16"):
@@ -130,6 +147,6 @@ def test_operator_called_by_itself_checks_dtypes():
 def test_default_backend_is_the_first_that_runs():
     want = expected(CASE)
     arguments = [want.inputs[n] for n in NAMES]
-    first = next(n for n, b in BACKENDS.items() if b.unsupported(*[torch.ones(1, 1)] * 3) is None)
+    first = next(n for n, b in BACKENDS.items() if b.unsupported(small_call()) is None)
     chosen = lora_linear(*arguments, CASE.alpha)
     assert torch.equal(chosen, lora_linear(*arguments, CASE.alpha, backend=first))

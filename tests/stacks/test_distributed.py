@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_ext import functional
+from lora_ext import distributed, functional
+from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.processes import run_cases
-from tests.reference import LinearWithLoRA as PlainLinearWithLoRA
 from tests.training import (
     Trained,
     assert_trains_like_plain,
@@ -61,18 +62,20 @@ def assert_equals(trained: Trained, want: Trained) -> None:
 
 @contextmanager
 def counted_calls() -> Iterator[list[int]]:
-    """Count what goes through the autograd Function, that is not composed."""
-    calls, apply = [0], functional._LoRALinear.apply
+    """Count what goes through a Function with its weight, that is not composed."""
+    calls, functions = [0], (functional._LoRALinear, distributed._OnParts)
 
-    def counting(*arguments):
-        calls[0] += 1
-        return apply(*arguments)
+    def counting(apply):
+        def counted(x, weight, *others):
+            calls[0] += weight is not None
+            return apply(x, weight, *others)
 
-    functional._LoRALinear.apply = counting
-    try:
+        return counted
+
+    with ExitStack() as stack:
+        for function in functions:
+            stack.enter_context(mock.patch.object(function, "apply", counting(function.apply)))
         yield calls
-    finally:
-        functional._LoRALinear.apply = apply
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

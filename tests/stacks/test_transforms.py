@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lora_ext import lora_linear
+from lora_ext.testing import make_inputs
 from tests.conftest import Backend
-from tests.numerics import assert_same_up_to_rounding, make_inputs
+from tests.numerics import assert_same_up_to_rounding
 from tests.op.test_autograd import CASE, leaves, make_layer
 from tests.stacks.test_compile import NEEDS_COMPILER
 from tests.stacks.test_training import use_backend

@@ -7,15 +7,25 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_linear, compare, gate, memory, providers, report, timing
-from benchmarks.cases import DTYPES, flops, make_case
-from benchmarks.grids import GRIDS, Shape, parse_shape, random_shapes
-from tests.reference import LinearWithLoRA
+from benchmarks import (
+    DTYPES,
+    GRIDS,
+    Shape,
+    bench_linear,
+    flops,
+    make_case,
+    parse_shape,
+    providers,
+    random_shapes,
+    report,
+    timing,
+)
+from lora_ext.testing import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)
 ROW_FIELDS = "provider device dtype mode M K N R ms_median ms_p20 ms_p80".split()
 ROW_FIELDS += ["peak_mib", "saved_mib", "tflops"]
-HEADER_FIELDS = {"torch", "triton", "device", "threads", "commit", "date", "command"}
+HEADER_FIELDS = set("torch triton device instruction_set threads commit date command".split())
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +54,7 @@ def test_last_first_runs_the_grid_backwards(monkeypatch, tmp_path):
     """And what is done is on disk when the run ends early."""
     file, seen = tmp_path / "run.json", []
 
-    def run_shape(shape, *rest):
+    def run_shape(shape, *rest, **options):
         if seen:
             raise KeyboardInterrupt
         seen.append(shape)
@@ -62,23 +72,64 @@ def made_row(provider, ms, shape=SHAPE, spread=0.02, saved_mib=0.0):
     return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib)
 
 
+NAMES = [name for name in providers.PROVIDERS if name not in ("compile", "peft", "loralib")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
 def test_every_provider_passes_the_gate_or_says_why_not(mode, dtype):
-    names = [name for name in providers.PROVIDERS if name not in ("compile", "peft", "loralib")]
-    rows, not_timed = bench_linear.run_shape(SHAPE, "cpu", dtype, mode, names, 0.01)
+    rows, not_timed = bench_linear.run_shape(SHAPE, "cpu", dtype, mode, NAMES, 0.01)
     assert not [entry for entry in not_timed if entry["failed"]]
-    assert {row["provider"] for row in rows + not_timed} == set(names)
+    assert {row["provider"] for row in rows + not_timed} == set(NAMES)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("fp32", {"dropout": 0.3}),
+        ("bf16", {"adapter_dtype": torch.float32}),
+        ("bf16", {"dropout": 0.3, "adapter_dtype": torch.float32}),
+    ],
+    ids=["dropout", "wide adapters", "both"],
+)
+def test_dropout_and_wide_adapters_pass_the_gate(mode, dtype, options):
+    names = ["reference", "lora_ext", "cpp", "lora_ext.reference"]
+    timed, refused = bench_linear.run_shape(SHAPE, "cpu", dtype, mode, names, 0.01, **options)
+    assert {row["provider"] for row in timed} == set(names), refused
+
+
+@pytest.mark.parametrize("name", ["peft", "loralib", "compile"])
+def test_peers_with_dropout_pass_the_gate(name):
+    if name != "compile":
+        pytest.importorskip(name)
+    timed, refused = bench_linear.run_shape(
+        SHAPE, "cpu", "fp32", "fwd_bwd", [name], 0.01, dropout=0.3
+    )
+    assert [row["provider"] for row in timed] == [name], refused
+
+
+@pytest.mark.parametrize("name", ["reference", "lora_ext"])
+def test_a_lost_mask_or_scale_is_wrong(name):
+    """The gate draws the provider's own mask: one that drops nothing, or too little, is seen."""
+    case = make_case(SHAPE, "cpu", torch.float32, "fwd", dropout=0.3)
+    step, undropped = (
+        providers.PROVIDERS[name](dataclasses.replace(case, dropout=p)) for p in (0.3, 0.0)
+    )
+    bench_linear.Gate(case).check(step)
+    for wrong in (undropped, step._replace(mask=lambda case: ~step.mask(case))):
+        with pytest.raises(bench_linear.Wrong, match="y: max error"):
+            bench_linear.Gate(case).check(wrong)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda y, dx, dA, dB: (y * 1.001, dx, dA, dB), "y is off"),
-        (lambda y, dx, dA, dB: (y, dx, torch.zeros_like(dA), dB), "dA is zero"),
-        (lambda y, dx, dA, dB: (y, dx, dA, dB / 0.75), "dB is off"),
-        (lambda y, dx, dA, dB: (y, torch.full_like(dx, torch.nan), dA, dB), "dx is off by nan"),
-        (lambda y, dx, dA, dB: (y, dx[:1], dA, dB), "dx must have shape"),
+        (lambda y, dx, dA, dB: (y * 1.001, dx, dA, dB), "y: max error"),
+        (lambda y, dx, dA, dB: (y, dx, torch.zeros_like(dA), dB), "dA: max error"),
+        (lambda y, dx, dA, dB: (y, dx, dA, dB / 0.75), "dB: max error"),
+        (lambda y, dx, dA, dB: (y, torch.full_like(dx, torch.nan), dA, dB), "dx: max error nan"),
+        (lambda y, dx, dA, dB: (y, dx[:1], dA, dB), "dx: (1, 32) torch.float32, not (6, 32)"),
     ],
 )
 def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch, capsys, tmp_path, change, what):
@@ -94,20 +145,20 @@ def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch, capsys, tmp_pat
 
 def test_the_base_layer_alone_does_not_pass_as_an_adapted_one():
     case = make_case(SHAPE, "cpu", torch.bfloat16, "fwd")
-    limits = gate.Gate(case, providers.PROVIDERS["reference"](case).results())
-    base = providers.PROVIDERS["linear"](case).results()
-    limits.check(base, lora=False)
-    with pytest.raises(gate.Wrong, match="y is off"):
-        limits.check(base)
+    gate, base = bench_linear.Gate(case), providers.PROVIDERS["linear"](case)
+    gate.check(base, lora=False)
+    with pytest.raises(bench_linear.Wrong, match="y: max error"):
+        gate.check(base)
+    with pytest.raises(bench_linear.Wrong, match="y: max error"):
+        gate.check(providers.PROVIDERS["reference"](case), lora=False)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, Shape(1, 2048, 2048, 16)])
 def test_an_fp32_result_with_factors_rounded_to_bf16_is_wrong(shape):
     case = make_case(shape, "cpu", torch.float32, "fwd")
-    limits = gate.Gate(case, providers.PROVIDERS["reference"](case).results())
     rounded = dataclasses.replace(case, A=case.A.bfloat16().float())
-    with pytest.raises(gate.Wrong, match="y is off"):
-        limits.check(providers.PROVIDERS["reference"](rounded).results())
+    with pytest.raises(bench_linear.Wrong, match="y: max error"):
+        bench_linear.Gate(case).check(providers.PROVIDERS["reference"](rounded))
 
 
 def test_the_reference_provider_is_the_reference():
@@ -140,17 +191,17 @@ def test_json_has_the_fields_and_compares_with_itself(tmp_path, capsys):
 
 def test_peak_is_what_the_plain_layer_holds_at_once():
     x = torch.randn(256, 1024)  # 1 MiB
-    assert memory.peak_mib(lambda: x + 1, "cpu") == pytest.approx(1, abs=0.01)
-    assert memory.peak_mib(lambda: (x + 1) * (x + 2), "cpu") == pytest.approx(3, abs=0.01)
-    assert memory.peak_mib(lambda: ((x + 1) + 1) + 1, "cpu") == pytest.approx(2, abs=0.01)
+    assert timing.peak_mib(lambda: x + 1, "cpu") == pytest.approx(1, abs=0.01)
+    assert timing.peak_mib(lambda: (x + 1) * (x + 2), "cpu") == pytest.approx(3, abs=0.01)
+    assert timing.peak_mib(lambda: ((x + 1) + 1) + 1, "cpu") == pytest.approx(2, abs=0.01)
 
 
 def test_saved_is_what_the_backward_needs_beyond_inputs():
     x = torch.randn(256, 1024, requires_grad=True)  # 1 MiB
-    assert memory.saved_mib(lambda: x.exp(), (x,)) == 1  # its result
-    assert memory.saved_mib(lambda: x.sin(), (x,)) == 0  # its input
-    assert memory.saved_mib(lambda: x.sin(), ()) == 1
-    assert memory.saved_mib(lambda: x.exp().exp()[:1].sin(), (x,)) == 2  # a view counts whole, once
+    assert timing.saved_mib(lambda: x.exp(), (x,)) == 1  # its result
+    assert timing.saved_mib(lambda: x.sin(), (x,)) == 0  # its input
+    assert timing.saved_mib(lambda: x.sin(), ()) == 1
+    assert timing.saved_mib(lambda: x.exp().exp()[:1].sin(), (x,)) == 2  # a view counts whole, once
 
 
 def test_lora_ext_keeps_no_more_than_the_plain_layer():
@@ -158,7 +209,7 @@ def test_lora_ext_keeps_no_more_than_the_plain_layer():
     saved = {}
     for name in ("reference", "lora_ext"):
         step = providers.PROVIDERS[name](case)
-        saved[name] = memory.saved_mib(step.run, step.held)
+        saved[name] = timing.saved_mib(step.run, step.held)
     assert 0 < saved["lora_ext"] <= saved["reference"]
     rows = [made_row(name, 1.0, saved_mib=mib * 2**20) for name, mib in saved.items()]
     assert "kept for the backward beyond x and parameters, all shapes (MiB): reference 96" in (
@@ -171,7 +222,7 @@ def test_compare_finds_a_slowdown_of_a_fifth(slowdown, expected):
     other = Shape(7, 8, 8, 2)
     old = [made_row("lora_ext", 1.0), made_row("linear", 1.0), made_row("linear", 1.0, other)]
     new = [made_row("linear", 1.0), made_row("lora_ext", slowdown), made_row("addmm", 9.0)]
-    changes = {change.new["provider"]: change for change in compare.compare(old, new)}
+    changes = {change.new["provider"]: change for change in report.compare(old, new)}
     assert set(changes) == {"linear", "lora_ext"}
     assert changes["lora_ext"].ratio == pytest.approx(slowdown)
     assert changes["lora_ext"].regressed is expected
@@ -179,7 +230,7 @@ def test_compare_finds_a_slowdown_of_a_fifth(slowdown, expected):
 
 
 def test_compare_takes_noise_for_noise():
-    (change,) = compare.compare([made_row("linear", 1.0, spread=0.3)], [made_row("linear", 1.2)])
+    (change,) = report.compare([made_row("linear", 1.0, spread=0.3)], [made_row("linear", 1.2)])
     assert not change.regressed
 
 
@@ -194,7 +245,7 @@ def test_compare_shows_the_ratio_without_the_machines_drift():
         made_row("lora_ext", 5.0),
         made_row("addmm", 1.0, Shape(1, 1, 1, 1)),
     ]
-    assert compare.drift_free(compare.compare(old, new)) == [1.0, pytest.approx(1.25), None]
+    assert report.drift_free(report.compare(old, new)) == [1.0, pytest.approx(1.25), None]
 
 
 def test_ratios_means_and_worst_shape_come_from_the_rows():
@@ -240,6 +291,8 @@ def test_rounds_are_interleaved_and_fewer_when_slow(monkeypatch, budget_s, round
         (["--providers", "linear,fast"], "no provider 'fast'"),
         (["--seconds", "0"], "positive float"),
         (["--threads", "two"], "positive int"),
+        (["--dropout", "1"], "must be from 0 to below 1, got 1.0"),
+        (["--adapters", "fp64"], "invalid choice: 'fp64'"),
         (["--compare", "nowhere.json"], "No such file"),
         (["--json", "nowhere/run.json"], "no file can be written"),
     ],
@@ -263,6 +316,8 @@ def test_random_shapes_follow_from_their_seed():
 def test_grids_hold_twelve_shapes_and_work_is_counted():
     assert all(len(set(grid["standard"])) == 12 for grid in GRIDS.values())
     assert all(set(grid["quick"]) < set(grid["standard"]) for grid in GRIDS.values())
+    for grid in GRIDS.values():
+        assert {shape.K for shape in grid["strides"]} == {1024, 2048, 3072, 4096}
     assert parse_shape("1, 2,3,4") == Shape(1, 2, 3, 4)
     assert flops(Shape(1, 2, 3, 4), "fwd") == 2 * 6 + 2 * 4 * 5
     assert flops(Shape(1, 2, 3, 4), "fwd_bwd", lora=False) == 4 * 6

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_model
-from benchmarks.finetune import plain
-from benchmarks.models import MODELS
+from lora_ext import testing
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def test_losses_agree_and_the_rows_are_written(tmp_path, capsys):
 
 def test_every_provider_trains_the_plain_layers_adapters():
     pytest.importorskip("peft")
-    work = MODELS["tiny"]()
+    work = bench_model.MODELS["tiny"]()
     losses = {}
     for name, build in bench_model.PROVIDERS.items():
         if name != "compile":  # seconds of compiling
@@ -46,13 +45,10 @@ def test_every_provider_trains_the_plain_layers_adapters():
 
 
 def test_a_provider_with_another_alpha_gets_no_time(monkeypatch, capsys):
-    def wrong(work):
-        def replace(model, rank, alpha):
-            plain.replace_linear_with_lora(model, rank, 1.01 * alpha)
+    def replace(model, rank, alpha):
+        testing.replace_linear_with_lora(model, rank, 1.01 * alpha)
 
-        return bench_model.Step(work, bench_model._adapted(work, replace))
-
-    monkeypatch.setitem(bench_model.PROVIDERS, "wrong", wrong)
+    monkeypatch.setitem(bench_model.PROVIDERS, "wrong", bench_model.with_lora(replace))
     arguments = ["--model", "tiny", "--providers", "plain,wrong", "--seconds", "0.1"]
     assert bench_model.main(arguments) == 1
     out = capsys.readouterr().out

@@ -10,25 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 import lora_ext
 from benchmarks.finetune import sharded
-from benchmarks.finetune.task import Settings
+from benchmarks.finetune.tasks import Settings
 from benchmarks.finetune.train import OURS, PLAIN, Run, train_in_lockstep
 from tests.processes import run_cases
 from tests.tools.toy_task import ROWS, Toy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def trains_as_one_process() -> None:
-    task, settings = Toy(), Settings(seed=1)
-    batches, base = task.batches(1), task.build(1)
+    task = Toy(Settings(seed=1))
+    batches, base = task.batches(1), sharded.without_dropout(task.build(1))
     for kind in (PLAIN, OURS):
-        one = Run(kind, task, base, settings)
-        many = sharded.ShardedRun(kind, task, base, settings)
+        one = Run(kind, task, base)
+        many = sharded.ShardedRun(kind, task, base)
         assert all(isinstance(p, DTensor) for p in many.model.parameters())
         train_in_lockstep([one], task, batches, seed=1)
         train_in_lockstep([many], task, batches, seed=1)
@@ -43,14 +42,14 @@ def trains_as_one_process() -> None:
 
 
 def gradients_are_one_process() -> None:
-    task, settings = Toy(), Settings()
-    base = task.build(0)
-    one, many = (kind(OURS, task, base, settings) for kind in (Run, sharded.ShardedRun))
+    task = Toy(Settings())
+    base = sharded.without_dropout(task.build(0))
+    one, many = (kind(OURS, task, base) for kind in (Run, sharded.ShardedRun))
     for run in (one, many):
         run.optimizer.zero_grad = lambda: None
         run.step(task, task.batches(0)[1], 0)
     want = {name: p.grad for name, p in one.model.named_parameters() if p.requires_grad}
-    sharded._reshard(many.model)
+    many.model.reshard()
     for name, parameter in many.model.named_parameters():
         if name in want:
             torch.testing.assert_close(
@@ -60,9 +59,9 @@ def gradients_are_one_process() -> None:
 
 
 def ranks_share_what_one_process_keeps() -> None:
-    task, settings = Toy(), Settings()
+    task = Toy(Settings())
     batch, base = task.batches(0)[0], task.build(0)
-    one, many = (kind(OURS, task, base, settings) for kind in (Run, sharded.ShardedRun))
+    one, many = (kind(OURS, task, base) for kind in (Run, sharded.ShardedRun))
     sizes = []
     for run in (one, many):
         run.step(task, batch, 0)
@@ -103,31 +102,10 @@ def test_shares_cover_the_batch_once(total, world):
     assert sum(weight for _, weight in shares) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("mask", ["bool", "float", None])
-def test_dropout_of_a_part_is_the_whole_batchs(mask):
-    q, k, v = torch.randn(3, 5, 2, 4, 8).unbind()
-    kept = torch.rand(5, 1, 4, 4) < 0.8
-    kept[..., 0] = True
-    masks = {"bool": kept, "float": torch.randn(5, 1, 4, 4), None: None}
-
-    def compute(rows: slice) -> torch.Tensor:
-        torch.manual_seed(3)
-        chosen = masks[mask][rows] if mask else None
-        y = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], chosen, dropout_p=0.4)
-        return F.dropout(y, 0.3)
-
-    want = compute(slice(None))[2:4]
-    with sharded.DropoutOfWholeBatch(slice(2, 4), 5):
-        got = compute(slice(2, 4))
-    assert (got == 0).any() and not torch.equal(compute(slice(2, 4)), want)
-    torch.testing.assert_close(got, want)
-
-
-def test_dropout_of_a_part_refuses_causal_attention():
-    x = torch.randn(2, 3, 4)
-    with sharded.DropoutOfWholeBatch(slice(0, 2), 4), pytest.raises(NotImplementedError) as error:
-        F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
-    assert "got is_causal=True, enable_gqa=False" in str(error.value)
+def test_without_dropout_no_two_forwards_differ():
+    model, x = Toy(Settings()).build(0).train(), torch.randn(2, 5, 6)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(sharded.without_dropout(model)(x), model(x))
 
 
 LACKING = [n for n in ("rich", "transformers", "matplotlib") if not importlib.util.find_spec(n)]
@@ -149,9 +127,10 @@ def test_torchrun_prints_one_table_and_saves_the_adapter_whole(tmp_path):
     assert done.stdout.count("all checks passed") == 1
     gaps = re.findall(r"over 4 steps: largest difference (\S+) nats", done.stdout)
     assert len(gaps) == 2 and max(map(float, gaps)) <= 1e-6
-    one = Run(OURS, Toy(), Toy().build(1), Settings(seed=1))
-    train_in_lockstep([one], Toy(), Toy().batches(1), seed=1)
-    loaded = Toy().build(2)
+    task = Toy(Settings(seed=1))
+    one = Run(OURS, task, sharded.without_dropout(task.build(1)))
+    train_in_lockstep([one], task, task.batches(1), seed=1)
+    loaded = task.build(2)
     lora_ext.load_adapter(loaded, tmp_path / "sms-adapter.safetensors")
     state = loaded.state_dict()
     assert not any(isinstance(value, DTensor) for value in state.values())

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import Stage
+from tests.gpu import gpu_check
+from tests.gpu.gpu_check import Stage
 
 
 @pytest.fixture

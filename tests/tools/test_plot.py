@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import plot
-from benchmarks.grids import GRIDS, Shape
+from benchmarks import GRIDS, Shape, plot
 from tests.tools.test_bench import made_row
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import readme
-from benchmarks.grids import GRIDS
+from benchmarks import GRIDS, readme
 from tests.tools.test_plot import made_run
 
 

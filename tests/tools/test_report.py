@@ -8,6 +8,7 @@ import torch
 
 from lora_ext import __main__ as report
 from lora_ext.backends import BACKENDS, NAMES, cpp
+from tests.conftest import small_call
 
 ROWS = "lora_ext python system cpu threads torch gpu triton compiler extension cuda-kernels".split()
 
@@ -45,7 +46,7 @@ def test_report_tells_what_was_found_what_runs_and_why_the_others_do_not(run):
     assert len(chosen) == 1 and all(text["backends for cpu"].values())
     tested = [name for name in text["self-test"] if name.endswith("-on-cpu")]
     for name in NAMES:
-        can_run = BACKENDS[name].unsupported(*[torch.ones(1, 1)] * 3) is None
+        can_run = BACKENDS[name].unsupported(small_call()) is None
         assert (f"{name}-on-cpu" in tested) == can_run
     assert re.fullmatch(rf"lora_ext \S+ works on cpu with backend '{chosen[0]}'.*", text[""][""])
 
@@ -63,12 +64,12 @@ def test_a_wrong_backend_is_named_in_the_verdict(run, monkeypatch, wrong):
     right = BACKENDS["reference"]
     broken = SimpleNamespace(
         unsupported=lambda *_: None,
-        forward=lambda *a: right.forward(*a[:-1], wrong),
+        forward=lambda call: right.forward(call._replace(low=call.low._replace(scale=wrong))),
         backward=right.backward,
     )
     monkeypatch.setitem(BACKENDS, "cpp", broken)
     text = run(status=1)
-    assert text["self-test"]["cpp-on-cpu"].startswith("failed: y and five gradients")
+    assert text["self-test"]["cpp-on-cpu"].startswith("failed: y: max error")
     assert text["self-test"]["reference-on-cpu"].startswith("passed")
     verdict = text[""][""]
     assert re.fullmatch(r"lora_ext \S+ is NOT right on this machine: .*cpp on cpu", verdict)

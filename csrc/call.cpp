@@ -1,0 +1,282 @@
+#include "call.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <sstream>
+
+#include "tensor_utils.h"
+
+namespace lora_ext {
+namespace {
+
+ScalarType dtype_of(const Tensor& tensor) {
+  // What torch's own conversion asks a question a dtype for, 20 ns.
+  static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                       float16 = aoti_torch_dtype_float16(), float64 = aoti_torch_dtype_float64();
+  int32_t dtype;
+  LORA_EXT_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == float32) return ScalarType::Float;
+  if (dtype == bfloat16) return ScalarType::BFloat16;
+  if (dtype == float16) return ScalarType::Half;
+  if (dtype == float64) return ScalarType::Double;
+  return tensor.scalar_type();
+}
+
+std::string device_text(int32_t type, int32_t index) {
+  const char* name = type == aoti_torch_device_type_cpu()    ? "cpu"
+                     : type == aoti_torch_device_type_cuda() ? "cuda"
+                     : type == aoti_torch_device_type_meta() ? "meta"
+                                                             : "another device";
+  return index < 0 ? name : std::string(name) + ":" + std::to_string(index);
+}
+
+int64_t element_bytes(const Operand& operand) {
+  switch (operand.dtype) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Double:
+      return 8;
+    default:
+      return static_cast<int64_t>(operand.tensor->element_size());
+  }
+}
+
+// Checks arguments against the first, x or dy: its device and its dtype.
+class Checks {
+ public:
+  Checks(const char* name, const Operand& first) : dtype_(first.dtype) {
+    LORA_EXT_CHECK(aoti_torch_get_device_type(first.tensor->get(), &type_));
+    LORA_EXT_CHECK(aoti_torch_get_device_index(first.tensor->get(), &index_));
+    check_memory(name, first);
+  }
+
+  bool on_cpu() const { return type_ == aoti_torch_device_type_cpu(); }
+
+  void dtype(const char* name, const Operand& operand) const {
+    STD_TORCH_CHECK(operand.dtype == dtype_, name, " must have x's dtype ",
+                    torch::headeronly::toString(dtype_), ", got ",
+                    torch::headeronly::toString(operand.dtype));
+  }
+
+  // A and B may be float over a base of 16 bits.
+  void adapter_dtype(const char* name, const Operand& operand) const {
+    const bool half = dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half;
+    if (!half || operand.dtype != ScalarType::Float) dtype(name, operand);
+  }
+
+  void place(const char* name, const Operand& operand) const {
+    int32_t type, index;
+    LORA_EXT_CHECK(aoti_torch_get_device_type(operand.tensor->get(), &type));
+    LORA_EXT_CHECK(aoti_torch_get_device_index(operand.tensor->get(), &index));
+    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on device ",
+                    device_text(type_, index_), ", got ", device_text(type, index));
+    check_memory(name, operand);
+  }
+
+ private:
+  const ScalarType dtype_;
+  int32_t type_, index_;
+};
+
+void check_dim(const char* name, const Operand& operand, int64_t dim, const char* meaning) {
+  STD_TORCH_CHECK(operand.dim == dim, name, " must have shape ", meaning, ", got ",
+                  text_of(operand.sizes, operand.dim));
+}
+
+void check_shape(const char* name, const Operand& operand, std::initializer_list<int64_t> sizes) {
+  bool fits = operand.dim == static_cast<int64_t>(sizes.size());
+  for (int64_t i = 0; fits && i < operand.dim; ++i) fits = operand.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits, name, " must have shape ", text_of(sizes.begin(), sizes.size()), ", got ",
+                  text_of(operand.sizes, operand.dim));
+}
+
+void check_given(const char* name, const std::optional<Tensor>& tensor, const char* reader) {
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be a tensor where ", reader,
+                  " is asked for, got None");
+}
+
+Format format_of(const std::string& name, const Checks& checks) {
+  if (name == "plain") return Format::kPlain;
+  STD_TORCH_CHECK(name == "panels", "format must be plain or panels, got ", name);
+  STD_TORCH_CHECK(checks.on_cpu(),
+                  "format must be plain for tensors that are not on cpu, got panels");
+  return Format::kPanels;
+}
+
+// The weight but for the size of panels, which the CPU kernels know.
+void check_weight(const Checks& checks, const Weight& weight, int64_t N, int64_t K) {
+  checks.place("weight", weight.data);
+  if (weight.format == Format::kPanels) return;
+  check_shape("weight", weight.data, {N, K});
+  checks.dtype("weight", weight.data);
+}
+
+void check_keep(const Checks& checks, const Operand& keep, int64_t M, int64_t K) {
+  check_shape("keep", keep, {M, (K + 7) / 8});
+  STD_TORCH_CHECK(keep.dtype == ScalarType::Byte, "keep must have dtype Byte, got ",
+                  torch::headeronly::toString(keep.dtype));
+  STD_TORCH_CHECK(keep.stride(1) == 1 || keep.size(1) < 2,
+                  "keep must have rows without gaps, got stride ", keep.stride(1));
+  checks.place("keep", keep);
+}
+
+bool is_transposed(const Operand& factor) { return factor.stride(0) == 1 && factor.stride(1) != 1; }
+
+// Memory for the gradient of A or B.
+Tensor empty_like_factor(const Operand& factor) {
+  const int64_t rows = factor.size(0), cols = factor.size(1);
+  if (is_transposed(factor)) return transposed(empty(*factor.tensor, {cols, rows}));
+  return empty(*factor.tensor, {rows, cols});
+}
+
+}  // namespace
+
+std::string text_of(const int64_t* sizes, int64_t dim) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
+  text << (dim == 1 ? ",)" : ")");
+  return text.str();
+}
+
+Operand::Operand(const Tensor& given) : tensor(&given), dtype(dtype_of(given)) {
+  int64_t* read;
+  LORA_EXT_CHECK(aoti_torch_get_dim(given.get(), &dim));
+  LORA_EXT_CHECK(aoti_torch_get_sizes(given.get(), &read));
+  sizes = read;
+  LORA_EXT_CHECK(aoti_torch_get_strides(given.get(), &read));
+  strides = read;
+}
+
+Operand::Operand(const std::optional<Tensor>& given) {
+  if (given.has_value()) *this = Operand(*given);
+}
+
+void check_memory(const char* name, const Operand& operand) {
+  int64_t first, held, reach = 1;
+  for (int64_t i = 0; i < operand.dim; ++i) {
+    if (operand.size(i) == 0) return;
+    reach += (operand.size(i) - 1) * operand.stride(i);
+  }
+  LORA_EXT_CHECK(aoti_torch_get_storage_offset(operand.tensor->get(), &first));
+  LORA_EXT_CHECK(aoti_torch_get_storage_size(operand.tensor->get(), &held));
+  const int64_t bytes = (first + reach) * element_bytes(operand);
+  STD_TORCH_CHECK(held >= bytes, name, "'s memory must hold the ", bytes,
+                  " bytes that its sizes and strides reach, got ", held,
+                  " bytes: its storage was freed or shrunk");
+}
+
+Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B,
+                   double scale, const std::string& format, const std::optional<Tensor>& keep) {
+  Call call;
+  call.x = Operand(x);
+  check_dim("x", call.x, 2, "(M, in_features)");
+  const Checks checks("x", call.x);
+  call.weight = {Operand(weight), format_of(format, checks)};
+  call.bias = Operand(bias);
+  call.low = {Operand(A), Operand(B), scale, Operand(keep)};
+  const bool plain = weight.has_value() && call.weight.format == Format::kPlain;
+  if (plain) check_dim("weight", call.weight.data, 2, "(out_features, in_features)");
+  check_dim("A", call.low.A, 2, "(in_features, rank)");
+  if (!plain) check_dim("B", call.low.B, 2, "(rank, out_features)");
+  call.M = call.x.size(0);
+  call.K = call.x.size(1);
+  call.N = plain ? call.weight.data.size(0) : call.low.B.size(1);
+  call.R = call.low.A.size(1);
+  STD_TORCH_CHECK(call.R > 0, "A must have shape (in_features, rank) with rank at least 1, got ",
+                  text_of(call.low.A.sizes, 2));
+  if (weight.has_value()) check_weight(checks, call.weight, call.N, call.K);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(weight.has_value(), "bias must be None where weight is None");
+    check_shape("bias", call.bias, {call.N});
+    checks.dtype("bias", call.bias);
+    checks.place("bias", call.bias);
+  }
+  check_shape("A", call.low.A, {call.K, call.R});
+  check_shape("B", call.low.B, {call.R, call.N});
+  checks.adapter_dtype("A", call.low.A);
+  checks.adapter_dtype("B", call.low.B);
+  checks.place("A", call.low.A);
+  checks.place("B", call.low.B);
+  if (keep.has_value()) check_keep(checks, call.low.keep, call.M, call.K);
+  return call;
+}
+
+BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
+                            const std::optional<Tensor>& weight, const std::optional<Tensor>& A,
+                            const std::optional<Tensor>& B, const std::optional<Tensor>& h,
+                            double scale, const std::vector<bool>& needs, const std::string& format,
+                            const std::optional<Tensor>& keep) {
+  BackwardCall call;
+  call.needs = {needs.at(0), needs.at(1), needs.at(2), needs.at(3), needs.at(4)};
+  const auto [need_dx, need_dweight, need_dbias, need_dA, need_dB] = call.needs;
+  call.dy = Operand(dy);
+  check_dim("dy", call.dy, 2, "(M, out_features)");
+  const Checks checks("dy", call.dy);
+  call.weight.format = format_of(format, checks);
+  call.low.scale = scale;
+  call.M = call.dy.size(0);
+  call.N = call.dy.size(1);
+  if (need_dx || need_dA) {
+    check_given("A", A, need_dx ? "dx" : "dA");
+    call.low.A = Operand(A);
+    check_dim("A", call.low.A, 2, "(in_features, rank)");
+    call.K = call.low.A.size(0);
+    call.R = call.low.A.size(1);
+  }
+  if (need_dx || need_dA || need_dB) {
+    check_given("B", B, need_dx ? "dx" : need_dA ? "dA" : "dB");
+    call.low.B = Operand(B);
+    if (!call.low.A) check_dim("B", call.low.B, 2, "(rank, out_features)");
+    if (!call.low.A) call.R = call.low.B.size(0);
+    check_shape("B", call.low.B, {call.R, call.N});
+    checks.adapter_dtype("B", call.low.B);
+    checks.place("B", call.low.B);
+  }
+  if (need_dA || need_dweight) {
+    check_given("x", x, need_dA ? "dA" : "dweight");
+    call.x = Operand(x);
+    check_dim("x", call.x, 2, "(M, in_features)");
+    if (!call.low.A) call.K = call.x.size(1);
+    check_shape("x", call.x, {call.M, call.K});
+    checks.dtype("x", call.x);
+    checks.place("x", call.x);
+  }
+  if (call.low.A) {
+    checks.adapter_dtype("A", call.low.A);
+    checks.place("A", call.low.A);
+  }
+  if (need_dx && weight.has_value()) {
+    call.weight.data = Operand(weight);
+    check_weight(checks, call.weight, call.N, call.K);
+  }
+  if (need_dB) {
+    check_given("h", h, "dB");
+    call.h = Operand(h);
+    check_shape("h", call.h, {call.M, call.R});
+    checks.dtype("h", call.h);
+    checks.place("h", call.h);
+  }
+  if (keep.has_value() && (need_dx || need_dA)) {
+    call.low.keep = Operand(keep);
+    check_keep(checks, call.low.keep, call.M, call.K);
+  }
+  return call;
+}
+
+Gradients::Gradients(const BackwardCall& call)
+    : dx(call.needs.dx ? empty(*call.dy.tensor, {call.M, call.K}) : empty(*call.dy.tensor, {0})),
+      dweight(call.needs.dweight ? empty(*call.dy.tensor, {call.N, call.K})
+                                 : empty(*call.dy.tensor, {0})),
+      dbias(call.needs.dbias ? empty(*call.dy.tensor, {call.N}) : empty(*call.dy.tensor, {0})),
+      dA(call.needs.dA ? empty_like_factor(call.low.A) : empty(*call.dy.tensor, {0})),
+      dB(call.needs.dB ? empty_like_factor(call.low.B) : empty(*call.dy.tensor, {0})) {}
+
+}  // namespace lora_ext

@@ -1,0 +1,187 @@
+// The two factors of a product, whatever they are stored as, as the words P that multiply reads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/route.h"
+#include "cpu/scratch.h"
+
+namespace lora_ext::cpu {
+
+// A left factor (rows, depth) with dropout's mask on it: read in place, or by blocks copied to P.
+template <typename P>
+class Left {
+ public:
+  template <typename T>
+  explicit Left(View<const T> matrix, Bits keep = {})
+      : data_(reinterpret_cast<const char*>(matrix.data)),
+        rows_(matrix.rows),
+        depth_(matrix.cols),
+        row_stride_(matrix.row_stride),
+        col_stride_(matrix.col_stride),
+        keep_(keep),
+        element_(sizeof(T)),
+        read_(std::is_same_v<T, P> && keep.data == nullptr ? nullptr : &copy<T>) {}
+
+  int64_t rows() const { return rows_; }
+  int64_t depth() const { return depth_; }
+  bool in_place() const { return read_ == nullptr; }
+
+  Left from(int64_t row, int64_t rows) const {
+    Left part = *this;
+    part.data_ += row * row_stride_ * element_;
+    part.rows_ = rows;
+    part.keep_ = keep_.from(row, 0);
+    return part;
+  }
+
+  // Some rows, and steps of the summed dimension. `scratch` holds that many elements unless the
+  // factor is read in place; k % 8 == 0.
+  View<const P> block(int64_t row, int64_t k, int64_t rows, int64_t depth, P* scratch) const {
+    const char* data = data_ + (row * row_stride_ + k * col_stride_) * element_;
+    if (in_place())
+      return {reinterpret_cast<const P*>(data), rows, depth, row_stride_, col_stride_};
+    return read_({data, rows, depth, row_stride_, col_stride_}, keep_.from(row, k), scratch);
+  }
+
+ private:
+  template <typename T>
+  static View<const P> copy(View<const char> bytes, Bits keep, P* scratch) {
+    const View<const T> from = {reinterpret_cast<const T*>(bytes.data), bytes.rows, bytes.cols,
+                                bytes.row_stride, bytes.col_stride};
+    const bool columns = keep.data == nullptr && from.row_stride == 1 && from.col_stride != 1;
+    const View<const T> rows = columns ? from.transposed() : from;
+    const View<P> to = {scratch, rows.rows, rows.cols, rows.cols, 1};
+    blocks().storage<T>().load(rows, scratch, rows.cols);
+    if (keep.data != nullptr) blocks().storage<P>().keep(keep, to);
+    const View<const P> read = {scratch, to.rows, to.cols, to.row_stride, to.col_stride};
+    return columns ? read.transposed() : read;
+  }
+
+  const char* data_;
+  int64_t rows_, depth_, row_stride_, col_stride_;
+  Bits keep_;
+  int64_t element_;
+  View<const P> (*read_)(View<const char>, Bits, P*);
+};
+
+// A matrix as panels in place, if its layout allows that and a left factor of `uses` rows, at most
+// `most`, makes it worth it.
+template <typename P, typename T>
+bool reads_in_place(View<const T> matrix, int64_t uses, int64_t most) {
+  return std::is_same_v<T, P> && uses <= most && matrix.col_stride == 1 &&
+         matrix.cols % kPanel<P> == 0;
+}
+
+// A right factor (depth, cols) with dropout's mask on it: in panels already, in place or packed; or
+// something that fills panels. A new format of a weight is a new fill.
+template <typename P>
+class Right {
+ public:
+  // In panels.
+  Right(Panels<const P> ready, int64_t depth, int64_t cols, bool far)
+      : ready_(ready), is_ready_(true), far_(far), depth_(depth), cols_(cols) {}
+
+  // A matrix, for a left factor of `uses` rows; in place for at most `most` of them.
+  template <typename T>
+  Right(View<const T> matrix, int64_t uses, int64_t most = kInPlaceUses, Bits keep = {})
+      : is_ready_(keep.data == nullptr && reads_in_place<P>(matrix, uses, most)),
+        far_(matrix.rows * matrix.cols * static_cast<int64_t>(sizeof(T)) > kFarBytes),
+        depth_(matrix.rows),
+        cols_(matrix.cols),
+        data_(reinterpret_cast<const char*>(matrix.data)),
+        row_stride_(matrix.row_stride),
+        col_stride_(matrix.col_stride),
+        element_(sizeof(T)),
+        keep_(keep),
+        fill_(&pack<T>) {
+    if constexpr (std::is_same_v<T, P>) {
+      if (is_ready_) ready_ = {matrix.data, matrix.row_stride, kPanel<P>};
+    }
+  }
+
+  int64_t depth() const { return depth_; }
+  int64_t cols() const { return cols_; }
+  bool is_ready() const { return is_ready_; }
+  bool is_far() const { return far_; }
+  bool has_dense_rows() const { return col_stride_ == 1; }
+  Panels<const P> ready() const { return ready_; }
+
+  // The columns from `col` on; col % kPanel == 0.
+  Right from(int64_t col, int64_t cols) const {
+    Right part = *this;
+    part.cols_ = cols;
+    if (is_ready_) part.ready_ = ready_.from(0, col);
+    part.data_ += col * col_stride_ * element_;
+    part.keep_ = keep_.from(0, col);
+    return part;
+  }
+
+  // Packed panels of `depth` rows = rows k to k + depth of columns `col` to `col` + `cols`.
+  void fill(int64_t k, int64_t depth, int64_t col, int64_t cols, P* panels) const {
+    fill_({address(k, col), depth, cols, row_stride_, col_stride_}, keep_.from(k, col), panels);
+  }
+
+  // For prefetching: where an element of what fill reads lies, and how far apart rows are in bytes.
+  const char* address(int64_t k, int64_t col) const {
+    return data_ + (k * row_stride_ + col * col_stride_) * element_;
+  }
+  int64_t row_bytes() const { return row_stride_ * element_; }
+  int64_t element_bytes() const { return element_; }
+
+ private:
+  template <typename T>
+  static void pack(View<const char> bytes, Bits keep, P* panels) {
+    const View<const T> from = {reinterpret_cast<const T*>(bytes.data), bytes.rows, bytes.cols,
+                                bytes.row_stride, bytes.col_stride};
+    blocks().storage<T>().pack(from, panels);
+    if (keep.data == nullptr) return;
+    for (int64_t col = 0; col < from.cols; col += kPanel<P>, panels += from.rows * kPanel<P>) {
+      const int64_t cols = std::min(kPanel<P>, from.cols - col);
+      blocks().storage<P>().keep(keep.from(0, col), {panels, from.rows, cols, kPanel<P>, 1});
+    }
+  }
+
+  Panels<const P> ready_;
+  bool is_ready_, far_;
+  int64_t depth_, cols_;
+  const char* data_ = nullptr;
+  int64_t row_stride_ = 0, col_stride_ = 0, element_ = sizeof(P);
+  Bits keep_;
+  void (*fill_)(View<const char>, Bits, P*) = nullptr;
+};
+
+// Fill `panels` with columns of a right factor, by several threads where that is worth it.
+template <typename P>
+void fill_panels(const Right<P>& right, P* panels) {
+  constexpr int64_t kWorthThreads = 1 << 16;  // elements
+  const int64_t cols = right.cols();
+  const int64_t most = right.depth() * cols < kWorthThreads ? std::max<int64_t>(cols, 1) : 64;
+  for_each_part(cols, round_up_to_panel<P>(most), [&](int64_t col, int64_t n_cols) {
+    right.fill(0, right.depth(), col, n_cols, panels + col * right.depth());
+  });
+}
+
+// A right factor packed whole unless it is read in place, for all threads: A and B.
+template <typename P>
+class Packed {
+ public:
+  explicit Packed(const Right<P>& right) : right_(right) {
+    if (right.is_ready()) return;
+    memory_ = Scratch<P>(right.depth() * round_up_to_panel<P>(right.cols()));
+    fill_panels(right, memory_.get());
+    right_ = {Panels<const P>::packed(memory_.get(), right.depth()), right.depth(), right.cols(),
+              false};
+  }
+  const Right<P>& right() const { return right_; }
+
+ private:
+  Scratch<P> memory_;
+  Right<P> right_;
+};
+
+}  // namespace lora_ext::cpu

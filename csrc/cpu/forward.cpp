@@ -1,0 +1,157 @@
+// Forward on the CPU: y = x @ weight.T + bias + scale * h @ B, h = (keep * x) @ A.
+//
+// Three ways to the base product and the low-rank part (see route.h):
+// - few rows: dot products with the weight's rows in place, the low-rank part added to each block
+// of
+//   columns before it is stored;
+// - strips of ours, the low-rank part as R more steps of the summed dimension: one pass over y;
+// - PyTorch's GEMM makes the whole base product first, and a pass over row blocks of y adds the
+//   low-rank part.
+#include "cpu/low_rank.h"
+#include "operators.h"
+
+namespace lora_ext {
+namespace cpu {
+namespace {
+
+template <typename T>
+class Forward {
+  using A = Acc<T>;
+
+ public:
+  Forward(const Call& call, const Tensor& y, const Tensor& h)
+      : call_(call),
+        y_(y),
+        h_(h),
+        y_view_(result<T>(y)),
+        h_view_(result<T>(h)),
+        shrink_(matrix<T>(call.x), bits_of(call.low.keep), call.low.A, false),
+        hidden_(shrink_.by_library() ? Hidden<T>::of(read_only(h_view_))
+                                     : Hidden<T>::sums(call.M, call.R, &h)) {
+    if (call.bias) bias_ = dense_bias();
+  }
+
+  void run() const {
+    const Way way = base_way();
+    if (way == Way::kLibrary) return onto_library();
+    make_h();
+    if (way == Way::kDots) return by_dots();
+    by_strips();
+  }
+
+ private:
+  Way base_way() const {
+    const Weight& weight = call_.weight;
+    if (!weight.data) return Way::kStrips;
+    const bool panels = weight.format == Format::kPanels;
+    const bool dense = !panels && has_dense_rows(matrix<T>(weight.data));
+    return way_of(routes<T>(), Product::kY, {call_.M, call_.K, call_.R, panels, dense});
+  }
+
+  void make_h() const {
+    if (shrink_.by_library()) {
+      return mm_out(*call_.x.tensor, in_base_dtype<T>(call_.low.A, h_), h_);
+    }
+    for_each_row_block(call_.M, [&](int64_t row, int64_t rows) { make_h(row, rows); });
+  }
+
+  void make_h(int64_t row, int64_t rows) const {
+    const View<A> sums = hidden_.rows(row, rows);
+    shrink_.rows(row, sums);
+    const View<T> to = h_view_.block(row, 0, rows, call_.R);
+    if (static_cast<const void*>(sums.data) == to.data) return;
+    blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false, to);
+  }
+
+  Packed<A> B_factor() const {
+    return with_adapter<T>(call_.low.B,
+                           [&](auto view) { return Packed<A>(Right<A>(view, call_.M)); });
+  }
+
+  Leg<A> low_leg(const Packed<A>& B) const { return {hidden_.left(), B.right(), call_.low.scale}; }
+
+  // The bias without gaps, in place or copied.
+  const T* dense_bias() {
+    const auto* data = static_cast<const T*>(call_.bias.data());
+    const int64_t step = call_.bias.stride(0);
+    if (step == 1) return data;
+    bias_copy_ = Scratch<T>(call_.N);
+    for (int64_t j = 0; j < call_.N; ++j) bias_copy_.get()[j] = data[j * step];
+    return bias_copy_.get();
+  }
+
+  void by_dots() const {
+    const int64_t M = call_.M, K = call_.K, N = call_.N;
+    const Packed<A> B = B_factor();
+    const Leg<A> low = low_leg(B);
+    const Out<T> y = {y_view_, bias_};
+    const View<const T> weight = matrix<T>(call_.weight.data);
+    Scratch<A> copy;
+    const View<const A> x = widened(matrix<T>(call_.x), &copy);
+    const int64_t part = even_part(N, kStripCols, 32, 16, num_threads());
+    for_each_part(N, part, [&](int64_t col, int64_t cols) {
+      const Scratch<A> sum(M * cols);
+      blocks().storage<T>().dot(x, weight.block(col, 0, cols, K), sum.get(), cols, false);
+      product<A>(low.block(0, M, col, cols), Out<A>{{sum.get(), M, cols, cols, 1}, nullptr, true});
+      const Out<T> to = y.block(0, M, col, cols);
+      blocks().storage<T>().store(sum.get(), cols, A(1), to.bias, false, to.to);
+    });
+  }
+
+  void by_strips() const {
+    const Packed<A> B = B_factor();
+    const Leg<A> low = low_leg(B);
+    const Out<T> y = {y_view_, bias_};
+    if (!call_.weight.data) return wide_product<T, A>({&low, 1}, y);
+    const Leg<A> legs[] = {low,
+                           {Left<A>(matrix<T>(call_.x)),
+                            weight_factor<T>(call_.weight, call_.K, call_.N, true, call_.M)}};
+    wide_product<T, A>(legs, y);
+  }
+
+  void onto_library() const {
+    const Tensor weight_t = transposed(*call_.weight.data.tensor);
+    if (call_.bias) {
+      addmm_out(*call_.bias.tensor, *call_.x.tensor, weight_t, 1, 1, y_);
+    } else {
+      mm_out(*call_.x.tensor, weight_t, y_);
+    }
+    const Sizes sizes = {call_.M, call_.R, call_.R};
+    if (way_of(routes<T>(), Product::kExpand, sizes) == Way::kLibrary) {
+      make_h();
+      return addmm_out(y_, h_, in_base_dtype<T>(call_.low.B, y_), 1, call_.low.scale, y_);
+    }
+    const Packed<A> B = B_factor();
+    const Leg<A> low = low_leg(B);
+    if (shrink_.by_library()) make_h();
+    for_each_row_block(call_.M, [&](int64_t row, int64_t rows) {
+      if (!shrink_.by_library()) make_h(row, rows);
+      expand<T>(low.block(row, rows, 0, call_.N), y_view_.block(row, 0, rows, call_.N));
+    });
+  }
+
+  const Call& call_;
+  const Tensor &y_, &h_;
+  const View<T> y_view_, h_view_;
+  const Shrink<T> shrink_;
+  const Hidden<T> hidden_;
+  Scratch<T> bias_copy_;
+  const T* bias_ = nullptr;
+};
+
+}  // namespace
+}  // namespace cpu
+
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
+                                      const std::optional<Tensor>& bias, const Tensor& A,
+                                      const Tensor& B, double scale, const std::string& format,
+                                      const std::optional<Tensor>& keep) {
+  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep);
+  const NoGradGuard no_grad;
+  const Tensor y = empty(x, {call.M, call.N}), h = empty(x, {call.M, call.R});
+  cpu::with_storage_type("x", call.x.dtype,
+                         [&](auto storage) { cpu::Forward<decltype(storage)>(call, y, h).run(); });
+  return {y, h};
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,84 @@
+// Dropout's mask as bits, (rows, ceil(cols / 8)) uint8: element k of a row is bit k % 8, the least
+// significant first, of byte k / 8; bits past the end are 0.
+#include <cmath>
+
+#include "cpu/tensors.h"
+#include "operators.h"
+
+namespace lora_ext {
+namespace cpu {
+namespace {
+
+// lora_ext/dropout.py's _mix, in 64 bits as there: the least significant 32 are what it returns.
+int64_t mix(int64_t n) {
+  const auto times = [](int64_t value, uint64_t factor) {
+    return static_cast<int64_t>(static_cast<uint64_t>(value) * factor & 0xFFFFFFFF);
+  };
+  n = times(n ^ n >> 16, 0x21F0AAAD);
+  n = times(n ^ n >> 15, 0x735A2D97);
+  return n ^ n >> 15;
+}
+
+Tensor empty_bits(const Tensor& like, int64_t rows, int64_t cols) {
+  return empty(like, {rows, ceil_div(cols, 8)}, aoti_torch_dtype_uint8());
+}
+
+// body(row, its bits) for all rows, in parallel.
+template <typename F>
+void for_each_row(const Tensor& bits, const F& body) {
+  constexpr int64_t kLeastBytes = 1 << 12;  // worth a thread
+  const int64_t rows = bits.size(0), bytes = std::max<int64_t>(bits.size(1), 1);
+  auto* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
+  const int64_t least = ceil_div(kLeastBytes, bytes);
+  for_each_part(rows, even_part(rows, rows, least, 1, num_threads()), [&](int64_t from, int64_t n) {
+    for (int64_t row = from; row < from + n; ++row) body(row, to + row * bytes);
+  });
+}
+
+}  // namespace
+}  // namespace cpu
+
+Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p) {
+  const Operand operand(seed);
+  STD_TORCH_CHECK(operand.dim == 1 && operand.size(0) == 2 && operand.dtype == ScalarType::Long,
+                  "seed must have shape (2,) and dtype Long, got ",
+                  text_of(operand.sizes, operand.dim), " and ",
+                  torch::headeronly::toString(operand.dtype));
+  STD_TORCH_CHECK(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, " and ",
+                  cols);
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "p must be from 0 to 1, got ", p);
+  check_memory("seed", operand);
+  const auto* seeds = static_cast<const int64_t*>(operand.data());
+  const int64_t first = seeds[0], second = seeds[operand.stride(0)];
+  const cpu::Scratch<uint32_t> columns(cols);
+  for (int64_t k = 0; k < cols; ++k) {
+    columns.get()[k] = static_cast<uint32_t>(cpu::mix(cpu::mix(k ^ second) ^ first));
+  }
+  // Of 2^32 values the smallest p * 2^32 are dropped.
+  const double dropped = std::min(std::nearbyint(std::ldexp(p, 32)), std::ldexp(1.0, 32) - 1);
+  const auto threshold = static_cast<int32_t>(static_cast<int64_t>(dropped) - (int64_t{1} << 31));
+  const Tensor bits = cpu::empty_bits(seed, rows, cols);
+  cpu::for_each_row(bits, [&](int64_t row, uint8_t* to) {
+    const int64_t hash = cpu::mix(cpu::mix((row & 0xFFFFFFFF) ^ first) ^ row >> 32 ^ second);
+    cpu::blocks().mask.draw(static_cast<uint32_t>(hash), columns.get(), cols, threshold, to);
+  });
+  return bits;
+}
+
+Tensor pack_keep(const Tensor& mask) {
+  const Operand operand(mask);
+  STD_TORCH_CHECK(operand.dim == 2, "mask must have shape (M, in_features), got ",
+                  text_of(operand.sizes, operand.dim));
+  STD_TORCH_CHECK(operand.dtype == ScalarType::Bool || operand.dtype == ScalarType::Byte,
+                  "mask must have dtype Bool or Byte, got ",
+                  torch::headeronly::toString(operand.dtype));
+  check_memory("mask", operand);
+  const cpu::View<const uint8_t> from = cpu::matrix<uint8_t>(operand);
+  const Tensor bits = cpu::empty_bits(mask, from.rows, from.cols);
+  cpu::for_each_row(bits, [&](int64_t row, uint8_t* to) {
+    cpu::blocks().mask.pack(from.data + row * from.row_stride, from.col_stride, from.cols, to);
+  });
+  return bits;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,71 @@
+// A frozen weight laid out once for all calls: the panels that a product would pack each time, of
+// the whole matrix. They cost no less memory than the weight: 4 bytes an element, 8 of double.
+#include "cpu/tensors.h"
+#include "operators.h"
+
+namespace lora_ext {
+namespace cpu {
+namespace {
+
+template <typename P>
+ScalarType dtype_of_panels() {
+  return std::is_same_v<P, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename P>
+int64_t size_of_panels(int64_t depth, int64_t cols) {
+  return depth * round_up_to_panel<P>(cols);
+}
+
+}  // namespace
+
+template <typename T>
+Right<Acc<T>> weight_factor(const Weight& weight, int64_t depth, int64_t cols, bool transposed,
+                            int64_t uses) {
+  using P = Acc<T>;
+  if (weight.format == Format::kPlain) {
+    const View<const T> plain = matrix<T>(weight.data);
+    return Right<P>(transposed ? plain.transposed() : plain, uses);
+  }
+  const Operand& panels = weight.data;
+  const int64_t size = size_of_panels<P>(depth, cols);
+  STD_TORCH_CHECK(panels.dtype == dtype_of_panels<P>() && panels.dim == 1 &&
+                      panels.size(0) == size && panels.stride(0) == 1,
+                  "weight must be the panels that pack_weight makes of a weight of this size, ",
+                  size, " elements of dtype ", torch::headeronly::toString(dtype_of_panels<P>()),
+                  ", got shape ", text_of(panels.sizes, panels.dim), " of dtype ",
+                  torch::headeronly::toString(panels.dtype));
+  const auto* data = static_cast<const P*>(panels.data());
+  return {Panels<const P>::packed(data, depth), depth, cols,
+          size * static_cast<int64_t>(sizeof(P)) > kFarBytes};
+}
+
+template Right<float> weight_factor<float>(const Weight&, int64_t, int64_t, bool, int64_t);
+template Right<double> weight_factor<double>(const Weight&, int64_t, int64_t, bool, int64_t);
+template Right<float> weight_factor<BFloat16>(const Weight&, int64_t, int64_t, bool, int64_t);
+template Right<float> weight_factor<Float16>(const Weight&, int64_t, int64_t, bool, int64_t);
+
+}  // namespace cpu
+
+Tensor pack_weight(const Tensor& weight, bool transposed) {
+  const Operand operand(weight);
+  STD_TORCH_CHECK(operand.dim == 2, "weight must have shape (out_features, in_features), got ",
+                  text_of(operand.sizes, operand.dim));
+  check_memory("weight", operand);
+  const NoGradGuard no_grad;
+  std::optional<Tensor> panels;
+  cpu::with_storage_type("weight", operand.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    using P = cpu::Acc<T>;
+    const auto plain = cpu::matrix<T>(operand);
+    const auto factor = transposed ? plain.transposed() : plain;
+    panels =
+        empty(weight, {cpu::size_of_panels<P>(factor.rows, factor.cols)},
+              std::is_same_v<P, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+    constexpr int64_t kPack = 0;  // in place for no number of uses
+    cpu::fill_panels(cpu::Right<P>(factor, 1, kPack), static_cast<P*>(panels->mutable_data_ptr()));
+  });
+  return *panels;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,198 @@
+// The one product: what every result of the operators is made of.
+//   out = sum over legs of scale * (left @ right) [* keep]  + bias  [+ out]
+// y has legs (x, weight.T) and (h, B); dx (dy, weight) and (t, A.T) with a mask; h, t, dA and dB
+// one. Each result element is summed by one thread in an order that depends on the sizes and on the
+// number of threads alone, so the same inputs give the same bits.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "cpu/factors.h"
+
+namespace lora_ext::cpu {
+
+template <typename P>
+struct Leg {
+  Left<P> left;
+  Right<P> right;
+  double scale = 1;       // meets the sums, never a factor
+  Bits keep = {};         // on the leg's product; such a leg is the first
+  int64_t step = kDepth;  // of the summed dimension at a time; a multiple of 8
+
+  Leg block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    return {left.from(row, rows), right.from(col, cols), scale, keep.from(row, col), step};
+  }
+};
+
+template <typename T>
+struct Out {
+  View<T> to;
+  const T* bias = nullptr;  // one a column
+  bool add = false;         // to what `to` holds
+
+  Out block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    return {to.block(row, col, rows, cols), bias == nullptr ? bias : bias + col, add};
+  }
+};
+
+// The blocks of a leg's right factor, for one thread: ready, or packed when the first tile of the
+// left factor asks for them, so that it finds them in cache; the tiles after it find them packed.
+//
+// A matrix that is far is asked for ahead where the hardware does not foresee what comes next:
+// panels, and short pieces of long rows.
+template <typename P>
+class Cursor {
+ public:
+  explicit Cursor(const Leg<P>& leg)
+      : leg_(leg),
+        right_(leg.right),
+        width_(round_up_to_panel<P>(right_.cols())),
+        keeps_blocks_(leg.left.rows() > kStripRows),
+        looks_ahead_(right_.is_far() && !keeps_blocks_ &&
+                     (right_.is_ready() || right_.has_dense_rows())),
+        block_cols_(looks_ahead_ && !right_.is_ready() ? kAheadCols : right_.cols()),
+        packed_(right_.is_ready() ? 0
+                                  : width_ * (keeps_blocks_ ? right_.depth()
+                                                            : std::min(leg.step, right_.depth()))),
+        copy_(leg.left.in_place()
+                  ? 0
+                  : std::min(kStripRows, leg.left.rows()) * std::min(leg.step, leg.left.depth())) {}
+
+  // sum (rows, cols; dense rows of `ld`) = scale * left's rows from `row` on @ right + addend.
+  void add_to(int64_t row, int64_t rows, Acc<P>* sum, int64_t ld, Addend<Acc<P>> addend) {
+    const int64_t depth = right_.depth();
+    for (int64_t k = 0; k == 0 || k < depth; k += leg_.step) {
+      const int64_t steps = std::min(leg_.step, depth - k);
+      const View<const P> left = leg_.left.block(row, k, rows, steps, copy_.get());
+      for (int64_t col = 0; col < right_.cols(); col += block_cols_) {
+        const int64_t cols = std::min(block_cols_, right_.cols() - col);
+        blocks().products<P>().multiply(left, block(k, steps, col, cols), cols, sum + col, ld,
+                                        static_cast<Acc<P>>(leg_.scale), addend.from(col),
+                                        after(k, col));
+      }
+      addend = {sum, ld};
+    }
+  }
+
+ private:
+  static constexpr int64_t kAheadCols = 4 * kPanel<P>;
+
+  Panels<const P> block(int64_t k, int64_t steps, int64_t col, int64_t cols) {
+    if (right_.is_ready()) return right_.ready().from(k, col);
+    P* packed = packed_.get() + (keeps_blocks_ ? k * width_ : 0);
+    if (k >= rows_packed_) right_.fill(k, steps, col, cols, packed);
+    if (keeps_blocks_) rows_packed_ = std::max(rows_packed_, k + steps);
+    return Panels<const P>::packed(packed, steps);
+  }
+
+  // What to ask for while that block is worked on.
+  Ahead after(int64_t k, int64_t col) const {
+    if (!looks_ahead_) return {};
+    if (right_.is_ready()) {
+      const Panels<const P> next = right_.ready().from(k, col + kPanel<P>);
+      constexpr int64_t size = sizeof(P);
+      return {reinterpret_cast<const char*>(next.data), next.row_stride * size,
+              next.panel_stride * size};
+    }
+    const bool last = col + kAheadCols >= right_.cols();
+    return {last ? right_.address(k + leg_.step, 0) : right_.address(k, col + kAheadCols),
+            right_.row_bytes(), kPanel<P> * right_.element_bytes()};
+  }
+
+  const Leg<P>& leg_;
+  const Right<P>& right_;
+  const int64_t width_;
+  const bool keeps_blocks_, looks_ahead_;
+  const int64_t block_cols_;  // all, or so few that both they and the next ones stay in cache
+  const Scratch<P> packed_, copy_;
+  int64_t rows_packed_ = 0;
+};
+
+inline constexpr size_t kMostLegs = 8;
+
+// The product, for the tiles of one thread.
+template <typename T, typename P = Acc<T>>
+void product(std::span<const Leg<P>> legs, const Out<T>& out) {
+  using A = Acc<P>;
+  const int64_t cols = out.to.cols, tile_rows = std::min(kStripRows, out.to.rows);
+  const bool masked = legs[0].keep.data != nullptr;
+  const bool in_place = std::is_same_v<T, A> && out.to.col_stride == 1 && !(masked && out.add);
+  const Scratch<A> tile(in_place ? 0 : tile_rows * cols);
+  std::array<std::optional<Cursor<P>>, kMostLegs> cursors;
+  for (size_t i = 0; i < legs.size(); ++i) cursors[i].emplace(legs[i]);
+  for (int64_t row = 0; row < out.to.rows; row += kStripRows) {
+    const int64_t rows = std::min(kStripRows, out.to.rows - row);
+    const View<T> to = out.to.block(row, 0, rows, cols);
+    A* sum = tile.get();
+    int64_t ld = cols;
+    Addend<A> addend;
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place) {
+        sum = to.data, ld = to.row_stride;
+        if (out.bias != nullptr) addend = {out.bias, 0};
+        if (out.add) addend = {sum, ld};
+      }
+    }
+    for (size_t i = 0; i < legs.size(); ++i) {
+      cursors[i]->add_to(row, rows, sum, ld, addend);
+      if (legs[i].keep.data != nullptr) {
+        blocks().storage<A>().keep(legs[i].keep.from(row, 0), {sum, rows, cols, ld, 1});
+      }
+      addend = {sum, ld};
+    }
+    if (!in_place) blocks().storage<T>().store(sum, ld, A(1), out.bias, out.add, to);
+  }
+}
+
+template <typename T, typename P>
+void product(const Leg<P>& leg, const Out<T>& out) {
+  product<T, P>(std::span<const Leg<P>>(&leg, 1), out);
+}
+
+// The same for tiles [row, row + rows) of some columns, by one thread each.
+template <typename T, typename P>
+void product_by_tiles(std::span<const Leg<P>> legs, const Out<T>& out, const Tiling& tiling) {
+  const int64_t across = ceil_div(out.to.cols, tiling.cols);
+  for_each_part(across * ceil_div(out.to.rows, tiling.rows), 1, [&](int64_t tile, int64_t) {
+    const int64_t row = tile / across * tiling.rows, col = tile % across * tiling.cols;
+    const int64_t rows = std::min(tiling.rows, out.to.rows - row),
+                  cols = std::min(tiling.cols, out.to.cols - col);
+    std::vector<Leg<P>> parts;
+    parts.reserve(legs.size());
+    for (const Leg<P>& leg : legs) parts.push_back(leg.block(row, rows, col, cols));
+    product<T, P>(parts, out.block(row, rows, col, cols));
+  });
+}
+
+// A product with many columns, by all threads. What is not in panels is packed by each thread for
+// its own tiles; where more than kPackAloneThreads share a strip, the last leg's right factor, the
+// weight, is packed once for all of them, kSharedPanels of it at a time.
+template <typename T, typename P>
+void wide_product(std::span<const Leg<P>> legs, const Out<T>& out) {
+  const int64_t rows = out.to.rows, cols = out.to.cols, threads = num_threads();
+  if (rows == 0 || cols == 0) return;
+  const Tiling tiling = tiles_for(rows, cols, kStripCols, kLeastRows, threads);
+  const Right<P>& weight = legs.back().right;
+  if (threads <= kPackAloneThreads || weight.is_ready() || tiling.rows >= rows) {
+    return product_by_tiles<T, P>(legs, out, tiling);
+  }
+  const int64_t depth = weight.depth();
+  const int64_t strips =
+      std::max<int64_t>(kSharedPanels / std::max<int64_t>(depth, 1) / tiling.cols, 1);
+  const int64_t group = std::min(strips * tiling.cols, cols);
+  const Scratch<P> panels(depth * round_up_to_panel<P>(group));
+  for (int64_t col = 0; col < cols; col += group) {
+    const int64_t width = std::min(group, cols - col);
+    fill_panels(weight.from(col, width), panels.get());
+    std::vector<Leg<P>> parts;
+    for (const Leg<P>& leg : legs) parts.push_back(leg.block(0, rows, col, width));
+    parts.back().right = {Panels<const P>::packed(panels.get(), depth), depth, width, false};
+    product_by_tiles<T, P>(parts, out.block(0, rows, col, width),
+                           tiles_for(rows, width, tiling.cols, kLeastRows, threads));
+  }
+}
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,25 @@
+// The kernels of the operators; their schemas are in lora_ext/ops.py.
+#pragma once
+
+#include "call.h"
+
+namespace lora_ext {
+
+// y and h.
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
+                                      const std::optional<Tensor>& bias, const Tensor& A,
+                                      const Tensor& B, double scale, const std::string& format,
+                                      const std::optional<Tensor>& keep);
+// dx, dweight, dbias, dA and dB.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
+    const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
+    double scale, const std::vector<bool>& needs, const std::string& format,
+    const std::optional<Tensor>& keep);
+// The panels of weight, or of weight.T, in the dtype that products accumulate in.
+Tensor pack_weight(const Tensor& weight, bool transposed);
+// Dropout's mask as bits: drawn from a seed's hash, or of a mask of bytes.
+Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p);
+Tensor pack_keep(const Tensor& mask);
+
+}  // namespace lora_ext

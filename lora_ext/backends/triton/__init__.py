@@ -1,0 +1,193 @@
+"""Triton GPU kernels: forward and backward as one operator each.
+
+    common.py             what the kernels share: loads, dropout's mask, products, the epilogue
+    forward_kernels.py    kernels of y and h, those for few rows too
+    backward_kernels.py   kernels of the gradients
+    cards.py              what is known of a card: its limits, its speeds, its tile sizes
+    regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
+    forward_launches.py   the launches of each forward regime
+    backward_launches.py  the launches of each backward regime
+    tuning.py             the choice among them, measured once, and the plan of a call
+
+`import triton` and every question to a device wait for the first tensor: the one costs 0.3 s and
+may be missing.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ...call import Call, LowRank, Weight
+from ...ops import define
+from .. import reference
+from .regimes import REGIMES
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PLAIN = (Tensor, Parameter)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself: when it is imported
+_Needs = tuple[bool, bool, bool, bool, bool]
+_LIBRARY = define("lora_ext_triton")
+_FWD = torch.ops.lora_ext_triton.linear_fwd.default
+_BWD = torch.ops.lora_ext_triton.linear_bwd.default
+
+
+def unsupported(call: Call) -> str | None:
+    """Say why the Triton kernels can't run a call; None when they can."""
+    x, weight, bias, (A, B, _, keep) = call
+    if not x.is_cuda and not (_INTERPRETED and x.is_cpu):
+        return f"runs on cuda tensors, x is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"takes float16, bfloat16 and float32, x is {x.dtype}"
+    if weight is None:
+        return "needs a weight, and this is the low-rank part alone"
+    if weight.format != "plain":
+        return f"takes a plain weight, not one in format {weight.format!r}"
+    named = ("x", x), ("weight", weight.data), ("bias", bias), ("A", A), ("B", B), ("keep", keep)
+    for name, tensor in named:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or tensor.layout is not torch.strided
+        ):
+            kind = f"{type(tensor).__name__}, {tensor.layout}"
+            return f"takes plain strided tensors, {name} is {kind}"
+    return why_not_here(x.device)
+
+
+def why_not_here(device: torch.device) -> str | None:
+    """Say why no Triton kernel can run on a device; None when it can. Asked once a device."""
+    return _why_not_here(device)
+
+
+# A compiler that traces a call takes the answer for a constant, and does not look for a C compiler
+# by itself: what torch.compiler.assume_constant_result does, which imports all of Dynamo for it.
+why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _why_not_here(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not there; install it: pip install triton"
+    if device.type == "cpu":
+        return None
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if arch != "gfx942":
+            return f"takes gfx942 of the AMD GPUs, this one is {arch}"
+    elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "Triton builds its launcher with a C compiler and none is on the PATH; install gcc"
+    return None
+
+
+@contextmanager
+def regime(
+    *, forward: str | None = None, backward: str | None = None, descriptors: bool | None = None
+) -> Iterator[None]:
+    """Run every call inside by the regimes named, whatever would be chosen.
+
+    For tests and benchmarks; the names are those of regimes.REGIMES. `descriptors` also fixes how
+    tiles are loaded, where there is a choice. A call that a regime can't take (in_loop beyond rank
+    64, decode beyond 64 rows) is left to the choice.
+
+    Raises:
+        ValueError: a name that is not there.
+
+    """
+    for direction, name in (("forward", forward), ("backward", backward)):
+        if name is not None and name not in REGIMES[direction]:
+            names = ", ".join(REGIMES[direction])
+            raise ValueError(f"{direction} must be one of {names}, got {name!r}")
+    forced = _tuning()._forced
+    before = dict(forced)
+    forced.update(forward=forward, backward=backward, descriptors=descriptors)
+    try:
+        yield
+    finally:
+        forced.update(before)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and h = (keep * x) @ A (M, R), in x's dtype; sums in float32."""
+    x, weight, bias, (A, B, scale, keep) = call
+    assert weight is not None, "unsupported(call) asks for a weight"
+    run = _forward if x.is_cpu else _FWD
+    return run(x, weight.data, bias, A, B, scale, keep=keep)
+
+
+def backward(dy: Tensor, call: Call, h: Tensor | None, needs: _Needs) -> tuple[Tensor | None, ...]:
+    """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
+    x, weight, _, (A, B, scale, keep) = call
+    data = None if weight is None else weight.data
+    run = _backward if dy.is_cpu else _BWD
+    gradients = run(dy, x, data, A, B, h, scale, needs, keep=keep)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+def _forward(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
+    """Kernel of the operator linear_fwd."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference.forward(Call(x, Weight(weight), bias, LowRank(A, B, scale, keep)))
+    tuning = _tuning()
+    bias = None if bias is None else bias.contiguous()
+    keep = tuning.words_of(keep, x.shape[1])
+    with _current(x.device):
+        return tuning.run_forward(tuning.Forward(x, weight, bias, A, B, scale, keep))
+
+
+def _backward(
+    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
+) -> tuple[Tensor | None, ...]:
+    """Kernel of the operator linear_bwd."""
+    need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
+    if dy.numel() == 0 or ((need_dx or need_dA) and A.numel() == 0):
+        low = LowRank(A, B, scale, keep)
+        call = Call(x, None if weight is None else Weight(weight), None, low)
+        gradients = reference.backward(dy, call, h, needs)
+        return tuple(dy.new_empty(0) if g is None else g for g in gradients)
+    tuning = _tuning()
+    keep = tuning.words_of(keep, A.shape[0]) if need_dx or need_dA else None
+    call = tuning.Backward(
+        dy,
+        x if need_dA else None,
+        weight if need_dx else None,
+        A if need_dx or need_dA else None,
+        B,
+        h.contiguous() if need_dB else None,
+        scale,
+        (need_dx, need_dA, need_dB),
+        keep,
+    )
+    dx = dA = dB = None
+    with _current(dy.device):
+        if need_dx or need_dA or need_dB:
+            dx, dA, dB = tuning.run_backward(call)
+        dweight = dy.T @ x if need_dweight else None
+        dbias = dy.sum(0) if need_dbias else None
+    return tuple(dy.new_empty(0) if g is None else g for g in (dx, dweight, dbias, dA, dB))
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensors'."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def _tuning() -> ModuleType:
+    return import_module(f"{__name__}.tuning")
+
+
+if find_spec("triton") is not None:
+    _LIBRARY.impl("linear_fwd", _forward, "CUDA")
+    _LIBRARY.impl("linear_bwd", _backward, "CUDA")

@@ -1,0 +1,236 @@
+"""The launches of a backward, a function for each regime: planned as in forward_launches.py."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...call import Call, LowRank, Weight
+from ...ops import empty_like_factor
+from .. import reference
+from . import cards
+from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
+from .cards import Card, Tile
+from .forward_launches import (
+    Launch,
+    base_operands,
+    bits_of,
+    loop_factor,
+    split_scale,
+    strides,
+)
+from .regimes import Problem
+
+_SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
+
+
+class Backward(NamedTuple):
+    """One backward to run; what `needs` does not ask for is not read.
+
+    dy (M, N), x (M, K), weight (N, K), A (K, R), B (R, N), h (M, R) contiguous; keep as in Forward.
+    None of M, N, K is zero.
+    """
+
+    dy: Tensor
+    x: Any  # a Tensor or None
+    weight: Any  # a Tensor or None
+    A: Any  # a Tensor or None
+    B: Tensor
+    h: Any  # a Tensor or None
+    scale: float
+    needs: tuple[bool, bool, bool]  # dx, dA, dB
+    keep: Tensor | None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dA, dB
+Run = Callable[[Backward], Gradients]
+
+
+def two_launches(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """Launch the pass over dy; then dx, dA and dB. One or none where fewer are needed."""
+    M, K = p.M, p.K
+    pass_over_dy = PassOverDy(call, p, card)
+    if not p.needs[0]:
+        operands, options = None, tile.options()
+    else:
+        operands, options = base_operands(call.weight, tile)
+    finish = Finish(call, p, tile, card, pass_over_dy, BASE_DONE=False, **options)
+
+    def run(call: Backward) -> Gradients:
+        t, dB_parts = pass_over_dy(call)
+        dx = dy = w = None
+        if operands is not None:
+            dx = call.dy.new_empty(M, K)
+            dy, w = operands(call.dy, call.weight)
+        return finish(call, dy, w, t, dB_parts, dx)
+
+    return run
+
+
+def torch_base(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """As two_launches, with dx's base product by PyTorch between the two."""
+    pass_over_dy = PassOverDy(call, p, card)
+    finish = Finish(call, p, tile, card, pass_over_dy, BASE_DONE=True, **tile.options())
+
+    def run(call: Backward) -> Gradients:
+        t, dB_parts = pass_over_dy(call)
+        dx = call.dy @ call.weight if p.needs[0] else None
+        return finish(call, None, None, t, dB_parts, dx)
+
+    return run
+
+
+def addmm(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's products, the low-rank part of dx added to it by the second."""
+    need_dx, need_dA, need_dB = p.needs
+
+    def run(call: Backward) -> Gradients:
+        dy, dtype = call.dy, call.dy.dtype
+        t: Any = dy @ call.B.to(dtype).T if need_dx or need_dA else None
+        dx = dA = dB = None
+        if need_dx:
+            dx = (dy @ call.weight).addmm_(t, call.A.to(dtype).T, alpha=call.scale)
+        if need_dA:
+            dA = reference.product_like(call.A, call.x.T, t).to(call.A.dtype).mul_(call.scale)
+        if need_dB:
+            dB = reference.product_like(call.B, call.h.T, dy).to(call.B.dtype).mul_(call.scale)
+        return dx, dA, dB
+
+    return run
+
+
+def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """PyTorch's own operators, as backend reference has them."""
+
+    def run(call: Backward) -> Gradients:
+        low = LowRank(call.A, call.B, call.scale, bits_of(call.keep))
+        weight = None if call.weight is None else Weight(call.weight)
+        need_dx, need_dA, need_dB = call.needs
+        needs = (need_dx, False, False, need_dA, need_dB)
+        as_of_reference = Call(call.x, weight, None, low)
+        dx, _, _, dA, dB = reference.backward(call.dy, as_of_reference, call.h, needs)
+        return dx, dA, dB
+
+    return run
+
+
+class PassOverDy:
+    """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
+
+    N is split, like K in Shrink. A part of dB is laid out as dB is.
+    """
+
+    def __init__(self, call: Backward, p: Problem, card: Card):
+        M, N, R = p.M, p.N, p.R
+        tile, block_r = cards.dy_tile(card, p.kind, M), cards.block_r(R)
+        blocks_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
+        need_dx, need_dA, need_dB = p.needs
+        self.want_t = need_dx or need_dA
+        in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
+        self.parts = blocks_m if need_dB and in_parts else 0
+        self.splits = cards.splits(card, blocks_m * blocks_r, N, tile.block_n)
+        # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
+        self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
+        self.t_shape = (self.splits, M, R)
+        self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
+        self.dB_strides = empty_like_factor(call.B).stride()
+        self.kernel = Launch(
+            lora_linear_bwd_dy_kernel,
+            (blocks_m, blocks_r, self.splits),
+            **dict(M=M, N=N, R=R, splits=self.splits),
+            **dict(WANT_T=self.want_t, WANT_DB=self.parts > 0),
+            **dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r),
+            **dict(num_warps=tile.warps, num_stages=tile.stages),
+            **strides("stride_d", "mn", call.dy.stride()),
+            **strides("stride_b", "rn", strides_b if self.want_t else None),
+            **strides("stride_g", "rn", self.dB_strides),
+            **card.product_options(p.kind, call.B.dtype),
+        )
+
+    def __call__(self, call: Backward) -> tuple[Tensor | None, Tensor | None]:
+        """Launch it for a call of the planned sizes, if anything is asked of it."""
+        t = b = h = parts = None
+        if self.want_t:
+            t = torch.empty(self.t_shape, dtype=self.t_dtype, device=call.dy.device)
+            b = self.rounded(call.B)
+        if self.parts:
+            shape = (self.parts, *call.B.shape)
+            parts = torch.empty(shape, dtype=torch.float32, device=call.dy.device)
+            h = call.h
+        if self.want_t or self.parts:
+            self.kernel(dy=call.dy, b=b, h=h, t=t, dB_parts=parts)
+        return t, parts
+
+
+class Finish:
+    """Launch (ii), planned: dx, filled or added to (BASE_DONE), dA, and dB."""
+
+    def __init__(
+        self, call: Backward, p: Problem, tile: Tile, card: Card, first: PassOverDy, **options: Any
+    ):
+        M, K, N, R = p.M, p.K, p.N, p.R
+        self.need_dx, self.need_dA, self.need_dB = p.needs
+        strip = cards.strip_tile(card, p.kind)
+        programs = _programs(p, tile, strip, in_parts=first.parts > 0)
+        self.kernel = programs and Launch(
+            lora_linear_bwd_dx_kernel,
+            (programs,),
+            **dict(M=M, N=N, K=K, R=R, t_splits=first.splits, parts=first.parts),
+            **dict(WANT_DX=self.need_dx, WANT_DA=self.need_dA, WANT_DB=self.need_dB),
+            **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
+            **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
+            **strides("stride_d", "mn", call.dy.stride()),
+            **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
+            **strides("stride_x", "mk", call.x.stride() if call.x is not None else None),
+            **strides(
+                "stride_g", "kr", empty_like_factor(call.A).stride() if self.need_dA else None
+            ),
+            **strides("stride_b", "rn", first.dB_strides),
+            **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
+            **card.product_options(p.kind, call.B.dtype),
+            # The twin of the forward sums over N and has its columns in K.
+            **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
+            BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),
+        )
+
+    def __call__(
+        self,
+        call: Backward,
+        dy: Any,
+        w: Any,
+        t: Tensor | None,
+        dB_parts: Tensor | None,
+        dx: Tensor | None,
+    ) -> Gradients:
+        """Launch it for a call of the planned sizes, with what launch (i) gave."""
+        if not self.kernel:
+            return None, None, None
+        dA = empty_like_factor(call.A) if self.need_dA else None
+        dB = empty_like_factor(call.B) if self.need_dB else None
+        scale_dx, power_dx = split_scale(call.scale, call.dy.dtype)
+        self.kernel(
+            dy=dy, w=w, x=call.x if self.need_dA else None,
+            dy_columns=call.dy if self.need_dB else None, a=call.A if self.need_dx else None,
+            keep=call.keep if self.need_dx or self.need_dA else None,
+            h=call.h if self.need_dB else None, t=t, dB_parts=dB_parts, dx=dx, dA=dA, dB=dB,
+            scale=call.scale, scale_dx=scale_dx, power_dx=power_dx,
+        )  # fmt: skip
+        return dx, dA, dB
+
+
+def _programs(p: Problem, tile: Tile, strip: Tile, *, in_parts: bool) -> int:
+    """Return how many programs launch (ii) has: tiles of dx, strips of dA, strips or runs of dB."""
+    M, K, N, R = p.M, p.K, p.N, p.R
+    need_dx, need_dA, need_dB = p.needs
+    blocks_r = triton.cdiv(R, cards.block_r(R, cards.EPILOGUE_R))
+    programs = 0
+    if need_dx:
+        programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
+    if need_dA:
+        programs += triton.cdiv(K, strip.block_k) * blocks_r
+    if need_dB:
+        runs = triton.cdiv(R * N, _SUM_N)
+        programs += runs if in_parts else triton.cdiv(N, strip.block_k) * blocks_r
+    return programs

@@ -1,0 +1,314 @@
+"""What is known of a card: its limits, the speeds that costs are estimated by, its tile sizes.
+
+Tile sizes are few, and tests/gpu/test_triton_codegen.py compiles each for its card: no stack, no
+spills, shared memory within the card, matrix instructions in the loop. What failed there is not
+here.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+KIB = 1024
+# Dense matrix FLOPs a clock and SM (CU on AMD): (half, tf32, fp32 without matrix units).
+_FLOPS_PER_CLOCK = {
+    "sm_80": (2048, 1024, 128),
+    "sm_86": (1024, 512, 256),
+    "sm_89": (1024, 512, 256),
+    "sm_90": (4096, 2048, 256),
+    "sm_100": (8192, 4096, 256),
+    "sm_120": (1024, 512, 256),
+    "gfx942": (2048, 1024, 256),
+}
+_SHARED = {
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
+FAMILIES = tuple(_SHARED)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as the kernels see it.
+
+    Attributes:
+        name: as the driver gives it.
+        family: the entry of FAMILIES whose configurations it takes.
+        sms: multiprocessors.
+        clock_ghz: of the multiprocessors.
+        bandwidth_gbs: of the memory, at its peak.
+        interpreted: kernels run on the CPU, in Triton's interpreter.
+
+    """
+
+    name: str
+    family: str
+    sms: int
+    clock_ghz: float
+    bandwidth_gbs: float
+    interpreted: bool = False
+
+    # A launch on a busy stream, and what kernels reach of the two peaks. [calc] for an H100:
+    # 700 of 989 TFLOP/s, 3.0 of 3.35 TB/s, see shared/kernels.md; no card of ours confirms them.
+    launch_us = 3.0
+    reached_flops = 0.7
+    reached_bandwidth = 0.9
+    l2_speedup = 3.0  # of L2 over the memory, an estimate too
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program may take."""
+        return _SHARED[self.family]
+
+    @property
+    def few_rows(self) -> int:
+        """Rows up to which the regime decode runs; any number in the interpreter, for the tests."""
+        return 1 << 30 if self.interpreted else 64
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor descriptors load by a copy engine (TMA) here."""
+        return self.interpreted or self.family in ("sm_90", "sm_100", "sm_120")
+
+    def flops_per_us(self, kind: str) -> float:
+        """Dense FLOPs a microsecond that a good kernel reaches, for kind half, tf32 or fp32."""
+        a_clock = _FLOPS_PER_CLOCK[self.family][("half", "tf32", "fp32").index(kind)]
+        return a_clock * self.sms * self.clock_ghz * 1e3 * self.reached_flops
+
+    @property
+    def bytes_per_us(self) -> float:
+        """Bytes a microsecond that a good kernel moves."""
+        return self.bandwidth_gbs * 1e3 * self.reached_bandwidth
+
+    def product_options(self, kind: str, adapter: torch.dtype) -> dict[str, Any]:
+        """Return the options by which a kernel multiplies: tl.dot's input_precision, registers.
+
+        Halves are exact in either precision. Around float32 adapters, and on sm_100, ptxas would
+        spill a few bytes of its own accord for one block more an SM (8 bytes at 64 registers):
+        there it may take them all.
+        """
+        options: dict[str, Any] = {"PRECISION": "ieee" if kind == "fp32" else "tf32"}
+        spills = adapter == torch.float32 or self.family == "sm_100"
+        if spills and self.family != "gfx942":
+            options["maxnreg"] = 255
+        return options
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of a kernel: a product (block_m, block_n), summed block_k a step.
+
+    Attributes:
+        block_m: rows of the result.
+        block_n: columns of the result.
+        block_k: elements of the summed dimension a step.
+        warps: warps a program.
+        stages: depth of the load pipeline.
+        max_r: largest BLOCK_R with which h fits beside the accumulator (regime in_loop).
+        descriptors: loads x and weight by tensor descriptors.
+
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    max_r: int = 64
+    descriptors: bool = False
+
+    def options(self, *, w_transposed: bool = False) -> dict[str, Any]:
+        """Return the options by which every kernel around a base product gets its tile.
+
+        `w_transposed`: w is a descriptor of its transpose.
+        """
+        return {
+            "DESCRIPTORS": self.descriptors,
+            "W_TRANSPOSED": w_transposed,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": 8,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+INTERPRETER = Card("interpreter", "sm_90", 4, 1.0, 100.0, interpreted=True)
+# Data sheets, for estimates without a card at hand: benchmarks.roofline, the tests.
+KNOWN = {
+    "A100": Card("A100 SXM 80GB", "sm_80", 108, 1.41, 2039),
+    "RTX 3090": Card("GeForce RTX 3090", "sm_86", 82, 1.695, 936),
+    "L4": Card("L4", "sm_89", 58, 2.04, 300),
+    "H100": Card("H100 SXM", "sm_90", 132, 1.83, 3352),
+    "B200": Card("B200", "sm_100", 148, 1.85, 8000),
+    "RTX 5090": Card("GeForce RTX 5090", "sm_120", 170, 2.407, 1792),
+    "MI300X": Card("Instinct MI300X", "gfx942", 304, 2.1, 5300),
+}
+
+
+def family_of(major: int, minor: int) -> str:
+    """Return the family of a compute capability: its own, or the nearest that asks no more of it.
+
+    8.7 has sm_80's shared memory; what is newer than this file gets sm_86's tiles and no TMA.
+    """
+    own = f"sm_{major}{minor}"
+    if own in FAMILIES:
+        return own
+    return {(8, 7): "sm_80", (10, 3): "sm_100", (12, 1): "sm_120"}.get((major, minor), "sm_86")
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    """Return the card, its figures asked from the driver. Once a device; not a synchronisation."""
+    if device.type == "cpu":
+        return INTERPRETER
+    p = torch.cuda.get_device_properties(device)
+    family = "gfx942" if torch.version.hip else family_of(p.major, p.minor)
+    known = next(card for card in KNOWN.values() if card.family == family)
+    # kHz, and bits a transfer of double data rate. A virtual machine's driver may answer 0.
+    clock_ghz = getattr(p, "clock_rate", 0) / 1e6 or known.clock_ghz
+    pins_bytes = 2 * getattr(p, "memory_bus_width", 0) / 8
+    bandwidth_gbs = getattr(p, "memory_clock_rate", 0) * 1e3 * pins_bytes / 1e9
+    return Card(
+        p.name, family, p.multi_processor_count, clock_ghz, bandwidth_gbs or known.bandwidth_gbs
+    )
+
+
+# Larger ranks go through a kernel this many columns at a time; through the epilogue of a base
+# product, whose accumulator leaves few registers, by fewer: with 64 at once the 128x256 tile of dx
+# spills on sm_90.
+MAX_BLOCK_R = 64
+EPILOGUE_R = 32
+MAX_SPLITS = 4
+
+_SMALL = Tile(64, 64, 64, 4, 3)
+_SMALL_99K = Tile(
+    64, 64, 64, 4, 3, max_r=32
+)  # 64 float32 ranks spill 4 bytes on sm_86, 12 on sm_120
+_HOPPER = (
+    Tile(128, 256, 64, 8, 3, descriptors=True),
+    Tile(64, 128, 64, 4, 4, descriptors=True),
+    Tile(128, 128, 64, 8, 3),
+)
+_GEMM = {
+    "sm_80": (Tile(128, 128, 32, 8, 4), _SMALL),
+    "sm_86": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
+    "sm_89": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
+    "sm_90": _HOPPER,
+    "sm_100": (
+        Tile(128, 128, 64, 8, 4, descriptors=True),
+        Tile(64, 128, 64, 4, 4, descriptors=True),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    "sm_120": (Tile(128, 128, 32, 8, 3), _SMALL_99K),
+    "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+}
+# tf32: twice the bytes an element. fp32 has no matrix units, and none here: the base product is
+# PyTorch's; the interpreter runs it with its own tiles.
+_TF32 = (Tile(64, 64, 32, 4, 3),)
+# Large enough to be quick where a program costs 10 ms, small enough for the tests to cross.
+_INTERPRETER = (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2, descriptors=True))
+_BY_WARPGROUP = ("sm_90", "sm_100")  # matrix instructions of 64 rows and 4 warps
+
+
+def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
+    """Return the tiles for the base product with its epilogue; kind is half, tf32 or fp32."""
+    if card.interpreted:
+        return _INTERPRETER
+    return {"half": _GEMM[card.family], "tf32": _TF32, "fp32": ()}[kind]
+
+
+def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
+    """Return the tiles for the base product of few rows, split over K."""
+    if card.interpreted:
+        return (Tile(64, 64, 32, 4, 2),)
+    block_m = 16 if M <= 16 else 64
+    if kind != "half":
+        return (Tile(block_m, 32, 32, 4, 3),) if kind == "tf32" else ()
+    if card.family == "gfx942":
+        return (Tile(block_m, 32, 128, 8, 2), Tile(block_m, 64, 64, 4, 2))
+    # 48 KB a stage with 64 ranks of a float32 A: two stages of loads fit in 99 KB, three do not.
+    stages = 3 if card.shared_bytes < 128 * KIB else 4
+    return (Tile(block_m, 32, 128, 8, stages), Tile(block_m, 64, 64, 4, 4))
+
+
+def delta_tile(card: Card) -> Tile:
+    """Return the tile for y += scale * h @ B: bound by memory, no loop over K.
+
+    Its stages are for the strips of dA and dB next to it.
+    """
+    if card.interpreted:
+        return Tile(64, 64, 64, 4, 2)
+    return Tile(64, 128, 32, 8, 2 if card.family == "gfx942" else 3)
+
+
+def shrink_tile(card: Card, kind: str, M: int) -> Tile:
+    """Return the tile for h = x @ A; its columns are BLOCK_R."""
+    if card.interpreted:
+        return Tile(64, 0, 32, 4, 2)
+    block_m = 16 if M <= 16 else 64
+    if kind != "half":
+        return Tile(block_m, 0, 32, 4, 2)
+    warps = 4 if card.family in _BY_WARPGROUP or M <= 16 else 8
+    return Tile(block_m, 0, 64, warps, 2 if card.family == "gfx942" else 4)
+
+
+def dy_tile(card: Card, kind: str, M: int) -> Tile:
+    """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step.
+
+    From 64 parts to 128 where M allows it: fewer leave SMs idle, more write more of dB.
+    """
+    if card.interpreted:
+        return Tile(32, 64, 0, 4, 2)
+    if kind == "fp32":  # without matrix units a product holds more of its tiles in registers
+        return Tile(32 if M <= 2048 else 64, 32, 0, 4, 2)
+    if kind == "tf32":
+        return Tile(32 if M <= 2048 else 64, 64, 0, 4, 2)
+    block_m = 32 if M < 4096 else 64 if M < 7680 else 128
+    warps = 8 if block_m == 128 else 4
+    return Tile(block_m, 64, 0, warps, 2 if card.family == "gfx942" else 3)
+
+
+def strip_tile(card: Card, kind: str) -> Tile:
+    """Return the tile for dA = scale * x.T @ t: block_k columns of x, block_m rows a step.
+
+    Its warps and stages are for the strips alone; next to dx they run with those of dx.
+    """
+    if card.interpreted or kind != "half":
+        return Tile(64, 0, 64, 4, 2)
+    return Tile(128, 0, 64, 4, 2 if card.family == "gfx942" else 4)
+
+
+def dB_parts(card: Card, kind: str, M: int, R: int, element_size: int) -> int:
+    """Return into how many parts a pass over dy sums dB, 0 where reading dy again moves less.
+
+    A part is R * N floats, written and read: 8 bytes against an element of dy's block_m rows.
+    """
+    parts = -(-M // dy_tile(card, kind, M).block_m)
+    return parts if 8 * parts * R < M * element_size else 0
+
+
+def splits(card: Card, tiles: int, size: int, block: int) -> int:
+    """Return into how many parts `tiles` programs' sums over `size` are split: 4 at most.
+
+    Where nearly half of the SMs have a program it is one: those draw the whole bandwidth.
+    Else a program for each SM, in parts of at least 4 steps: shorter ones are all start and end.
+    What reads the parts sums them in each of its tiles.
+    """
+    if 2 * tiles >= 0.9 * card.sms:
+        return 1
+    steps = 1 if card.interpreted else 4
+    return max(1, min(card.sms // tiles, size // (steps * block), MAX_SPLITS))
+
+
+def block_r(R: int, most: int = MAX_BLOCK_R) -> int:
+    """Return the rank padded to a power of two: at least 16, a matrix instruction's, at most."""
+    return min(max(16, 1 << (R - 1).bit_length()), most)

@@ -1,0 +1,43 @@
+"""The Triton backend under torch.compile, over fake CUDA tensors: no GPU is asked."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_ext import lora_linear
+from lora_ext.backends import triton as backend
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Fake tensors on a card of capability 9.0."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    backend._why_not_here.cache_clear()
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        yield
+    torch._dynamo.reset()
+    backend._why_not_here.cache_clear()
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=str)
+def test_a_call_is_one_graph_with_our_operators(cuda, adapter):
+    x, weight = (torch.empty(s, dtype=torch.bfloat16) for s in ((6, 24), (40, 24)))
+    A, B = (torch.empty(s, dtype=adapter, requires_grad=True) for s in ((24, 4), (4, 40)))
+    found = []
+
+    def record(graph: torch.fx.GraphModule, inputs):
+        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        found.append([str(n.target) for part in parts for n in part.graph.nodes])
+        return graph
+
+    run = torch.compile(lambda *t: lora_linear(*t, 0.5), fullgraph=True, backend=record)
+    y = run(x, weight, None, A, B)
+    assert (y.shape, y.dtype, y.device.type) == ((6, 40), torch.bfloat16, "cuda")
+    assert y.requires_grad
+    (targets,) = found
+    ours = {target for target in targets if "lora_ext" in target}
+    assert ours == {f"lora_ext_triton.linear_{way}.default" for way in ("fwd", "bwd")}
