@@ -53,10 +53,15 @@ bool is_or_has(const char* cpu) {
   return false;
 }
 
+// Whether a line is for the chosen blocks: those with pairs differ in bfloat16 alone.
+bool is_for_these_blocks(const Routes& line) {
+  if (std::strcmp(line.isa, blocks().name) == 0) return true;
+  return blocks().pairs != nullptr && std::strcmp(line.isa, "avx512") == 0;
+}
+
 const Routes& find(const char* dtype) {
   for (const Routes& line : kTable) {
-    if (std::strcmp(line.isa, blocks().name) == 0 && std::strcmp(line.dtype, dtype) == 0 &&
-        is_or_has(line.cpu)) {
+    if (is_for_these_blocks(line) && std::strcmp(line.dtype, dtype) == 0 && is_or_has(line.cpu)) {
       return line;
     }
   }
