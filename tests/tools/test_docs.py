@@ -26,6 +26,11 @@ def test_the_backend_of_the_design_page_keeps_the_rule():
     )
 
 
+def test_the_readme_is_read_in_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
+
+
 def anchors(text: str) -> set[str]:
     """Return the names that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
