@@ -7,7 +7,8 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel wheel-check clean
+.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel \
+  wheel-check clean
 
 install: $(INSTALLED)
 
