@@ -51,7 +51,8 @@ AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.fl
 AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
 AVX512_CASES += [LONG.but(dtype=torch.float16)]
 
-# name: (file, the line, what it becomes, the files that include it)
+# name: (file, the line, what it becomes, the files that include it: of a template all of them, or
+# the linker takes the right one's copy)
 MUTANTS = {
     "scale_dropped_in_y": (
         "cpu/forward.cpp",
@@ -93,13 +94,13 @@ MUTANTS = {
         "cpu/product.h",
         "bias == nullptr ? bias : bias + col",
         "bias",
-        FORWARD,
+        FORWARD + BACKWARD,
     ),
     "B_of_first_columns": (
         "cpu/factors.h",
         "if (is_ready_) part.ready_ = ready_.from(0, col);",
         "",
-        FORWARD,
+        FORWARD + BACKWARD,
     ),
     "dx_without_low_rank_part": (
         "cpu/backward.cpp",
@@ -129,7 +130,7 @@ MUTANTS = {
         "cpu/product.h",
         "if (out.bias != nullptr) addend = {out.bias, 0};",
         "if (out.bias != nullptr && row > 0) addend = {out.bias, 0};",
-        FORWARD,
+        FORWARD + BACKWARD,
     ),
     "base_product_forgotten_where_it_is_added_to": (
         "cpu/product.h",
@@ -207,7 +208,7 @@ MUTANTS = {
         "cpu/product.h",
         "if (legs[i].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[i]",
         "if (legs[0].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[0]",
-        BACKWARD,
+        FORWARD + BACKWARD,
     ),
     "mask_with_its_bits_reversed": (
         "cpu/blocks_impl.h",
@@ -222,34 +223,34 @@ MUTANTS = {
         BLOCKS,
     ),
     "mask_of_first_rows_in_h": (
-        "cpu/factors.h",
-        "part.keep_ = keep_.from(row, 0);",
-        "",
-        FORWARD,
+        "cpu/low_rank.h",
+        "Left<A>(left, keep_.from(row, 0))",
+        "Left<A>(left, keep_)",
+        FORWARD + BACKWARD,
     ),
     "mask_of_first_steps_in_h": (
         "cpu/factors.h",
         "col_stride_}, keep_.from(row, k), scratch",
         "col_stride_}, keep_.from(row, 0), scratch",
-        FORWARD,
+        FORWARD + BACKWARD,
     ),
     "mask_off_by_a_row_in_dA": (
         "cpu/factors.h",
         "keep_.from(k, col), panels",
         "keep_.from(k > 0 ? k - 1 : k, col), panels",
-        BACKWARD,
+        FORWARD + BACKWARD,
     ),
     "mask_of_first_panel_in_dA": (
         "cpu/factors.h",
         "keep.from(0, col), {panels",
         "keep, {panels",
-        BACKWARD,
+        FORWARD + BACKWARD,
     ),
     "mask_of_first_rows_in_dx": (
         "cpu/product.h",
         "legs[i].keep.from(row, 0), {sum",
         "legs[i].keep, {sum",
-        BACKWARD,
+        FORWARD + BACKWARD,
     ),
     "tail_of_dots_forgotten": (
         "cpu/few_rows_impl.h",
