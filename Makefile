@@ -7,7 +7,8 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-long mutants bench readme-results gpu-check lint wheel wheel-check clean
+.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel \
+  wheel-check clean
 
 install: $(INSTALLED)
 
@@ -21,8 +22,21 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(RUN) -m benchmarks.finetune $(ARGS)
 
-test: install
-	$(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+# In three jobs, each with its count: all but the GPU kernels; Triton's kernels in its interpreter;
+# the CUDA C++ kernels over the emulator. `test` is what a newcomer runs, `test-all` what .ci/run does.
+# ARGS is for the first job: ARGS="-k backward" for a part, ARGS="-n 0" for one process.
+PYTEST = $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal --durations 15 $(CHOICE)
+KERNEL_TESTS = $(addprefix tests/op/test_,backends.py backward.py extremes.py)
+EMULATED = build/emulated
+test: CHOICE = -m "not slow"
+test test-all: export OMP_WAIT_POLICY = passive
+test test-all: install
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) --backends triton
+	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
+	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
+	  -p tests.gpu.emulated_cuda --backends cpp \
+	  -k "(not hopper or many_blocks or tile or threads) and not drop and not nobase"
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000

@@ -2,12 +2,14 @@
 
 LORA_EXT_BUILD=auto (default) builds lora_ext._C, the CPU kernels, and lora_ext._cuda where torch is
 a CUDA build and a toolkit of the same major version is there; cpu builds _C alone; cuda demands
-both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute capabilities.
+both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute capabilities, CXX the
+compiler.
 """
 
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 CHOICES = ("auto", "cpu", "cuda", "none")
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 OLDEST_ARCHITECTURE = 80  # cp.async and the bfloat16 matrix instruction
+OLDEST_GCC = 12  # __builtin_shufflevector, _Float16 in C++, __builtin_cpu_supports("avx512fp16")
 # No -march: each kernel file names the instruction set it is compiled for.
 CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -fvisibility=hidden -ffp-contract=fast".split()
 CXX_FLAGS += ["-fno-math-errno"]
@@ -36,13 +39,17 @@ def build_arguments() -> dict:
     if choice == "none":
         print("lora_ext: LORA_EXT_BUILD=none, the C++ kernels are not built")
         return {}
+    check_compiler()
     nvcc, why_not = (None, "LORA_EXT_BUILD=cpu") if choice == "cpu" else find_nvcc()
+    capabilities, ptx = architectures(nvcc) if nvcc is not None else ([], False)
+    if nvcc is not None and not capabilities:
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        nvcc, why_not = None, f"TORCH_CUDA_ARCH_LIST is {asked!r}, which names none from 8.0 on"
     if nvcc is None:
         if choice == "cuda":
             raise SystemExit(f"LORA_EXT_BUILD=cuda, but the CUDA kernels can't be built: {why_not}")
         print(f"lora_ext: the CUDA kernels are not built: {why_not}")
         return {"ext_modules": [cpu_extension("none")], "cmdclass": {"build_ext": builder()}}
-    capabilities, ptx = architectures(nvcc)
     names = " ".join(f"{c // 10}.{c % 10}" for c in capabilities) + " and PTX" * ptx
     print(f"lora_ext: building the CUDA kernels by {nvcc} for {names}")
     extensions = [cpu_extension(f"{release(nvcc)} for {names}"), cuda_extension(nvcc)]
@@ -64,7 +71,7 @@ def builder(kernels: Callable[[Path], Path] | None = None) -> type:
             super().finalize_options()
 
         def build_extension(self, ext: Extension) -> None:
-            # A folder each: both compile lora_linear.cpp, with macros of their own.
+            # A folder each: both compile call.cpp, with macros of their own.
             of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
             if ext.name == "lora_ext._cuda":
                 ext.extra_objects = [str(kernels(Path(self.build_temp).resolve()))]
@@ -82,7 +89,7 @@ def cpu_extension(cuda: str) -> Extension:
 
 def cuda_extension(nvcc: str) -> Extension:
     """Return lora_ext._cuda, a library that registers operators; the CUDA runtime is inside it."""
-    result = extension("lora_ext._cuda", ["csrc/lora_linear.cpp", *find("cuda/*.cpp")])
+    result = extension("lora_ext._cuda", ["csrc/call.cpp", *find("cuda/*.cpp")])
     result.define_macros.append(("USE_CUDA", None))  # torch's headers then declare its streams
     # Nothing of torch's Python, and no other copy of the runtime.
     result.libraries = ["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt"]
@@ -108,6 +115,23 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str]] = ())
 def find(pattern: str) -> list[str]:
     """Return the files of csrc that match, in a fixed order."""
     return sorted(map(str, Path("csrc").glob(pattern)))
+
+
+def check_compiler() -> None:
+    """End the build with a clear message where the C++ compiler is a g++ that is too old."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        if "clang" in ask([*command, "--version"]).stdout.lower():
+            return
+        version = ask([*command, "-dumpfullversion"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return  # the build names what it misses
+    if version.split(".")[0].isdigit() and int(version.split(".")[0]) < OLDEST_GCC:
+        raise SystemExit(
+            f"lora_ext needs g++ {OLDEST_GCC} or later, {' '.join(command)} is {version}: install "
+            f"it and set CXX=g++-{OLDEST_GCC}, or set LORA_EXT_BUILD=none for plain PyTorch"
+        )
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -154,19 +178,26 @@ def release(nvcc: str) -> str:
 def architectures(nvcc: str) -> tuple[list[int], bool]:
     """Return the compute capabilities to compile for, 80 for 8.0, and whether to add PTX.
 
-    TORCH_CUDA_ARCH_LIST is taken as it is; the default is cut to what this nvcc knows.
+    TORCH_CUDA_ARCH_LIST is taken, but for what is too old, which images that build torch name too;
+    the default is cut to what this nvcc knows.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    capabilities, ptx = [], False
+    capabilities, ptx, too_old = [], False, []
     for name in asked or ARCHITECTURES.split():
-        number = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", name)
-        if number is None or int(number[1] + number[2]) < OLDEST_ARCHITECTURE:
+        number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if number is None:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST must have compute capabilities from 8.0 on, as in "
-                f"{ARCHITECTURES!r}, got {name!r}"
+                f"TORCH_CUDA_ARCH_LIST must have compute capabilities, as in {ARCHITECTURES!r}, "
+                f"got {name!r}"
             )
-        capabilities.append(int(number[1] + number[2]))
+        capability = int(number[1] + number[2])
+        if capability < OLDEST_ARCHITECTURE:
+            too_old.append(name)
+            continue
+        capabilities.append(capability)
         ptx |= number[3] is not None
+    if too_old:
+        print(f"lora_ext: the CUDA kernels need 8.0 or later: left out {' '.join(too_old)}")
     if not asked:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
         capabilities = [c for c in capabilities if f"sm_{c}" in listed.stdout.split()]

@@ -1,4 +1,4 @@
-"""Time one adapted linear layer, forward or forward and backward, beside its alternatives.
+"""Time one adapted linear layer, forward or forward and backward, next to its alternatives.
 
 Each provider's results are first checked against an fp64 oracle; what is wrong is not timed.
 """
@@ -164,7 +164,7 @@ class Gate:
 
 
 def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row]]:
-    """Run every shape; --json is written anew after each, so that a run cut short leaves it."""
+    """Run every shape; --json is written again after each, so that a run cut short leaves it."""
     rows: list[Row] = []
     not_timed: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -214,25 +214,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME,...",
         help=f"of {', '.join(PROVIDERS)}; or all (default {','.join(DEFAULT)})",
     )
-    add(
-        "--threads",
-        type=positive(int),
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
-    add(
-        "--seconds",
-        type=positive(float),
-        default=2.0,
-        metavar="BUDGET",
-        help="timing budget of a shape, over all providers (default 2)",
-    )
-    add(
-        "--compare",
-        type=earlier_run,
-        metavar="OLD.json",
-        help="exit 1 if a row got slower",
-    )
+    number, seconds = positive(int), positive(float)
+    add("--threads", type=number, metavar="N", help="CPU threads (default: torch's choice)")
+    budget = "timing budget of a shape, over all providers (default 2)"
+    add("--seconds", type=seconds, default=2.0, metavar="BUDGET", help=budget)
+    add("--compare", type=earlier_run, metavar="OLD.json", help="exit 1 if a row got slower")
     add("--json", type=writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,6 +36,13 @@ def name_of(run: dict[str, Any]) -> str:
     return f"{row['dtype']} {mode}, {threads} thread{'s' * (threads != 1)}"
 
 
+def machine_of(run: dict[str, Any]) -> str:
+    """Return what a run was timed on: the processor, and its instruction set where that is kept."""
+    header = run["header"]
+    name = re.sub(r"\((R|TM)\)| Processor$", "", header["device"])
+    return ", ".join(filter(None, [name, header.get("instruction_set")]))
+
+
 def sweep(run: dict[str, Any], size: str) -> Cells | None:
     """Return the run's cells if it varies `size`, "M" or "R", alone; else None."""
     cells = by_shape(run["rows"])
@@ -54,25 +62,32 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> list[str]:
 
     # Of runs that timed the same, the one with the fewest providers is the least disturbed.
     runs = sorted(runs, key=lambda run: (run["rows"][0]["dtype"] != "fp32", name_of(run)))
-    by_rows = [(name_of(run), cells) for run in runs if (cells := sweep(run, "M"))]
-    by_rank = [(name_of(run), cells) for run in runs if (cells := sweep(run, "R"))]
-    grids: dict[str, dict[str, Any]] = {}
+    machines = dict.fromkeys(machine_of(run) for run in runs)
+    on = {machine: f"\n{machine}" if len(machines) > 1 else "" for machine in machines}
+    by_rows, by_rank = (
+        [(name_of(run) + on[machine_of(run)], cells) for run in runs if (cells := sweep(run, size))]
+        for size in "MR"
+    )
+    grids: dict[str, dict[str, dict[str, Any]]] = {}
     for run in runs:
         if not sweep(run, "M") and not sweep(run, "R"):
-            other = grids.setdefault(name_of(run), run)
-            grids[name_of(run)] = min(other, run, key=lambda run: len(run["rows"]))
+            here = grids.setdefault(machine_of(run), {})
+            other = here.setdefault(name_of(run), run)
+            here[name_of(run)] = min(other, run, key=lambda run: len(run["rows"]))
     panels: dict[str, Callable[[Any], int | None]] = {}
-    if grids:
-        panels["Speedup over the plain layer"] = lambda axes: _speedup(axes, list(grids.values()))
-        if training := [run for run in grids.values() if run["rows"][0]["mode"] == "fwd_bwd"]:
-            panels["Memory of one step"] = lambda axes: _memory(axes, training[0])
+    for machine, here in sorted(grids.items()):
+        title = f"Speedup over the plain layer{on[machine]}"
+        panels[title] = lambda axes, here=here: _speedup(axes, list(here.values()))
+    all_ = [run for here in grids.values() for run in here.values()]
+    if training := [run for run in all_ if run["rows"][0]["mode"] == "fwd_bwd"]:
+        panels["Memory of one step"] = lambda axes: _memory(axes, training[0])
     for name, cells in by_rows:
         panels[f"Over bare F.linear, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "M")
         panels[f"Time per row, {name}"] = lambda axes, c=cells: _time_per_row(axes, c)
     for name, cells in by_rank:
         panels[f"By rank, {name}"] = lambda axes, c=cells: _over_linear(axes, c, "R")
     if not panels:
-        raise ValueError("no run with a provider beside its peers to draw")
+        raise ValueError("no run with a provider and its peers to draw")
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(6.2 * across, 4.4 * down), layout="constrained", facecolor="white")

@@ -27,7 +27,7 @@ from . import Case
 
 
 class Unavailable(Exception):
-    """A provider can't run here; the message says why and what mends it."""
+    """A provider can't run here; the message says why and how to fix it."""
 
 
 def hash_mask(case: Case) -> Tensor:

@@ -1,7 +1,8 @@
-"""Write the README's results section from the JSON files of benchmarks/results, and only from them.
+"""Write the results into README.md and docs/performance.md from the files of benchmarks/results.
 
-Every number there can so be traced to a row of a file and to the command that wrote it. A test
-runs `check`, so that neither can change alone.
+Both have a section between two marks that nothing else is written into, so that every number there
+can be traced to a row of a file and to the command that wrote it. A test runs `check`, so that
+neither can change alone.
 """
 
 import argparse
@@ -12,106 +13,123 @@ from pathlib import Path
 from typing import Any
 
 from . import GRIDS, Shape
-from .plot import draw, name_of
+from .plot import draw, machine_of, name_of
 from .providers import DEFAULT
 from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "cpu.png"
 BEGIN, END = "<!-- results: made by `make readme-results` -->", "<!-- results end -->"
+# Files that were written before a run's header had its instruction set, by how their names begin.
+INSTRUCTION_SETS = {"cpu-zen3-": "AVX2"}
 Run = dict[str, Any]
+Kept = Sequence[tuple[Path, Run]]
 
 
 def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
     """Return the runs of bench_linear kept there, float32 first, each with its file."""
     files = sorted(path for device in GRIDS for path in folder.glob(f"{device}-*.json"))
-    found = [(path, earlier_run(path)) for path in files]
+    found = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
 def model_runs(folder: Path = RESULTS / "models") -> list[Run]:
     """Return the runs of bench_model kept there."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
+    return [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
 
 
-def section(kept: Sequence[tuple[Path, Run]], models: Sequence[Run] = ()) -> str:
-    """Return the section's text: a table by shape, geometric means, conditions, commands.
+def means(kept: Kept) -> str:
+    """Return the README's text: a line for each machine and dtype, geometric means over the grid.
+
+    Raises:
+        ValueError: no run of the standard grid with the default providers.
+
+    """
+    main = _main(kept)
+    columns = sorted({_column(run) for run in main})
+    cells = {(machine_of(run), run["rows"][0]["dtype"], _column(run)): run for run in main}
+    lines = [
+        "Plain layer's time over ours (above 1: ours is faster), and in brackets ours over bare",
+        "`F.linear`; geometric means over the shapes of the standard grid:",
+        "",
+        _line(["machine", "dtype", *(_heading(*column) for column in columns)]),
+        _line(["---", "---", *("---:" for _ in columns)]),
+    ]
+    for machine, dtype in sorted(
+        dict.fromkeys(key[:2] for key in cells), key=lambda key: (key[0], key[1] != "fp32", key[1])
+    ):
+        timed = (cells.get((machine, dtype, column)) for column in columns)
+        lines.append(_line([machine, dtype, *map(_two_means, timed)]))
+    return "\n".join([*lines, "", f"Measured {_conditions([run for _, run in kept])}."])
+
+
+def tables(kept: Kept, models: Sequence[Run] = ()) -> str:
+    """Return the page's text: by machine a table of all shapes, peers, whole steps, the commands.
 
     Args:
         kept: runs of bench_linear with their files.
         models: runs of bench_model.
 
     Raises:
-        ValueError: no run of the standard grid.
+        ValueError: no run of the standard grid with the default providers.
 
     """
-    grids = [run for _, run in kept if _is_standard(run)]
-    main = [run for run in grids if _providers(run) <= set(DEFAULT)]
-    if not main:
-        raise ValueError(f"no run of the standard grid and default providers in {len(kept)} files")
-    tables = [by_shape(run["rows"]) for run in main]
-    heads = [name_of(run) for run in main]
-    lines = [
-        "Plain layer's time over ours, by shape (above 1: ours is faster):",
-        "",
-        _line(["M,K,N,R", *heads]),
-        _line(["---", *("---:" for _ in heads)]),
-    ]
-    for shape in dict.fromkeys(shape for cells in tables for shape in cells):
-        lines.append(
-            _line([str(shape), *(_show(ratio(c.get(shape, {}), PLAIN, OURS)) for c in tables)])
-        )
-    lines.append(_line(["**geometric mean**", *(f"**{_mean(c, PLAIN, OURS)}**" for c in tables)]))
-    lines.append(_line(["ours over bare `F.linear`", *(_mean(c, OURS, FLOOR) for c in tables)]))
-    if peers := [run for run in grids if run not in main]:
-        lines += ["", *_peers(peers)]
-    for run in models:
-        lines += ["", *_steps(run)]
-    lines += ["", f"![{PICTURE.stem}]({PICTURE.relative_to(ROOT)})", ""]
-    header = main[0]["header"]
-    machines = dict.fromkeys(
-        f"{run['header']['device']}, torch {run['header']['torch']}" for _, run in kept
-    )
-    dates = sorted({run["header"]["date"][:10] for _, run in kept})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    commits = dict.fromkeys(str(run["header"]["commit"]) for _, run in kept)
-    lines += [
-        f"Measured on {'; '.join(machines)}, {when}, commit {', '.join(commits)}. Each file of",
-        f"`{RESULTS.relative_to(ROOT)}/` holds the command that wrote it; the first one's:",
-    ]
-    lines += ["", "```", header["command"], "```"]
-    return "\n".join(lines)
+    lines = []
+    for machine in sorted(dict.fromkeys(machine_of(run) for run in _main(kept))):
+        here = [(path, run) for path, run in kept if machine_of(run) == machine]
+        main = _main(here)
+        lines += [f"### {machine}", "", *_by_shape(main)]
+        if peers := [run for _, run in here if _is_standard(run) and run not in main]:
+            lines += ["", *_peers(peers)]
+        for run in models:
+            if machine_of(run) == machine:
+                lines += ["", *_steps(run)]
+        commits = dict.fromkeys(str(run["header"]["commit"]) for _, run in here)
+        conditions = _conditions([run for _, run in here])
+        lines += ["", f"Measured {conditions}, commit {', '.join(commits)}, by:", "", "```"]
+        lines += [*(run["header"]["command"] for _, run in here), "```", ""]
+    return "\n".join(lines[:-1])
 
 
-def replaced(readme: str, text: str) -> str:
-    """Return the README with its section's text replaced.
+def replaced(page: str, text: str) -> str:
+    """Return a page with its section's text replaced.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
 
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"the README must have {BEGIN!r} and {END!r} once each")
+        raise ValueError(f"the page must have {BEGIN!r} and {END!r} once each")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def check(readme: Path = README, folder: Path = RESULTS) -> str | None:
-    """Say where the README differs from what the files give; None if it does not."""
-    text = readme.read_text()
-    made = replaced(text, section(runs(folder), model_runs(folder / "models")))
-    for number, (is_, should) in enumerate(
-        zip(text.splitlines(), made.splitlines(), strict=False), 1
-    ):
-        if is_ != should:
-            return f"{readme.name}:{number} is {is_!r}, the results give {should!r}"
-    return None if text == made else f"{readme.name} ends otherwise than the results"
+def made(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> dict[Path, str]:
+    """Return the whole text that each page should have."""
+    kept = runs(folder)
+    texts = {readme: means(kept), page: tables(kept, model_runs(folder / "models"))}
+    return {path: replaced(path.read_text(), text) for path, text in texts.items()}
+
+
+def check(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> str | None:
+    """Say where a page differs from what the files give; None if none does."""
+    for path, should_be in made(readme, page, folder).items():
+        text = path.read_text()
+        pairs = zip(text.splitlines(), should_be.splitlines(), strict=False)
+        for number, (is_, should) in enumerate(pairs, 1):
+            if is_ != should:
+                return f"{path.name}:{number} is {is_!r}, the results give {should!r}"
+        if text != should_be:
+            return f"{path.name} ends otherwise than the results"
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the section and its picture; with --check return 1 and say so if they differ."""
+    """Write the sections and the picture; with --check return 1 and say so if they differ."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.readme", description=__doc__.partition("\n")[0]
     )
@@ -119,17 +137,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         if why := check():
-            print(f"{why}\nwrite it anew: make readme-results", file=sys.stderr)
+            print(f"{why}\nwrite it again: make readme-results", file=sys.stderr)
         return int(why is not None)
-    kept = runs()
-    README.write_text(replaced(README.read_text(), section(kept, model_runs())))
-    draw([run for _, run in kept], PICTURE)
+    for path, text in made().items():
+        path.write_text(text)
+    draw([run for _, run in runs()], PICTURE)
     return 0
+
+
+def _with_instruction_set(path: Path, run: Run) -> Run:
+    for begins, instruction_set in INSTRUCTION_SETS.items():
+        if path.name.startswith(begins):
+            run["header"].setdefault("instruction_set", instruction_set)
+    return run
+
+
+def _main(kept: Kept) -> list[Run]:
+    """Return the runs of the standard grid with the default providers; raise if there is none."""
+    found = [run for _, run in kept if _is_standard(run) and _providers(run) <= set(DEFAULT)]
+    if not found:
+        raise ValueError(f"no run of the standard grid and default providers in {len(kept)} files")
+    return found
+
+
+def _column(run: Run) -> tuple[str, int]:
+    return run["rows"][0]["mode"], run["header"]["threads"]
+
+
+def _heading(mode: str, threads: int) -> str:
+    return f"{'forward' if mode == 'fwd' else 'training step'}, {threads} thread" + "s" * (
+        threads != 1
+    )
+
+
+def _two_means(run: Run | None) -> str:
+    if run is None:
+        return "-"
+    cells = by_shape(run["rows"])
+    return f"{_mean(cells, PLAIN, OURS)} ({_mean(cells, OURS, FLOOR)})"
+
+
+def _conditions(measured: Sequence[Run]) -> str:
+    headers = [run["header"] for run in measured]
+    dates = sorted({header["date"][:10] for header in headers})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{when} with torch {', '.join(sorted({header['torch'] for header in headers}))}"
+
+
+def _by_shape(main: Sequence[Run]) -> list[str]:
+    """Return the lines on one machine's runs: plain over ours by shape, and the two means."""
+    timed = [by_shape(run["rows"]) for run in main]
+    lines = [
+        "Plain layer's time over ours, by shape (above 1: ours is faster):",
+        "",
+        _line(["M,K,N,R", *map(name_of, main)]),
+        _line(["---", *("---:" for _ in main)]),
+    ]
+    for shape in dict.fromkeys(shape for cells in timed for shape in cells):
+        ratios = (ratio(cells.get(shape, {}), PLAIN, OURS) for cells in timed)
+        lines.append(_line([str(shape), *map(_show, ratios)]))
+    lines.append(_line(["**geometric mean**", *(f"**{_mean(c, PLAIN, OURS)}**" for c in timed)]))
+    return [*lines, _line(["ours over bare `F.linear`", *(_mean(c, OURS, FLOOR) for c in timed)])]
 
 
 def _peers(compared: Sequence[Run]) -> list[str]:
     """Return the lines on runs with more providers: geometric means over the bare linear."""
-    tables = [by_shape(run["rows"]) for run in compared]
+    timed = [by_shape(run["rows"]) for run in compared]
     names = dict.fromkeys(row["provider"] for run in compared for row in run["rows"])
     return [
         "Time over bare `F.linear`, geometric means of the same shapes, all providers in turn in",
@@ -138,11 +211,11 @@ def _peers(compared: Sequence[Run]) -> list[str]:
         _line(["", *(name_of(run) for run in compared)]),
         _line(["---", *("---:" for _ in compared)]),
         *(
-            _line([f"`{name}`", *(_mean(cells, name, FLOOR) for cells in tables)])
+            _line([f"`{name}`", *(_mean(cells, name, FLOOR) for cells in timed)])
             for name in names
             if name != FLOOR
         ),
-        _line(["plain layer over ours", *(_mean(cells, PLAIN, OURS) for cells in tables)]),
+        _line(["plain layer over ours", *(_mean(cells, PLAIN, OURS) for cells in timed)]),
     ]
 
 

@@ -204,7 +204,7 @@ def drift_free(changes: Sequence[Change]) -> list[float | None]:
     """Return each change's ratio over that of `linear` at the same shape, None where it has none.
 
     `linear` is timed in the same rounds, so a machine that is slower as a whole cancels out. Shown
-    beside the plain ratio and not part of the verdict.
+    next to the plain ratio and not part of the verdict.
     """
     floors = {_key(c.new)[1:]: c.ratio for c in changes if c.new["provider"] == FLOOR}
     under = (floors.get(_key(change.new)[1:]) for change in changes)

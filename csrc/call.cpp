@@ -50,11 +50,10 @@ int64_t element_bytes(const Operand& operand) {
 // Checks arguments against the first, x or dy: its device and its dtype.
 class Checks {
  public:
-  Checks(const char* first_name, const Operand& first)
-      : first_name_(first_name), dtype_(first.dtype) {
+  Checks(const char* name, const Operand& first) : dtype_(first.dtype) {
     LORA_EXT_CHECK(aoti_torch_get_device_type(first.tensor->get(), &type_));
     LORA_EXT_CHECK(aoti_torch_get_device_index(first.tensor->get(), &index_));
-    check_memory(first_name, first);
+    check_memory(name, first);
   }
 
   bool on_cpu() const { return type_ == aoti_torch_device_type_cpu(); }
@@ -75,13 +74,12 @@ class Checks {
     int32_t type, index;
     LORA_EXT_CHECK(aoti_torch_get_device_type(operand.tensor->get(), &type));
     LORA_EXT_CHECK(aoti_torch_get_device_index(operand.tensor->get(), &index));
-    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on ", first_name_,
-                    "'s device ", device_text(type_, index_), ", got ", device_text(type, index));
+    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on device ",
+                    device_text(type_, index_), ", got ", device_text(type, index));
     check_memory(name, operand);
   }
 
  private:
-  const char* const first_name_;
   const ScalarType dtype_;
   int32_t type_, index_;
 };
@@ -126,6 +124,42 @@ void check_keep(const Checks& checks, const Operand& keep, int64_t M, int64_t K)
   STD_TORCH_CHECK(keep.stride(1) == 1 || keep.size(1) < 2,
                   "keep must have rows without gaps, got stride ", keep.stride(1));
   checks.place("keep", keep);
+}
+
+// A, which dx reads, and of which dA has the layout.
+void read_A(const Checks& checks, const std::optional<Tensor>& A, BackwardCall* call) {
+  if (!call->needs.dx && !call->needs.dA) return;
+  check_given("A", A, call->needs.dx ? "dx" : "dA");
+  const Operand& operand = call->low.A = Operand(A);
+  check_dim("A", operand, 2, "(in_features, rank)");
+  call->K = operand.size(0);
+  call->R = operand.size(1);
+  checks.adapter_dtype("A", operand);
+  checks.place("A", operand);
+}
+
+// B, which t is made of, and of which dB has the layout.
+void read_B(const Checks& checks, const std::optional<Tensor>& B, BackwardCall* call) {
+  const Needs& needs = call->needs;
+  if (!needs.dx && !needs.dA && !needs.dB) return;
+  check_given("B", B, needs.dx ? "dx" : needs.dA ? "dA" : "dB");
+  const Operand& operand = call->low.B = Operand(B);
+  check_dim("B", operand, 2, "(rank, out_features)");
+  if (!call->low.A) call->R = operand.size(0);
+  check_shape("B", operand, {call->R, call->N});
+  checks.adapter_dtype("B", operand);
+  checks.place("B", operand);
+}
+
+void read_x(const Checks& checks, const std::optional<Tensor>& x, BackwardCall* call) {
+  if (!call->needs.dA && !call->needs.dweight) return;
+  check_given("x", x, call->needs.dA ? "dA" : "dweight");
+  const Operand& operand = call->x = Operand(x);
+  check_dim("x", operand, 2, "(M, in_features)");
+  if (!call->low.A) call->K = operand.size(1);
+  check_shape("x", operand, {call->M, call->K});
+  checks.dtype("x", operand);
+  checks.place("x", operand);
 }
 
 bool is_transposed(const Operand& factor) { return factor.stride(0) == 1 && factor.stride(1) != 1; }
@@ -218,7 +252,6 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
                             const std::optional<Tensor>& keep) {
   BackwardCall call;
   call.needs = {needs.at(0), needs.at(1), needs.at(2), needs.at(3), needs.at(4)};
-  const auto [need_dx, need_dweight, need_dbias, need_dA, need_dB] = call.needs;
   call.dy = Operand(dy);
   check_dim("dy", call.dy, 2, "(M, out_features)");
   const Checks checks("dy", call.dy);
@@ -226,47 +259,22 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
   call.low.scale = scale;
   call.M = call.dy.size(0);
   call.N = call.dy.size(1);
-  if (need_dx || need_dA) {
-    check_given("A", A, need_dx ? "dx" : "dA");
-    call.low.A = Operand(A);
-    check_dim("A", call.low.A, 2, "(in_features, rank)");
-    call.K = call.low.A.size(0);
-    call.R = call.low.A.size(1);
-  }
-  if (need_dx || need_dA || need_dB) {
-    check_given("B", B, need_dx ? "dx" : need_dA ? "dA" : "dB");
-    call.low.B = Operand(B);
-    if (!call.low.A) check_dim("B", call.low.B, 2, "(rank, out_features)");
-    if (!call.low.A) call.R = call.low.B.size(0);
-    check_shape("B", call.low.B, {call.R, call.N});
-    checks.adapter_dtype("B", call.low.B);
-    checks.place("B", call.low.B);
-  }
-  if (need_dA || need_dweight) {
-    check_given("x", x, need_dA ? "dA" : "dweight");
-    call.x = Operand(x);
-    check_dim("x", call.x, 2, "(M, in_features)");
-    if (!call.low.A) call.K = call.x.size(1);
-    check_shape("x", call.x, {call.M, call.K});
-    checks.dtype("x", call.x);
-    checks.place("x", call.x);
-  }
-  if (call.low.A) {
-    checks.adapter_dtype("A", call.low.A);
-    checks.place("A", call.low.A);
-  }
-  if (need_dx && weight.has_value()) {
+  // In this order each takes the sizes that it has to fit from the ones before.
+  read_A(checks, A, &call);
+  read_B(checks, B, &call);
+  read_x(checks, x, &call);
+  if (call.needs.dx && weight.has_value()) {
     call.weight.data = Operand(weight);
     check_weight(checks, call.weight, call.N, call.K);
   }
-  if (need_dB) {
+  if (call.needs.dB) {
     check_given("h", h, "dB");
     call.h = Operand(h);
     check_shape("h", call.h, {call.M, call.R});
     checks.dtype("h", call.h);
     checks.place("h", call.h);
   }
-  if (keep.has_value() && (need_dx || need_dA)) {
+  if (keep.has_value() && (call.needs.dx || call.needs.dA)) {
     call.low.keep = Operand(keep);
     check_keep(checks, call.low.keep, call.M, call.K);
   }

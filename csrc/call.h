@@ -101,4 +101,4 @@ struct Gradients {
   const Tensor dx, dweight, dbias, dA, dB;
 };
 
-}  // namespace gnu::visibility("hidden")
+}  // namespace lora_ext

@@ -134,9 +134,10 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     if not path.is_file():
         raise FileNotFoundError(f"{what}, there is none at {path}")
     with open(path, "rb") as opened:  # safetensors says of every failure that there is no file
-        # Nor does it take a name that is not UTF-8.
-        is_utf8 = str(path).encode(errors="ignore").decode() == str(path)
-        name = path if is_utf8 else f"/dev/fd/{opened.fileno()}"
+        # It opens the file twice, for the header and for the data: by its descriptor, so that both
+        # are of one file even if another one takes the name in between.
+        descriptor = f"/dev/fd/{opened.fileno()}"
+        name = descriptor if os.path.exists(descriptor) else path
         try:
             with safe_open(name, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

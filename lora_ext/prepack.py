@@ -37,7 +37,7 @@ class Report:
 def prepack_(model: nn.Module, *, backward: bool = False) -> Report:
     """Lay a model's frozen weights out once for the CPU kernels, next to the weights themselves.
 
-    It pays with some tens of rows (README has the figures) and costs 4 bytes an element, twice that
+    It pays with some tens of rows (docs/packing.md) and costs 4 bytes an element, twice that
     with `backward`. A layer drops its layout, with a warning, when its weight changes: written to
     in place, replaced, moved or cast by `.to()`, or made to require grad. What PyTorch counts no
     version for goes unseen: writes through `weight.data`, NumPy, the storage, or a collective such

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -89,7 +90,7 @@ def small_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
 
 # The one list of what the tests run over: all backends, and here the further variants of one. The
 # instruction sets of "cpp" are chosen once a process: test_isa.py. Those of "triton" run on a GPU,
-# and in the interpreter: test_triton_interpreter.py.
+# and in Triton's interpreter where TRITON_INTERPRET=1 is set: a job of its own in the Makefile.
 VARIANTS: dict[str, list[Backend]] = {
     "triton": [
         Backend("triton", name, partial(regime, **forced), slow=True)
@@ -117,9 +118,24 @@ def backends_that_run_on(device: str) -> list[Backend]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --backends, by which test_triton_interpreter.py shares the tests out, and --device."""
-    parser.addoption("--backends", help="only tests over these, e.g. triton,triton-decode")
+    """Add --backends and --device."""
+    parser.addoption("--backends", help="only tests over these: cpp, triton, triton-decode, ...")
     parser.addoption("--device", default="cpu", help="where the tests over backends run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a name in --backends that none here has: it would pass by running nothing."""
+    asked = (config.getoption("--backends") or "").split(",")
+    if "triton" in asked and importlib.util.find_spec("triton") is None:
+        pytest.exit("needs the package triton", 0)
+    known = set().union(*map(names_of, backends_that_run_on(config.getoption("--device"))), [""])
+    if unknown := set(asked) - known:
+        raise pytest.UsageError(f"--backends must be among {sorted(known)}, got {sorted(unknown)}")
+
+
+def names_of(backend: Backend) -> set[str]:
+    """Return what --backends may call it: its own name, or its backend's for all variants."""
+    return {backend.name, str(backend)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -132,13 +148,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep what --backends asks for."""
     if asked := config.getoption("--backends"):
-        names = asked.split(",")
-        backends = [getattr(item, "callspec", None) for item in items]
-        items[:] = [
-            item
-            for item, spec in zip(items, backends, strict=True)
-            if spec is not None and str(spec.params.get("backend")) in names
-        ]
+        items[:] = [item for item in items if names_of_item(item) & set(asked.split(","))]
+
+
+def names_of_item(item: pytest.Item) -> set[str]:
+    """Return the names of the backend that a test runs over, none for one over no backend."""
+    if "backend" not in getattr(item, "fixturenames", ()):
+        return set()
+    return names_of(item.callspec.params["backend"])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Draw what simulate wrote: memory and bytes sent by ranks, plain layer beside ours."""
+"""Draw what simulate wrote: memory and bytes sent by ranks, plain layer next to ours."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,10 +78,10 @@ def _legend(axes: Any, colors: Mapping[str, str]) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=color, label=name) for name, color in reversed(colors.items())]
-    _beside(axes, handles=patches)
+    _legend_on_the_right(axes, handles=patches)
 
 
-def _beside(axes: Any, **options: Any) -> None:
+def _legend_on_the_right(axes: Any, **options: Any) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), **options)
     axes.get_legend().set_visible(False)
 
@@ -96,7 +96,7 @@ def _floors(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([rank for rank, _ in points], [f"{rank:,}" for rank, _ in points], fontsize=8)
     axes.set_ylabel("floor of a step at an H100 data sheet's peaks (ms)\ncalculated, not measured")
-    _beside(axes)
+    _legend_on_the_right(axes)
 
 
 def _caption(document: dict[str, Any]) -> str:

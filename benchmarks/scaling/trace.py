@@ -64,7 +64,7 @@ class Trace:
     Attributes:
         memory: bytes of each of KINDS: `weights` (frozen) and `adapters` as they lie sharded,
             `gradients` and `optimizer` of the adapters, `activations` that are kept between forward
-            and backward; beside them `gathered`, parameters whole at the end of the forward, and
+            and backward; with them `gathered`, parameters whole at the end of the forward, and
             `peak`, the most that is held at any time, all of it included.
         traffic: by (collective, dimension of the mesh).
 

@@ -16,6 +16,17 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Neighbours along the summed dimension in one word: what the bfloat16 product of AVX512-BF16
+// multiplies at a time. Of an odd number of elements the last one's neighbour is 0.
+struct Pair {
+  BFloat16 even, odd;
+};
+
+// The functions here are always inlined: a copy of one that was compiled for a wide instruction set
+// may not be linked into code for all CPUs.
+
+// The number of pairs that `count` elements make.
+[[gnu::always_inline]] constexpr int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
 
 // What products of T accumulate in.
 template <typename T>
@@ -36,16 +47,19 @@ struct View {
   int64_t rows, cols;
   int64_t row_stride, col_stride;
 
-  View block(int64_t row, int64_t col, int64_t n_rows, int64_t n_cols) const {
+  [[gnu::always_inline]] View block(int64_t row, int64_t col, int64_t n_rows,
+                                    int64_t n_cols) const {
     return {data + row * row_stride + col * col_stride, n_rows, n_cols, row_stride, col_stride};
   }
-  View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
+  [[gnu::always_inline]] View transposed() const {
+    return {data, cols, rows, col_stride, row_stride};
+  }
 };
 
 // A right-hand factor (depth, cols) is read in panels of kPanel columns, a row of which is one
-// cache line. Packed, a panel's rows lie one behind the other and columns past the last are zero; a
-// dense matrix of whole panels is read where it lies. The layout is the same for every instruction
-// set.
+// cache line. Packed, a panel's rows follow one another and columns past the last are zero; a dense
+// matrix of whole panels is read in place. The layout is the same for every instruction set. Of
+// pairs a panel has half as many rows, each with two elements of 16 columns.
 template <typename A>
 inline constexpr int64_t kPanel = 64 / sizeof(A);
 
@@ -54,15 +68,17 @@ struct Panels {
   A* data = nullptr;
   int64_t row_stride = 0, panel_stride = 0;  // in elements
 
-  static Panels packed(A* data, int64_t depth) { return {data, kPanel<A>, depth * kPanel<A>}; }
+  [[gnu::always_inline]] static Panels packed(A* data, int64_t depth) {
+    return {data, kPanel<A>, depth * kPanel<A>};
+  }
   // The panels from `row` and from the one that begins with column `col` on; col % kPanel == 0.
-  Panels from(int64_t row, int64_t col) const {
+  [[gnu::always_inline]] Panels from(int64_t row, int64_t col) const {
     return {data + col / kPanel<A> * panel_stride + row * row_stride, row_stride, panel_stride};
   }
 };
 
 template <typename A>
-constexpr int64_t round_up_to_panel(int64_t cols) {
+[[gnu::always_inline]] constexpr int64_t round_up_to_panel(int64_t cols) {
   return (cols + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
@@ -73,7 +89,7 @@ struct Bits {
   int64_t row_stride = 0;  // in bytes
 
   // The mask from an element on; col % 8 == 0.
-  Bits from(int64_t row, int64_t col) const {
+  [[gnu::always_inline]] Bits from(int64_t row, int64_t col) const {
     return {data == nullptr ? data : data + row * row_stride + col / 8, row_stride};
   }
 };
@@ -96,6 +112,8 @@ struct StorageOps {
   // out (left.rows, right.cols; dense rows of `ld`) = left @ right, as sums of right's rows, which
   // are dense. Packs nothing, and reads `right` from end to end once for 4 rows of `left`
   void (*combine_rows)(View<const A> left, View<const T> right, A* out, int64_t ld);
+  // y (dense rows) += scale * a @ b, where y is read and written once and rounded at the end
+  void (*update)(View<const A> a, Panels<const A> b, A scale, View<T> y);
 };
 
 // What a product is added to: nothing; a matrix of dense rows, such as the result itself; or, with
@@ -105,7 +123,9 @@ struct Addend {
   const A* data = nullptr;
   int64_t row_stride = 0;
 
-  Addend from(int64_t col) const { return {data == nullptr ? data : data + col, row_stride}; }
+  [[gnu::always_inline]] Addend from(int64_t col) const {
+    return {data == nullptr ? data : data + col, row_stride};
+  }
 };
 
 // What will be read next and lies far away, as panels of as many rows as those at hand: one line of
@@ -116,13 +136,42 @@ struct Ahead {
   int64_t row_stride = 0, panel_stride = 0;
 };
 
-template <typename A>
+// W is the word of the factors: float, double or a pair.
+template <typename W>
 struct MultiplyOps {
   // c (a.rows, cols; dense rows of `ldc`) = scale * a @ b + addend; a.cols rows of b's panels are
   // read, and with none of them c becomes the addend. The scale meets the sums. Columns past `cols`
   // are not written.
-  void (*multiply)(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, A scale,
-                   Addend<A> addend, Ahead ahead);
+  void (*multiply)(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
+                   Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead);
+};
+
+// Pairs made of a matrix of T; float is rounded to nearest even.
+template <typename T>
+struct PairLoadOps {
+  // A left factor: dst (src.rows, pairs_of(src.cols); dense rows of `ld`) = src
+  void (*load)(View<const T> src, Pair* dst, int64_t ld);
+  // The same for a transposed matrix, whose columns are dense: dst is (pairs, rows), dense rows of
+  // `ld`
+  void (*load_transposed)(View<const T> src, Pair* dst, int64_t ld);
+  // A right factor: packed panels of pairs_of(src.rows) rows each
+  void (*pack)(View<const T> src, Pair* dst);
+};
+
+// bfloat16 by pairs, with sums of float. The depth of a factor below counts pairs.
+struct PairOps {
+  PairLoadOps<BFloat16> from_bfloat16;
+  PairLoadOps<float> from_float;
+  MultiplyOps<Pair> products;
+  // y (dense rows) += scale * a @ b
+  void (*update)(View<const Pair> a, Panels<const Pair> b, float scale, View<BFloat16> y);
+  // out (left.rows, right.rows; dense rows of `ld`) = scale * left @ right.T, or += with `add`;
+  // both factors have dense rows, which are read in place
+  void (*dot)(View<const BFloat16> left, View<const BFloat16> right, float* out, int64_t ld,
+              float scale, bool add);
+  // out (left.rows, right.cols; dense rows of `ld`) = left @ right, as sums of pairs of right's
+  // rows, which are dense
+  void (*combine_rows)(View<const Pair> left, View<const BFloat16> right, float* out, int64_t ld);
 };
 
 // Rows of dropout's mask as bits, (cols + 7) / 8 bytes; bits past the end are 0.
@@ -143,6 +192,7 @@ struct Blocks {
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
   MaskOps mask;
+  const PairOps* pairs;  // null where the instruction set has none
 
   template <typename T>
   const StorageOps<T>& storage() const;
@@ -174,11 +224,16 @@ template <>
 inline const MultiplyOps<double>& Blocks::products<double>() const {
   return in_double;
 }
+template <>
+inline const MultiplyOps<Pair>& Blocks::products<Pair>() const {
+  return pairs->products;
+}
 
 extern const Blocks kBaselineBlocks;
 #if defined(__x86_64__)
 extern const Blocks kAvx2Blocks;
 extern const Blocks kAvx512Blocks;
+extern const Blocks kAvx512Bf16Blocks;
 #endif
 
 }  // namespace lora_ext::cpu

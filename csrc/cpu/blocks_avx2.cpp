@@ -8,6 +8,7 @@
 #endif
 #define LORA_EXT_VECTOR_BYTES 32
 #define LORA_EXT_TILE_ROWS 6
+#define LORA_EXT_TILE_PANELS 1
 #include "cpu/blocks_impl.h"
 
 namespace lora_ext::cpu {

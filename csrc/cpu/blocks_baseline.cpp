@@ -6,6 +6,7 @@
 #else
 #define LORA_EXT_TILE_ROWS 3
 #endif
+#define LORA_EXT_TILE_PANELS 1
 #include "cpu/blocks_impl.h"
 
 namespace lora_ext::cpu {

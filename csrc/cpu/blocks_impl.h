@@ -1,7 +1,8 @@
 // The block operations of blocks.h, written once with the compiler's vector types. Included by one
 // file per instruction set, which first sets
 //   LORA_EXT_VECTOR_BYTES   width of a vector register
-//   LORA_EXT_TILE_ROWS      rows of c that a tile keeps in registers beside one panel's width
+//   LORA_EXT_TILE_ROWS      rows of a tile of a product and
+//   LORA_EXT_TILE_PANELS    panels of it, whose sums stay in registers
 // and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so
 // the width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that
 // nothing compiled for one instruction set can be linked into another.
@@ -14,12 +15,11 @@
 #include "cpu/blocks.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
+#include "cpu/multiply_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
 namespace {
-
-constexpr int kTileRows = LORA_EXT_TILE_ROWS;
 
 // ---- load, pack, store ----
 
@@ -187,109 +187,11 @@ void keep(Bits bits, View<T> values) {
   }
 }
 
-// ---- multiply ----
-
-// c (kRows, one panel) = scale * a (kRows, depth) @ b (depth, one panel) + addend, the sums in
-// registers.
-template <int kRows, bool kAhead, typename A>
-inline void multiply_tile(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc, A scale,
-                          Addend<A> addend, Ahead ahead) {
-  using V = Vector<A>;
-  V acc[kRows][kVectors] = {};
-  for (int64_t p = 0; p < a.cols; ++p) {
-    V row[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = read<V>(b + p * ldb + v * kLanes<A>);
-    if constexpr (kAhead) __builtin_prefetch(ahead.data + p * ahead.row_stride, 0, 2);
-    const A* column = a.data + p * a.col_stride;
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] += column[i * a.row_stride] * row[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      // The addend comes in last: sums of kDepth terms that are then summed round a third as much
-      // as one sum (largest error of h at K = 1100 in float, kDepth = 256: 2.1e-6 for 5.9e-6).
-      const int64_t at = v * kLanes<A>;
-      V sum = scale * acc[i][v];
-      if (addend.data != nullptr) sum += read<V>(addend.data + i * addend.row_stride + at);
-      write(c + i * ldc + at, sum);
-    }
-  }
-}
-
-// The same for the last rows of a block: a.rows <= kRows.
-template <int kRows, typename A>
-inline void multiply_rows(View<const A> a, const A* b, int64_t ldb, A* c, int64_t ldc, A scale,
-                          Addend<A> addend, Ahead ahead) {
-  if (a.rows == kRows) {
-    if (ahead.data != nullptr) {
-      multiply_tile<kRows, true>(a, b, ldb, c, ldc, scale, addend, ahead);
-    } else {
-      multiply_tile<kRows, false>(a, b, ldb, c, ldc, scale, addend, ahead);
-    }
-  } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(a, b, ldb, c, ldc, scale, addend, ahead);
-  }
-}
-
-// And for the last columns: through a tile of whole width, since c's neighbours are not ours.
-template <typename A>
-void multiply_edge(View<const A> a, const A* b, int64_t ldb, int64_t cols, A* c, int64_t ldc,
-                   A scale, Addend<A> addend) {
-  A tile[kTileRows * kPanel<A>];
-  multiply_rows<kTileRows>(a, b, ldb, tile, kPanel<A>, scale, Addend<A>{}, Ahead{});
-  for (int64_t i = 0; i < a.rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const A start = addend.data != nullptr ? addend.data[i * addend.row_stride + j] : 0;
-      c[i * ldc + j] = start + tile[i * kPanel<A> + j];
-    }
-  }
-}
-
-template <typename A>
-void multiply(View<const A> a, Panels<const A> b, int64_t cols, A* c, int64_t ldc, A scale,
-              Addend<A> addend, Ahead ahead) {
-  // Tiles of even height: 8 rows as 4 and 4, since 2 of the sums in flight of 6 and 2 wait.
-  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
-  const auto first_row = [&](int64_t tile) { return a.rows * tile / tiles; };
-  // A panel serves the tiles of a strip before the next is read. With many steps between two
-  // touches of c that saves reading b again; with few (h @ B) c is most of the traffic, and one
-  // tile's rows, passed from end to end, stream: 1.36 ms for 1.90 on 960 x 3072 with 16 steps.
-  const int64_t strip_tiles = a.cols < 64 ? 1 : 8;
-  for (int64_t strip = 0; strip < tiles; strip += strip_tiles) {
-    const int64_t end = strip + strip_tiles < tiles ? strip + strip_tiles : tiles;
-    for (int64_t j = 0; j < cols; j += kPanel<A>) {
-      const A* panel = b.from(0, j).data;
-      Ahead next = ahead;  // once a panel
-      if (strip > 0) next = {};
-      if (next.data != nullptr) next.data += j / kPanel<A> * next.panel_stride;
-      for (int64_t tile = strip; tile < end; ++tile) {
-        const int64_t i = first_row(tile);
-        const View<const A> rows = a.block(i, 0, first_row(tile + 1) - i, a.cols);
-        A* to = c + i * ldc + j;
-        Addend<A> from = addend;
-        if (from.data != nullptr) from.data += i * from.row_stride + j;
-        if (cols - j >= kPanel<A>) {
-          multiply_rows<kTileRows>(rows, panel, b.row_stride, to, ldc, scale, from, next);
-          next = {};
-        } else {
-          multiply_edge(rows, panel, b.row_stride, cols - j, to, ldc, scale, from);
-        }
-      }
-    }
-  }
-}
-
 template <typename T>
-constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>, &store<T>,
-                                       &keep<T>, &dot<T>,  &combine_rows<T>};
+constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>,         &store<T>, &keep<T>,
+                                       &dot<T>,  &combine_rows<T>, &update<T>};
 
-constexpr Blocks make_blocks(const char* name) {
+constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
   return {name,
           kStorageOps<float>,
           kStorageOps<double>,
@@ -297,7 +199,8 @@ constexpr Blocks make_blocks(const char* name) {
           kStorageOps<Float16>,
           {&multiply<float>},
           {&multiply<double>},
-          {&draw_bits, &pack_bits}};
+          {&draw_bits, &pack_bits},
+          pairs};
 }
 
 }  // namespace

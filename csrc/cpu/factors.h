@@ -12,6 +12,13 @@
 
 namespace lora_ext::cpu {
 
+// A word P is what multiply takes a step with: an element, or, where an instruction multiplies
+// several neighbours along the summed dimension, these together. The words of so many elements.
+template <typename P>
+constexpr int64_t words_of(int64_t elements) {
+  return elements;
+}
+
 // A left factor (rows, depth) with dropout's mask on it: read in place, or by blocks copied to P.
 template <typename P>
 class Left {
@@ -121,7 +128,7 @@ class Right {
     return part;
   }
 
-  // Packed panels of `depth` rows = rows k to k + depth of columns `col` to `col` + `cols`.
+  // Packed panels of words_of(depth) rows = rows k to k + depth of columns `col` to `col` + `cols`.
   void fill(int64_t k, int64_t depth, int64_t col, int64_t cols, P* panels) const {
     fill_({address(k, col), depth, cols, row_stride_, col_stride_}, keep_.from(k, col), panels);
   }
@@ -162,7 +169,7 @@ void fill_panels(const Right<P>& right, P* panels) {
   const int64_t cols = right.cols();
   const int64_t most = right.depth() * cols < kWorthThreads ? std::max<int64_t>(cols, 1) : 64;
   for_each_part(cols, round_up_to_panel<P>(most), [&](int64_t col, int64_t n_cols) {
-    right.fill(0, right.depth(), col, n_cols, panels + col * right.depth());
+    right.fill(0, right.depth(), col, n_cols, panels + col * words_of<P>(right.depth()));
   });
 }
 
@@ -172,10 +179,10 @@ class Packed {
  public:
   explicit Packed(const Right<P>& right) : right_(right) {
     if (right.is_ready()) return;
-    memory_ = Scratch<P>(right.depth() * round_up_to_panel<P>(right.cols()));
+    const int64_t rows = words_of<P>(right.depth());
+    memory_ = Scratch<P>(rows * round_up_to_panel<P>(right.cols()));
     fill_panels(right, memory_.get());
-    right_ = {Panels<const P>::packed(memory_.get(), right.depth()), right.depth(), right.cols(),
-              false};
+    right_ = {Panels<const P>::packed(memory_.get(), rows), right.depth(), right.cols(), false};
   }
   const Right<P>& right() const { return right_; }
 

@@ -5,8 +5,9 @@
 
 namespace lora_ext::cpu {
 
-// The widest block operations this CPU runs. LORA_EXT_CPU_ISA=baseline|avx2|avx512 caps the choice,
-// so that a test can run the narrower ones.
+// The fastest block operations this CPU runs. LORA_EXT_CPU_ISA=baseline|avx2|avx512|avx512_bf16
+// asks for one instruction set, or the widest below it that the CPU has, so that a test can run
+// each.
 const Blocks& blocks();
 
 }  // namespace lora_ext::cpu

@@ -54,9 +54,10 @@ class Cursor {
         looks_ahead_(right_.is_far() && !keeps_blocks_ &&
                      (right_.is_ready() || right_.has_dense_rows())),
         block_cols_(looks_ahead_ && !right_.is_ready() ? kAheadCols : right_.cols()),
-        packed_(right_.is_ready() ? 0
-                                  : width_ * (keeps_blocks_ ? right_.depth()
-                                                            : std::min(leg.step, right_.depth()))),
+        packed_(right_.is_ready()
+                    ? 0
+                    : width_ * words_of<P>(keeps_blocks_ ? right_.depth()
+                                                         : std::min(leg.step, right_.depth()))),
         copy_(leg.left.in_place()
                   ? 0
                   : std::min(kStripRows, leg.left.rows()) * std::min(leg.step, leg.left.depth())) {}
@@ -81,18 +82,18 @@ class Cursor {
   static constexpr int64_t kAheadCols = 4 * kPanel<P>;
 
   Panels<const P> block(int64_t k, int64_t steps, int64_t col, int64_t cols) {
-    if (right_.is_ready()) return right_.ready().from(k, col);
-    P* packed = packed_.get() + (keeps_blocks_ ? k * width_ : 0);
+    if (right_.is_ready()) return right_.ready().from(words_of<P>(k), col);
+    P* packed = packed_.get() + (keeps_blocks_ ? words_of<P>(k) * width_ : 0);
     if (k >= rows_packed_) right_.fill(k, steps, col, cols, packed);
     if (keeps_blocks_) rows_packed_ = std::max(rows_packed_, k + steps);
-    return Panels<const P>::packed(packed, steps);
+    return Panels<const P>::packed(packed, words_of<P>(steps));
   }
 
   // What to ask for while that block is worked on.
   Ahead after(int64_t k, int64_t col) const {
     if (!looks_ahead_) return {};
     if (right_.is_ready()) {
-      const Panels<const P> next = right_.ready().from(k, col + kPanel<P>);
+      const Panels<const P> next = right_.ready().from(words_of<P>(k), col + kPanel<P>);
       constexpr int64_t size = sizeof(P);
       return {reinterpret_cast<const char*>(next.data), next.row_stride * size,
               next.panel_stride * size};
@@ -183,13 +184,14 @@ void wide_product(std::span<const Leg<P>> legs, const Out<T>& out) {
   const int64_t strips =
       std::max<int64_t>(kSharedPanels / std::max<int64_t>(depth, 1) / tiling.cols, 1);
   const int64_t group = std::min(strips * tiling.cols, cols);
-  const Scratch<P> panels(depth * round_up_to_panel<P>(group));
+  const Scratch<P> panels(words_of<P>(depth) * round_up_to_panel<P>(group));
   for (int64_t col = 0; col < cols; col += group) {
     const int64_t width = std::min(group, cols - col);
     fill_panels(weight.from(col, width), panels.get());
     std::vector<Leg<P>> parts;
     for (const Leg<P>& leg : legs) parts.push_back(leg.block(0, rows, col, width));
-    parts.back().right = {Panels<const P>::packed(panels.get(), depth), depth, width, false};
+    parts.back().right = {Panels<const P>::packed(panels.get(), words_of<P>(depth)), depth, width,
+                          false};
     product_by_tiles<T, P>(parts, out.block(0, rows, col, width),
                            tiles_for(rows, width, tiling.cols, kLeastRows, threads));
   }

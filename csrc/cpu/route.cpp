@@ -20,9 +20,18 @@ constexpr Routes kTable[] = {
     {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
     {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
     {"avx2", "", "float16", false, 0, 32, 4, false, kNever, kNever, kNever},
-    // On AVX-512 PyTorch hands bfloat16, and with AVX512-FP16 float16, to oneDNN.
-    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, kNever, kNever, kNever},
+    // AMX multiplies bfloat16 at 16 times the rate of float32, and only PyTorch's products use it.
+    {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 4, true, 1, 1, 1},
+    // Intel: MKL runs at the rate of the CPU, the products of rank R too, but up to 48 rows dot
+    // products are faster. Without AMX, oneDNN's
+    // bfloat16 runs at half of MKL's float32, and strips of ours beat it from 4 rows on.
+    {"avx512", "intel", "float32", true, 2, 48, 4, true, 1, 1, 1},
+    {"avx512", "intel", "float64", true, 2, 2, 4, true, 1, 1, 1},
+    {"avx512", "intel", "bfloat16", false, 0, 8, 16, false, kNever, kNever, kNever},
+    // With AVX512-FP16 oneDNN multiplies float16; our products of rank R win while R is low.
+    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, 64, 64, 64},
     {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
+    // Others with AVX-512: PyTorch hands bfloat16 to oneDNN.
     {"avx512", "", "float32", true, 2, 2, 4, true, kNever, kNever, kNever},
     {"avx512", "", "float64", true, 2, 2, 4, true, kNever, kNever, kNever},
     {"avx512", "", "bfloat16", true, 2, 2, 4, true, kNever, kNever, kNever},
@@ -38,16 +47,22 @@ bool is_or_has(const char* cpu) {
   if (asked("")) return true;
 #if defined(__x86_64__)
   if (asked("amd")) return __builtin_cpu_is("amd");
+  if (asked("intel")) return __builtin_cpu_is("intel");
   if (asked("avx512fp16")) return __builtin_cpu_supports("avx512fp16");
   if (asked("amx-bf16")) return __builtin_cpu_supports("amx-bf16");
 #endif
   return false;
 }
 
+// Whether a line is for the chosen blocks: those with pairs differ in bfloat16 alone.
+bool is_for_these_blocks(const Routes& line) {
+  if (std::strcmp(line.isa, blocks().name) == 0) return true;
+  return blocks().pairs != nullptr && std::strcmp(line.isa, "avx512") == 0;
+}
+
 const Routes& find(const char* dtype) {
   for (const Routes& line : kTable) {
-    if (std::strcmp(line.isa, blocks().name) == 0 && std::strcmp(line.dtype, dtype) == 0 &&
-        is_or_has(line.cpu)) {
+    if (is_for_these_blocks(line) && std::strcmp(line.dtype, dtype) == 0 && is_or_has(line.cpu)) {
       return line;
     }
   }

@@ -34,6 +34,10 @@ template <>
 struct VectorOf<double> {
   using type = DoubleVector;
 };
+template <>
+struct VectorOf<Pair> {
+  using type = UintVector;
+};
 template <typename A>
 using Vector = typename VectorOf<A>::type;
 template <typename A>
@@ -49,6 +53,31 @@ template <typename V>
 inline void write(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
+
+// acc + a * b, what a product sums; a word of the left factor meets every lane.
+inline FloatVector multiply_add(FloatVector acc, const float* a, FloatVector b) {
+  return acc + *a * b;
+}
+inline DoubleVector multiply_add(DoubleVector acc, const double* a, DoubleVector b) {
+  return acc + *a * b;
+}
+
+#if defined(LORA_EXT_PAIRS)
+// The same for pairs, lane by lane: both elements' products. The instruction takes subnormal
+// numbers for 0.
+inline FloatVector multiply_add_pairs(FloatVector acc, UintVector a, UintVector b) {
+#if LORA_EXT_VECTOR_BYTES == 64
+  return (FloatVector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else  // what the instruction does, so that the tests run on a CPU without it
+  const UintVector odd = UintVector{} + 0xffff0000;
+  acc += (FloatVector)(a & odd) * (FloatVector)(b & odd);
+  return acc + (FloatVector)(a << 16) * (FloatVector)(b << 16);
+#endif
+}
+inline FloatVector multiply_add(FloatVector acc, const Pair* a, UintVector b) {
+  return multiply_add_pairs(acc, UintVector{} + read<uint32_t>(a), b);
+}
+#endif
 
 // ---- shuffles ----
 
@@ -155,13 +184,18 @@ inline FloatVector widen(const BFloat16* from) {
   return (FloatVector)(wide << 16);
 }
 
-inline void narrow(FloatVector v, BFloat16* to) {
+// Rounded to bfloat16, whose bits are the lower half of each lane.
+inline UintVector round_to_bfloat16(FloatVector v) {
   const UintVector bits = (UintVector)v;
   const UintVector rounded =
       (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const UintVector nan = (bits >> 16) | 0x40;      // rounding could make it inf
   const UintVector is_nan = (UintVector)(v != v);
-  write(to, __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), ShortVector));
+  return (rounded & ~is_nan) | (nan & is_nan);
+}
+
+inline void narrow(FloatVector v, BFloat16* to) {
+  write(to, __builtin_convertvector(round_to_bfloat16(v), ShortVector));
 }
 
 #if LORA_EXT_VECTOR_BYTES == 64

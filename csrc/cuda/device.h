@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "tensor_utils.h"
+
 namespace lora_ext::cuda {
 
 using torch::stable::Tensor;
@@ -19,7 +21,7 @@ class Device {
   int index() const { return index_; }
   void* stream() const {
     void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    LORA_EXT_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return stream;
   }
 
@@ -29,14 +31,13 @@ class Device {
 };
 
 inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
+  LORA_EXT_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
 }
 
 // out = bias + left @ right
 inline void addmm_out(const Tensor& bias, const Tensor& left, const Tensor& right,
                       const Tensor& out) {
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cuda_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
+  LORA_EXT_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
 }
 
 }  // namespace lora_ext::cuda

@@ -1,10 +1,9 @@
-// Registers the CUDA kernels for the operators that lora_ext/ops.py declares for them. Not the
-// names that the CPU kernels have: for CUDA tensors the Triton kernels are registered there.
+// Registers the CUDA kernels for the operators that lora_ext/ops.py declares; the CPU's are in _C.
 #include <torch/csrc/stable/library.h>
 
-#include "lora_linear.h"
+#include "operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, library) {
-  library.impl("lora_linear_fwd_cuda", TORCH_BOX(&lora_ext::lora_linear_fwd_cuda));
-  library.impl("lora_linear_bwd_cuda", TORCH_BOX(&lora_ext::lora_linear_bwd_cuda));
+  library.impl("linear_fwd", TORCH_BOX(&lora_ext::linear_fwd));
+  library.impl("linear_bwd", TORCH_BOX(&lora_ext::linear_bwd));
 }

@@ -49,7 +49,7 @@ def unsupported(call: Call) -> str | None:
         and type(data) in _PLAIN
         and type(A) in _PLAIN
         and type(B) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
     ):
         return None

@@ -31,6 +31,7 @@ from lora_ext import (
 )
 
 Save = Callable[[nn.Module], None]
+PEFT_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 CALLS = ("open", "write", "fchmod", "fsync", "replace", "unlink")
 
 

@@ -25,7 +25,8 @@ def found(pattern: str, name: str) -> bool:
 
 def found_by_peft(pattern: str, name: str) -> bool:
     """As in get_pattern_key of PEFT, and in the look-up that follows it."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sets in sets
         return re.match(rf"(.*\.)?({pattern})$", name) is not None or pattern == name
 
 

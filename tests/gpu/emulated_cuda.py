@@ -1,28 +1,32 @@
 """The CUDA kernels of csrc/cuda for the CPU: built over tests/gpu/emulator, and a pytest plugin.
 
-`python -m pytest -p tests.gpu.emulated_cuda --backends cpp ...` with LORA_EXT_EMULATED naming the
-library has it in the place of `lora_ext._C`: backend "cpp" then runs the emulated kernels, and
-variant "cpp-hopper" as on a card of capability 9.0.
+`python -m tests.gpu.emulated_cuda FOLDER` builds the library. `python -m pytest -p
+tests.gpu.emulated_cuda --backends cpp ...` with LORA_EXT_EMULATED naming it has it in the place of
+`lora_ext._C`: backend "cpp" then runs the emulated kernels, and variant "cpp-hopper" as on a card
+of capability 9.0. `make test` does both.
 """
 
 import contextlib
 import os
+import platform
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
+NEEDS_X86 = "the emulator switches stacks by x86-64 instructions"
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests/gpu/emulator"
 KERNELS = ["csrc/cuda/kernels.cu"]
 EMULATION = ["tests/gpu/emulator/emulator.cpp"]
 OPERATORS = [
-    "csrc/lora_linear.cpp",
-    "csrc/cuda/lora_linear_cuda.cpp",
+    "csrc/call.cpp",
+    "csrc/cuda/linear.cpp",
     "tests/gpu/emulator/register.cpp",
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
@@ -84,12 +88,18 @@ def hopper() -> Iterator[None]:
 
 def pytest_configure() -> None:
     """Once conftest.py is there, add the variant to what the tests run over."""
-    from .conftest import VARIANTS, Backend
+    if platform.machine() != "x86_64":
+        pytest.exit(NEEDS_X86, 0)
+    from tests.conftest import VARIANTS, Backend
 
     VARIANTS["cpp"] = [Backend("cpp", "hopper", hopper)]
 
 
-if library := os.environ.get("LORA_EXT_EMULATED"):
+if __name__ == "__main__":
+    if platform.machine() == "x86_64":
+        sources = [*KERNELS, *EMULATION, *OPERATORS]
+        build(Path(sys.argv[1]), {"emulated.so": (sources, "-O2")})
+elif library := os.environ.get("LORA_EXT_EMULATED"):
     assert "lora_ext" not in sys.modules, "too late: lora_ext has loaded its own kernels"
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
     torch.ops.load_library(library)

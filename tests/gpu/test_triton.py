@@ -412,8 +412,6 @@ def test_family_of_an_unlisted_capability_asks_no_more_than_it_has():
 
 
 def test_an_unknown_regime_is_named():
-    with pytest.raises(
-        ValueError, match="backward must be one of two_launches, .*, plain, got"
-    ):
+    with pytest.raises(ValueError, match="backward must be one of two_launches, .*, plain, got"):
         with backend.regime(backward="in_loop"):
             pass

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import types
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,21 +21,17 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-import lora_ext
 from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
+from tests.conftest import linear_of
 from tests.op.test_mutants import CASES, refused
 
 pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
 )
 ROOT = Path(__file__).parents[2]
-SOURCES = ["lora_linear", "cpu/register", "cpu/isa", "cpu/lora_linear_fwd", "cpu/lora_linear_bwd"]
-SOURCES += ["cpu/pack_weight", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
-FORWARD, BACKWARD, BLOCKS = (
-    ["cpu/lora_linear_fwd"],
-    ["cpu/lora_linear_bwd"],
-    ["cpu/blocks_avx2"],
-)
+SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
+SOURCES += ["cpu/pack", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+FORWARD, BACKWARD, BLOCKS = ["cpu/forward"], ["cpu/backward"], ["cpu/blocks_avx2"]
 TORCH_HEADERS = [
     "inductor/aoti_torch/c/shim.h",
     "inductor/aoti_torch/generated/c_shim_cpu.h",
@@ -47,7 +42,10 @@ TORCH_HEADERS = [
 LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
 CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
-CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is_far takes
+CPP_CASES += [LONG.but(dropout=0.3), LONG.but(dropout=0.3, dtype=torch.bfloat16, R=24)]
+CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is far
+# By more threads than pack a weight each, which are a part of the operands' order.
+MANY_THREADS, CASES_OF_MANY = 6, [LONG, LONG.but(dropout=0.3), FEW_ROWS.but(K=800)]
 LOWERED = "avx512_lowered_to_avx2"
 AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.float16)] + SHAPES
 AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
@@ -56,77 +54,202 @@ AVX512_CASES += [LONG.but(dtype=torch.float16)]
 # name: (file, the line, what it becomes, the files that include it)
 MUTANTS = {
     "scale_dropped_in_y": (
-        "cpu/lora_linear_fwd.cpp",
-        "Sum(alpha_), nullptr, false, {block",
-        "Sum(1), nullptr, false, {block",
+        "cpu/forward.cpp",
+        "B.right(), call_.low.scale}",
+        "B.right(), 1}",
         FORWARD,
     ),
-    "bias_of_first_columns": (
-        "cpu/lora_linear_fwd.cpp",
-        "(dense_bias_->data_ptr()) + col",
-        "(dense_bias_->data_ptr())",
-        FORWARD,
-    ),
-    "B_of_first_columns": ("cpu/lora_linear_fwd.cpp", "B_.from(0, col)", "B_.from(0, 0)", FORWARD),
-    "h_scaled": (
-        "cpu/lora_linear_fwd.cpp",
-        "Sum(1), nullptr, false, h.block",
-        "Sum(alpha_), nullptr, false, h.block",
-        FORWARD,
-    ),
-    "scale_dropped_in_t": (
-        "cpu/lora_linear_bwd.cpp",
-        "scale(out.get());",
-        "",
+    "scale_dropped_in_few_rows_dx": (
+        "cpu/backward.cpp",
+        "static_cast<A>(call_.low.scale)",
+        "A(1)",
         BACKWARD,
     ),
-    "scale_dropped_in_dB_of_few_rows": (
-        "cpu/lora_linear_bwd.cpp",
-        "scale(left.get());",
-        "",
+    "scale_dropped_in_dx": (
+        "cpu/backward.cpp",
+        "A_t.right(), call_.low.scale, keep_}",
+        "A_t.right(), 1, keep_}",
+        BACKWARD,
+    ),
+    "scale_dropped_in_dA": (
+        "cpu/backward.cpp",
+        "keep_, call_.low.scale, view.transposed()",
+        "keep_, 1, view.transposed()",
         BACKWARD,
     ),
     "one_percent_in_dB": (
-        "cpu/lora_linear_bwd.cpp",
-        "dy_view_, alpha_, out, false",
-        "dy_view_, 1.01 * alpha_, out, false",
+        "cpu/backward.cpp",
+        "{}, call_.low.scale, view",
+        "{}, 1.01 * call_.low.scale, view",
         BACKWARD,
+    ),
+    "h_scaled": (
+        "cpu/forward.cpp",
+        "sums.row_stride, A(1), nullptr, false, to",
+        "sums.row_stride, A(call_.low.scale), nullptr, false, to",
+        FORWARD,
+    ),
+    "bias_of_first_columns": (
+        "cpu/product.h",
+        "bias == nullptr ? bias : bias + col",
+        "bias",
+        FORWARD,
+    ),
+    "B_of_first_columns": (
+        "cpu/factors.h",
+        "if (is_ready_) part.ready_ = ready_.from(0, col);",
+        "",
+        FORWARD,
     ),
     "dx_without_low_rank_part": (
-        "cpu/lora_linear_bwd.cpp",
-        "&low,\n",
-        "nullptr,\n",
+        "cpu/backward.cpp",
+        "wide_product<T, A>(legs, Out<T>{to})",
+        "wide_product<T, A>({legs + 1, 1}, Out<T>{to})",
         BACKWARD,
     ),
-    "last_block_of_h_alone": (
-        "cpu/products.h",
-        "right.from(k, 0), ld, out, ld, sum_so_far(k, out, ld)",
-        "right.from(k, 0), ld, out, ld, {}",
+    "last_block_of_the_sums_alone": (
+        "cpu/product.h",
+        "after(k, col));\n      }\n      addend = {sum, ld};",
+        "after(k, col));\n      }\n      addend = {};",
         FORWARD + BACKWARD,
     ),
-    "last_rows_of_dA_alone": (
-        "cpu/products.h",
-        "out_ld, sum_so_far(m, out, out_ld)",
-        "out_ld, {}",
-        BACKWARD,
+    "last_leg_alone": (
+        "cpu/product.h",
+        "      addend = {sum, ld};\n    }\n    if (!in_place)",
+        "      addend = {};\n    }\n    if (!in_place)",
+        FORWARD + BACKWARD,
+    ),
+    "second_block_forgotten": (
+        "cpu/product.h",
+        "k == 0 || k < depth; k += leg_.step",
+        "k == 0 || k < depth; k += leg_.step + (k > 0 ? 0 : leg_.step)",
+        FORWARD + BACKWARD,
+    ),
+    "bias_lost_after_the_first_block": (
+        "cpu/product.h",
+        "if (out.bias != nullptr) addend = {out.bias, 0};",
+        "if (out.bias != nullptr && row > 0) addend = {out.bias, 0};",
+        FORWARD,
+    ),
+    "base_product_forgotten_where_it_is_added_to": (
+        "cpu/product.h",
+        "if (out.add) addend = {sum, ld};",
+        "",
+        FORWARD + BACKWARD,
     ),
     "first_block_of_the_weight_for_all": (
-        "cpu/products.h",
+        "cpu/product.h",
         "if (k >= rows_packed_)",
         "if (rows_packed_ == 0)",
         FORWARD + BACKWARD,
     ),
-    "bias_lost_after_the_first_block": (
-        "cpu/products.h",
-        "      addend = {sum, ld};\n",
-        "      if (k > 0) addend = {sum, ld};\n",
+    "first_tile_of_rows_for_all": (
+        "cpu/product.h",
+        "cursors[i]->add_to(row, rows,",
+        "cursors[i]->add_to(0, rows,",
         FORWARD + BACKWARD,
     ),
-    "low_rank_part_of_first_rows": (
-        "cpu/products.h",
-        "low->left + row * low->ld",
-        "low->left",
+    "first_rows_for_all_threads": (
+        "cpu/factors.h",
+        "part.data_ += row * row_stride_ * element_;",
+        "",
         FORWARD + BACKWARD,
+    ),
+    "first_columns_for_all_threads": (
+        "cpu/factors.h",
+        "part.data_ += col * col_stride_ * element_;",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "first_columns_of_a_large_weight_for_all": (
+        "cpu/product.h",
+        "right_.fill(k, steps, col, cols, packed)",
+        "right_.fill(k, steps, 0, cols, packed)",
+        FORWARD + BACKWARD,
+    ),
+    "shared_panels_all_in_the_first_ones_place": (
+        "cpu/factors.h",
+        "panels + col * words_of<P>(right.depth())",
+        "panels",
+        FORWARD + BACKWARD,
+    ),
+    "a_threads_last_part_left_out": (
+        "cpu/parallel.h",
+        "i < end; ++i",
+        "i + 1 < end || i == begin; ++i",
+        FORWARD + BACKWARD,
+    ),
+    "first_row_of_tiles_for_all": (
+        "cpu/product.h",
+        "tile / across * tiling.rows, col",
+        "0 * tiling.rows, col",
+        FORWARD + BACKWARD,
+    ),
+    "mask_forgotten_in_h": (
+        "cpu/forward.cpp",
+        "bits_of(call.low.keep), call.low.A",
+        "Bits{}, call.low.A",
+        FORWARD,
+    ),
+    "mask_forgotten_in_dA": (
+        "cpu/backward.cpp",
+        "matrix<T>(call_.x), keep_,",
+        "matrix<T>(call_.x), {},",
+        BACKWARD,
+    ),
+    "mask_forgotten_in_dx": (
+        "cpu/backward.cpp",
+        "call_.low.scale, keep_}",
+        "call_.low.scale}",
+        BACKWARD,
+    ),
+    "mask_of_dx_on_the_base_too": (
+        "cpu/product.h",
+        "if (legs[i].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[i]",
+        "if (legs[0].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[0]",
+        BACKWARD,
+    ),
+    "mask_with_its_bits_reversed": (
+        "cpu/blocks_impl.h",
+        "Lane{1} << i",
+        "Lane{1} << (lanes - 1 - i)",
+        BLOCKS,
+    ),
+    "mask_of_a_tail_with_its_bits_reversed": (
+        "cpu/blocks_impl.h",
+        ">> j % 8 & 1",
+        ">> (7 - j % 8) & 1",
+        BLOCKS,
+    ),
+    "mask_of_first_rows_in_h": (
+        "cpu/factors.h",
+        "part.keep_ = keep_.from(row, 0);",
+        "",
+        FORWARD,
+    ),
+    "mask_of_first_steps_in_h": (
+        "cpu/factors.h",
+        "col_stride_}, keep_.from(row, k), scratch",
+        "col_stride_}, keep_.from(row, 0), scratch",
+        FORWARD,
+    ),
+    "mask_off_by_a_row_in_dA": (
+        "cpu/factors.h",
+        "keep_.from(k, col), panels",
+        "keep_.from(k > 0 ? k - 1 : k, col), panels",
+        BACKWARD,
+    ),
+    "mask_of_first_panel_in_dA": (
+        "cpu/factors.h",
+        "keep.from(0, col), {panels",
+        "keep, {panels",
+        BACKWARD,
+    ),
+    "mask_of_first_rows_in_dx": (
+        "cpu/product.h",
+        "legs[i].keep.from(row, 0), {sum",
+        "legs[i].keep, {sum",
+        BACKWARD,
     ),
     "tail_of_dots_forgotten": (
         "cpu/few_rows_impl.h",
@@ -154,16 +277,10 @@ MUTANTS = {
         BLOCKS,
     ),
     "dx_of_few_rows_without_low_rank_part": (
-        "cpu/lora_linear_bwd.cpp",
+        "cpu/backward.cpp",
         "cols, true);",
         "cols, false);",
         BACKWARD,
-    ),
-    "first_columns_of_a_large_weight_for_all": (
-        "cpu/products.h",
-        "matrix_.block(k, col, depth, cols)",
-        "matrix_.block(k, 0, depth, cols)",
-        FORWARD + BACKWARD,
     ),
     "edge_columns_not_summed": ("cpu/blocks_impl.h", "start + tile[", "tile[", BLOCKS),
     "transposed_by_one_round_less": (
@@ -208,7 +325,7 @@ def libraries(tmp_path_factory):
     lowered = lowered_avx512(folder / LOWERED)
     objects = shared | {
         source: compile_to(f"{LOWERED}/{source}.o", lowered, source)
-        for source in ("cpu/isa", "cpu/blocks_avx512")
+        for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")
     }
     rules.append(f"build {LOWERED}.so: link {' '.join(objects.values())}")
     (folder / "torch.h").write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS))
@@ -227,9 +344,12 @@ def copy_changed(target: Path, file: str, old: str, new: str) -> None:
 def lowered_avx512(target: Path) -> Path:
     """Copy csrc to where it takes AVX-512 for there and compiles its kernels for AVX2."""
     shutil.copytree(ROOT / "csrc", target)
-    # All but avx512fp16, so that float16 goes through our own product.
     has = r'__builtin_cpu_supports\("avx512(f|bw|dq|vl)"\)'
     change(target / "cpu/isa.cpp", has, "true", times=4)
+    # Each dtype through our own products, which PyTorch's serve on AVX-512.
+    line = r'\{"avx512", "(\w*)", "(\w+)", true,'
+    table = target / "cpu/route.cpp"
+    table.write_text(re.sub(line, r'{"avx512", "\1", "\2", false,', table.read_text()))
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
     change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=2)
@@ -271,7 +391,10 @@ def print_verdict(library: str) -> None:
     os.environ["LORA_EXT_CPU_ISA"] = "avx512" if lowered else "avx2"
     torch.ops.load_library(library)
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
-    why = refused(partial(lora_ext.lora_linear, backend="cpp"), cases)
+    linear = linear_of("cpp")
+    why = refused(linear, cases)
+    torch.set_num_threads(MANY_THREADS)
+    why = why or refused(linear, CASES_OF_MANY)
     print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 

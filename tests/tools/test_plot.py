@@ -52,3 +52,13 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
     empty.write_text(json.dumps({"header": {}, "rows": []}))
     assert plot.main([str(empty)]) == 1
     assert "plot: no run" in capsys.readouterr().err
+
+
+def test_each_machine_has_a_panel_of_its_own(tmp_path):
+    runs = [made_run(GRIDS["cpu"]["standard"], mode) for mode in ("fwd", "fwd_bwd")]
+    runs[1]["header"] |= {"device": "Another(R) CPU", "instruction_set": "AVX2"}
+    assert plot.draw(runs, tmp_path / "two.png") == [
+        "Speedup over the plain layer\nAnother CPU, AVX2",
+        "Speedup over the plain layer\na CPU",
+        "Memory of one step",
+    ]

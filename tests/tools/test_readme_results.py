@@ -1,4 +1,4 @@
-"""The README's results are those of the committed files."""
+"""The results in README.md and docs/performance.md are those of the committed files."""
 
 import json
 
@@ -7,39 +7,73 @@ import pytest
 from benchmarks import GRIDS, readme
 from tests.tools.test_plot import made_run
 
+SHAPES = GRIDS["cpu"]["standard"]
 
-def test_the_readme_shows_what_the_committed_results_give():
+
+def keep(folder, **runs):
+    for name, run in runs.items():
+        (folder / f"cpu-{name.replace('_', '-')}.json").write_text(json.dumps(run))
+
+
+def test_the_pages_show_what_the_committed_results_give():
     assert readme.check() is None
 
 
-def test_a_changed_number_is_found(tmp_path):
-    text = readme.README.read_text()
-    shape = str(GRIDS["cpu"]["standard"][0])
-    line = next(line for line in text.splitlines() if line.startswith(f"| {shape} |"))
-    digits = line.replace(f"| {shape} | ", f"| {shape} | 9")
-    changed = tmp_path / "README.md"
-    changed.write_text(text.replace(line, digits))
-    assert f"is {digits!r}, the results give {line!r}" in readme.check(changed)
+@pytest.mark.parametrize("page", ["readme", "page"])
+def test_a_changed_number_is_found(tmp_path, page):
+    path = {"readme": readme.README, "page": readme.PAGE}[page]
+    before, begin, text = path.read_text().partition(readme.BEGIN)
+    line = next(line for line in text.splitlines() if line.startswith("| ") and ".0" in line)
+    digits = line.replace(".0", ".9", 1)
+    changed = tmp_path / path.name
+    changed.write_text(before + begin + text.replace(line, digits, 1))
+    assert f"is {digits!r}, the results give {line!r}" in readme.check(**{page: changed})
 
 
-def test_losing_shapes_and_peers_are_in_the_table(tmp_path):
-    shapes = GRIDS["cpu"]["standard"]
-    run = made_run(shapes, providers=("linear", "lora_ext", "reference"))
+def test_losing_shapes_and_peers_are_in_the_tables(tmp_path):
+    run = made_run(SHAPES, providers=("linear", "lora_ext", "reference"))
     slow = next(r for r in run["rows"] if r["provider"] == "lora_ext" and r["M"] == 2048)
     slow["ms_median"] *= 4
-    (tmp_path / "cpu-made.json").write_text(json.dumps(run))
-    peers = made_run(shapes, "fwd_bwd", ("linear", "lora_ext", "reference", "addmm"))
-    (tmp_path / "cpu-peers.json").write_text(json.dumps(peers))
-    text = readme.section(readme.runs(tmp_path))
-    assert f"| {shapes[-1]} | 0.38 |" in text
-    assert f"| {shapes[0]} | 1.50 |" in text
+    peers = made_run(SHAPES, "fwd_bwd", ("linear", "lora_ext", "reference", "addmm"))
+    keep(tmp_path, made=run, peers=peers)
+    text = readme.tables(readme.runs(tmp_path))
+    assert f"| {SHAPES[-1]} | 0.38 |" in text
+    assert f"| {SHAPES[0]} | 1.50 |" in text
     assert "| **geometric mean** | **1.34** |" in text  # 1.5 and a twelfth of a quarter
     assert "| `addmm` | 4.00 |" in text
     assert "| `lora_ext` | 2.00 |" in text
+    means = readme.means(readme.runs(tmp_path))
+    assert "| machine | dtype | forward, 1 thread |\n" in means  # no column of peers
+    assert "| a CPU | fp32 | 1.34 (2.24) |\n" in means
 
 
-def test_a_readme_without_marks_is_refused():
+def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
+    old = made_run(SHAPES)
+    new, bf16, step = (made_run(SHAPES, "fwd_bwd" if i == 2 else "fwd") for i in range(3))
+    for run in (new, bf16, step):
+        run["header"] |= {"device": "Some(R) CPU 7 Processor", "instruction_set": "AVX512"}
+        run["header"]["threads"] = 2
+    for row in bf16["rows"]:
+        row["dtype"] = "bf16"
+    for row in new["rows"]:
+        if row["provider"] == "lora_ext":
+            row["ms_median"] /= 2
+    keep(tmp_path, zen3_fp32=old, new_fp32=new, new_bf16=bf16, new_step=step)
+    kept = readme.runs(tmp_path)
+    assert readme.means(kept).splitlines()[3:8] == [
+        "| machine | dtype | forward, 1 thread | forward, 2 threads | training step, 2 threads |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| Some CPU 7, AVX512 | fp32 | - | 1.33 (1.50) | 0.67 (3.00) |",
+        "| Some CPU 7, AVX512 | bf16 | - | 0.67 (3.00) | - |",
+        "| a CPU, AVX2 | fp32 | 0.67 (3.00) | - | - |",
+    ]
+    heads = [line for line in readme.tables(kept).splitlines() if line.startswith("#")]
+    assert heads == ["### Some CPU 7, AVX512", "### a CPU, AVX2"]
+
+
+def test_a_page_without_marks_is_refused():
     with pytest.raises(ValueError, match="must have"):
         readme.replaced("no marks", "text")
-    with pytest.raises(ValueError, match="no run of the standard grid and default"):
-        readme.section([])
+    for make in (readme.means, readme.tables):
+        with pytest.raises(ValueError, match="no run of the standard grid and default"):
+            make([])

@@ -157,7 +157,7 @@ def test_default_architectures_are_cut_to_what_nvcc_knows(setup, tmp_path):
     [
         ("9.0", ([90], False)),
         ("8.0;8.6+PTX", ([80, 86], True)),
-        ("9.0a 12.1", ([90, 121], False)),
+        ("9.0a 10.0f 12.1", ([90, 100, 121], False)),
     ],
 )
 def test_architectures_asked_for_are_taken_as_they_are(setup, monkeypatch, asked, expected):
@@ -165,11 +165,70 @@ def test_architectures_asked_for_are_taken_as_they_are(setup, monkeypatch, asked
     assert setup.architectures("no nvcc is asked") == expected
 
 
-@pytest.mark.parametrize("asked", ["7.5", "Hopper", "9", "8.0,8.6"])
+@pytest.mark.parametrize("asked", ["Hopper", "9", "8.0,8.6"])
 def test_an_architecture_that_cannot_be_is_named(setup, monkeypatch, asked):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {asked}")
-    with pytest.raises(SystemExit, match=f"compute capabilities from 8.0 on.* got '{asked}'"):
+    with pytest.raises(SystemExit, match=f"must have compute capabilities.* got '{asked}'"):
         setup.architectures("no nvcc is asked")
+
+
+def test_an_architecture_that_is_too_old_is_left_out(setup, monkeypatch, capsys):
+    """As in the list of the images that torch is built in."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5+PTX 8.0 8.6 9.0 12.0+PTX")
+    assert setup.architectures("no nvcc is asked") == ([80, 86, 90, 120], True)
+    said = capsys.readouterr().out
+    assert said == "lora_ext: the CUDA kernels need 8.0 or later: left out 7.0 7.5+PTX\n"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX 8.0")
+    assert setup.architectures("no nvcc is asked") == ([80], False)
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_architectures_that_are_all_too_old_leave_the_cpu_kernels(
+    setup, monkeypatch, capsys, tmp_path, choice
+):
+    make_nvcc(tmp_path)
+    monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_EXT_BUILD", choice)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    if choice == "cuda":
+        with pytest.raises(
+            SystemExit, match="can't be built: TORCH_CUDA_ARCH_LIST is '7.5', which"
+        ):
+            setup.build_arguments()
+        return
+    (module,) = setup.build_arguments()["ext_modules"]
+    assert module.name == "lora_ext._C"
+    assert "not built: TORCH_CUDA_ARCH_LIST is '7.5', which names none" in capsys.readouterr().out
+
+
+def make_compiler(folder: Path, says: str, version: str) -> str:
+    """Write a compiler that answers --version and -dumpfullversion."""
+    compiler = folder / "g++"
+    compiler.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo '{says}';; *) echo {version};; esac\n"
+    )
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_an_old_compiler_is_named_with_the_one_that_is_needed(setup, monkeypatch, tmp_path):
+    old = make_compiler(tmp_path, "g++ (Debian 11.3.0-12) 11.3.0", "11.3.0")
+    monkeypatch.setenv("CXX", old)
+    monkeypatch.setenv("LORA_EXT_BUILD", "cpu")
+    with pytest.raises(SystemExit, match=r"needs g\+\+ 12 or later, .* is 11.3.0: .*CXX=g\+\+-12"):
+        setup.build_arguments()
+    monkeypatch.setenv("LORA_EXT_BUILD", "none")
+    assert setup.build_arguments() == {}
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [("g++ (GCC) 12.2.0", "12.2.0"), ("clang version 11.0.0", "11"), ("cc", "no number")],
+)
+def test_a_compiler_that_may_do_is_taken(setup, monkeypatch, tmp_path, says, version):
+    monkeypatch.setenv("CXX", "env " + make_compiler(tmp_path, says, version))
+    setup.check_compiler()
 
 
 def test_a_failing_build_is_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""The simulated step: memory and traffic reckoned by hand, over fake ranks and over real ones."""
+"""The simulated step: memory and traffic worked out by hand, over fake ranks and over real ones."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ F32 = 4  # bytes
 
 
 def by_hand(data: int, shape: DecoderShape = SHAPE, checkpointing: bool = False) -> Trace:
-    """Reckon a step in float32 of `data` x TP ranks; `data` must divide the rank of the adapters.
+    """Work out a step in float32 of `data` x TP ranks; `data` must divide the rank of the adapters.
 
     x is (BATCH, SEQUENCE, H), between linears a TP-th of its sequence. Columns have A whole and a
     TP-th of B on each rank, rows the other way round; the norms are whole.
@@ -102,7 +102,7 @@ def simulated(layer: str, blocks: int = 2, checkpointing: bool = False) -> tuple
 
 @NEEDS_CPP
 @pytest.mark.parametrize("layer", LAYERS)
-def test_fake_ranks_hold_and_send_what_is_reckoned(layer):
+def test_fake_ranks_hold_and_send_what_is_worked_out(layer):
     trace, operators = simulated(layer)
     assert_is(trace, by_hand(4))
     assert ("lora_ext::linear_fwd" in operators) == (layer == "lora_ext")
@@ -130,7 +130,7 @@ def test_plain_layer_peaks_above_ours_where_the_loss_is_small():
     assert plain.memory["peak"] - ours.memory["peak"] == 2 * 4096 * 3584 * 2 == 56 * 2**20
 
 
-def real_ranks_hold_and_send_what_is_reckoned() -> None:
+def real_ranks_hold_and_send_what_is_worked_out() -> None:
     """Two by two processes over gloo, with real tensors; one block."""
     shape = replace(SHAPE, layers=1)
     mesh = init_device_mesh("cpu", (2, TP), mesh_dim_names=DIMENSIONS)
@@ -148,7 +148,7 @@ def real_ranks_hold_and_send_what_is_reckoned() -> None:
 
 @NEEDS_CPP
 def test_real_ranks_hold_and_send_what_fake_ones_do():
-    case = real_ranks_hold_and_send_what_is_reckoned
+    case = real_ranks_hold_and_send_what_is_worked_out
     failures = run_cases({"traced": case}, world=2 * TP)
     assert not failures, failures["traced"]
 

@@ -1,0 +1,261 @@
+"""What the C++ operators refuse: csrc/call.cpp, each message once; and how work is split."""
+
+import itertools
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_ext import ops
+from lora_ext.backends import BACKENDS, cpp
+from tests.conftest import small_call
+
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
+pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
+M, K, N, R = 5, 12, 10, 3
+F64 = torch.float64
+
+
+def t(*shape, **options):
+    return torch.ones(*shape, **options)
+
+
+def bits(*shape):
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+def forward(**given):
+    arguments = {"x": t(M, K), "weight": t(N, K), "bias": t(N), "A": t(K, R), "B": t(R, N)}
+    return torch.ops.lora_ext.linear_fwd.default(**arguments | {"scale": 1.0} | given)
+
+
+def backward(needs=(True,) * 5, **given):
+    arguments = {"dy": t(M, N), "x": t(M, K), "weight": t(N, K), "A": t(K, R), "B": t(R, N)}
+    arguments |= {"h": t(M, R), "scale": 1.0, "needs": needs}
+    return torch.ops.lora_ext.linear_bwd.default(**arguments | given)
+
+
+FORWARD = {
+    "x": ({"x": t(K)}, "x must have shape (M, in_features), got (12,)"),
+    "weight_dim": (
+        {"weight": t(N)},
+        "weight must have shape (out_features, in_features), got (10,)",
+    ),
+    "weight": ({"weight": t(N, 11)}, "weight must have shape (10, 12), got (10, 11)"),
+    "bias": ({"bias": t(9)}, "bias must have shape (10,), got (9,)"),
+    "A_dim": ({"A": t(K)}, "A must have shape (in_features, rank), got (12,)"),
+    "A": ({"A": t(11, R)}, "A must have shape (12, 3), got (11, 3)"),
+    "rank": ({"A": t(K, 0), "B": t(0, N)}, "rank at least 1, got (12, 0)"),
+    "B": ({"B": t(R, 9)}, "B must have shape (3, 10), got (3, 9)"),
+    "B_dim": ({"B": t(N), "weight": None, "bias": None}, "B must have shape (rank, out_features)"),
+    "weight_dtype": (
+        {"weight": t(N, K, dtype=F64)},
+        "weight must have x's dtype Float, got Double",
+    ),
+    "bias_dtype": ({"bias": t(N, dtype=F64)}, "bias must have x's dtype Float, got Double"),
+    "A_dtype": ({"A": t(K, R, dtype=F64)}, "A must have x's dtype Float, got Double"),
+    "B_dtype": ({"B": t(R, N, dtype=F64)}, "B must have x's dtype Float, got Double"),
+    "dtype": (
+        {n: t(*s, dtype=torch.int32) for n, s in {"x": (M, K), "weight": (N, K)}.items()}
+        | {"bias": None, "A": t(K, R, dtype=torch.int32), "B": t(R, N, dtype=torch.int32)},
+        "x must have dtype float32, float64, bfloat16 or float16, got Int",
+    ),
+    "bias_alone": ({"weight": None}, "bias must be None where weight is None"),
+    "format": ({"format": "int3"}, "format must be plain or panels, got int3"),
+    "panels": ({"format": "panels"}, "weight must be the panels that pack_weight makes"),
+    "keep": ({"keep": bits(M, 1)}, "keep must have shape (5, 2), got (5, 1)"),
+    "keep_dtype": ({"keep": t(M, 2)}, "keep must have dtype Byte, got Float"),
+    "keep_rows": ({"keep": bits(M, 4)[:, ::2]}, "keep must have rows without gaps, got stride 2"),
+}
+BACKWARD = {
+    "dy": ({"dy": t(N)}, "dy must have shape (M, out_features), got (10,)"),
+    "x": ({"x": t(M, 11)}, "x must have shape (5, 12), got (5, 11)"),
+    "weight": ({"weight": t(9, K)}, "weight must have shape (10, 12), got (9, 12)"),
+    "A": ({"A": t(K, 2)}, "B must have shape (2, 10), got (3, 10)"),
+    "B": ({"B": t(R, 9)}, "B must have shape (3, 10), got (3, 9)"),
+    "h": ({"h": t(M, 4)}, "h must have shape (5, 3), got (5, 4)"),
+    "x_dtype": ({"x": t(M, K, dtype=F64)}, "x must have x's dtype Float, got Double"),
+    "h_dtype": ({"h": t(M, R, dtype=F64)}, "h must have x's dtype Float, got Double"),
+    "no_x": ({"x": None}, "x must be a tensor where dA is asked for, got None"),
+    "no_A": ({"A": None}, "A must be a tensor where dx is asked for, got None"),
+    "no_B": ({"B": None}, "B must be a tensor where dx is asked for, got None"),
+    "no_h": ({"h": None}, "h must be a tensor where dB is asked for, got None"),
+    "no_x_for_dweight": (
+        {"x": None, "needs": (False, True, False, False, False)},
+        "x must be a tensor where dweight is asked for, got None",
+    ),
+    "keep": ({"keep": bits(4, 2)}, "keep must have shape (5, 2), got (4, 2)"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), FORWARD.values(), ids=FORWARD)
+def test_forward_names_what_does_not_fit(given, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        forward(**given)
+
+
+@pytest.mark.parametrize(("given", "message"), BACKWARD.values(), ids=BACKWARD)
+def test_backward_names_what_does_not_fit(given, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        backward(**given)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "A", "B", "keep", "dy_weight", "dy_h"])
+def test_another_device_is_named(name, monkeypatch):
+    """By the CPU's kernel itself: the dispatcher would hand a tensor on meta to the shape rule."""
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for run in ("linear_fwd", "linear_bwd"):
+        op = getattr(torch.ops.lora_ext, run).default
+        to_kernel = SimpleNamespace(default=partial(op.redispatch, cpu))
+        monkeypatch.setattr(torch.ops.lora_ext, run, to_kernel)
+    call = backward if name.startswith("dy_") else forward
+    name = name.removeprefix("dy_")
+    whole = {"weight": t(N, K), "bias": t(N), "A": t(K, R), "B": t(R, N), "keep": bits(M, 2)}
+    whole |= {"h": t(M, R)}
+    with pytest.raises(RuntimeError, match=f"{name} must be on device cpu, got meta"):
+        call(**{name: whole[name].to("meta")})
+
+
+def test_what_the_needs_do_not_read_may_be_anything():
+    needs = (False, False, True, False, False)
+    gradients = backward(needs, x=None, weight=None, A=None, B=None, h=None, keep=bits(1, 1))
+    assert torch.equal(gradients[2], t(N) * M)
+    assert [g.shape for g in gradients[:2]] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "A", "B", "keep"])
+@pytest.mark.parametrize("left", [0, 1])
+def test_forward_reads_no_freed_memory(name, left):
+    """As FSDP1 and offloaders free it. A byte too few is too few."""
+    whole = {"x": t(M, K), "weight": t(N, K), "bias": t(N), "A": t(K, R), "B": t(R, N)}
+    tensor = (whole | {"keep": bits(M, 2)})[name].clone()
+    storage = tensor.untyped_storage()
+    storage.resize_(0 if left == 0 else storage.nbytes() - 1)
+    with pytest.raises(RuntimeError, match=f"{name}'s memory must hold the {tensor.nbytes} bytes"):
+        forward(**{name: tensor})
+
+
+@pytest.mark.parametrize("name", ["dy", "x", "weight", "A", "B", "h", "keep"])
+def test_backward_reads_no_freed_memory(name):
+    whole = {"dy": t(M, N), "x": t(M, K), "weight": t(N, K), "A": t(K, R), "B": t(R, N)}
+    tensor = (whole | {"h": t(M, R), "keep": bits(M, 2)})[name].clone()
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}'s memory must hold"):
+        backward(**{name: tensor})
+
+
+def test_memory_is_counted_from_the_tensors_place_in_it():
+    """The end of a storage that is shared; a tensor of no elements reaches nothing."""
+    shared = torch.ones(2, M, K)
+    want = forward(x=t(M, K))[0]
+    assert torch.equal(forward(x=shared[1])[0], want)
+    assert torch.equal(forward(x=t(1, K).expand(M, K))[0], want)
+    first, second = shared
+    shared.untyped_storage().resize_(shared.nbytes - 4)
+    assert torch.equal(forward(x=first)[0], want)
+    with pytest.raises(RuntimeError, match="x's memory must hold the 480 bytes"):
+        forward(x=second)
+    empty = t(0, K)
+    empty.untyped_storage().resize_(0)
+    assert forward(x=empty)[0].shape == (0, N)
+
+
+def test_out_of_memory_keeps_torchs_words():
+    rows = t(1, 1).expand(2**50, 1)
+    with pytest.raises(RuntimeError) as ours:
+        forward(x=rows, weight=t(N, 1), A=t(1, R))
+    if torch.__version__ >= "2.13":  # older headers can't ask for the text
+        assert "can't allocate memory" in str(ours.value)
+
+
+def test_pack_weight_names_what_does_not_fit():
+    for weight in (t(N), t(N, K, 1)):
+        with pytest.raises(RuntimeError, match=r"weight must have shape \(out_features, in_feat"):
+            cpp.pack_weight(weight, transposed=True)
+    freed = t(N, K)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight's memory must hold"):
+        cpp.pack_weight(freed, transposed=True)
+
+
+@pytest.mark.parametrize("over", [1, 2, 40])
+def test_gradients_lie_in_memory_as_the_adapters(over):
+    """A transposed A or B, as PEFT has them, gets a gradient that autograd need not copy."""
+    for rows in (2, M, over * M):
+        for A in (t(K, R), t(R, K).T):
+            for B in (t(R, N), t(N, R).T):
+                given = {"dy": t(rows, N), "x": t(rows, K), "h": t(rows, R), "A": A, "B": B}
+                *_, dA, dB = backward(**given)
+                assert dA.stride() == A.stride() and dB.stride() == B.stride()
+                assert torch.equal(dA, ops.empty_like_factor(A).fill_(rows * N))
+                assert torch.equal(dB, ops.empty_like_factor(B).fill_(rows))
+
+
+def parts(size, most, least, multiple, threads):
+    from lora_ext import _C
+
+    part = _C.even_part(size, most, least, multiple, threads)
+    assert part % multiple == 0 and part > 0
+    return part, -(-size // part)
+
+
+def test_work_is_split_among_all_threads_that_have_enough():
+    """Sizes of the CPU grid: columns of dA, dB and dots, rows of h, columns of dx of few rows."""
+    grid = [(size, 512, 32, 16) for size in (384, 576, 768, 1024, 1536, 2048, 3072, 4096)]
+    grid += [(size, 128, 32, 16) for size in (768, 2048)]
+    grid += [(size, 96, 6, 6) for size in (1, 16, 64, 128, 256, 512, 960, 1024, 2048)]
+    grid += [(size, size, 256, 16) for size in (768, 2048, 4096)]
+    for (size, most, least, multiple), threads in itertools.product(grid, range(1, 193)):
+        part, count = parts(size, most, least, multiple, threads)
+        assert part <= max(most + multiple - 1, multiple) and part * (count - 1) < size
+        # As many parts as threads, unless they would be smaller than the least and a multiple.
+        enough = min(threads, size // (least + multiple - 1))
+        assert count >= enough / 2, (size, most, least, multiple, threads, count)
+        fewer = parts(size, most, least, multiple, max(threads // 2, 1))[1]
+        assert count >= fewer / 2, (size, most, least, multiple, threads, count, fewer)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16, 24, 64, 192])
+def test_tiles_cover_a_product_and_keep_the_threads_busy(threads):
+    from lora_ext import _C
+
+    for rows, cols in ((1, 16), (64, 3072), (128, 768), (960, 768), (2048, 1024), (8192, 4096)):
+        tile_rows, tile_cols = _C.tiles(rows, cols, threads)
+        assert tile_cols % 16 == 0 and tile_cols <= 256 and 0 < tile_rows <= rows
+        tiles = -(-rows // tile_rows) * -(-cols // tile_cols)
+        most = max(rows // 24, 1) * max(cols // 80, 1)
+        assert tiles >= min(threads, most) * 0.5, (rows, cols, tiles)
+
+
+def test_a_way_is_forced_and_named():
+    from lora_ext import _C
+
+    x, A, B = torch.randn(40, 64), torch.randn(64, 8), torch.randn(8, 48)
+    weight = torch.randn(48, 64)
+    want = x.double() @ weight.double().T + x.double() @ A.double() @ B.double()
+    dense = torch.randn(40, 48)
+    results = {}
+    try:
+        for product, ways in _C.ways().items():
+            for way in ways:
+                _C.force_way(product, way)
+                y, h = forward(x=x, weight=weight, bias=None, A=A, B=B)
+                gradients = backward(dy=dense, x=x, weight=weight, A=A, B=B, h=h)
+                torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-3)
+                results[product, way] = gradients
+            _C.force_way(product, None)
+    finally:
+        for product in _C.ways():
+            _C.force_way(product, None)
+    first = next(iter(results.values()))
+    for gradients in results.values():
+        for one, other in zip(gradients, first, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    with pytest.raises(RuntimeError, match="product must be one of y, dx, .*, got z"):
+        _C.force_way("z", "library")
+    with pytest.raises(RuntimeError, match="way must be one that gradient goes, got dots"):
+        _C.force_way("gradient", "dots")
+    with pytest.raises(ValueError, match="dtype must be float32, .*, got int8"):
+        _C.route("int8")

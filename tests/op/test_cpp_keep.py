@@ -1,0 +1,102 @@
+"""Dropout's mask as bits in C++ (csrc/cpu/keep.cpp): the bits of dropout.py, by every kernel."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ext.backends import BACKENDS
+from lora_ext.dropout import keep_mask, pack_bits
+from tests.conftest import small_call
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
+pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
+# Less than a byte, less than a block of 64 and more, no rows, no columns.
+SIZES = [(1, 1), (5, 7), (37, 96), (3, 100), (64, 64), (70, 65), (400, 129), (0, 5), (4, 0)]
+SEEDS = [(0, 0), (1, 2), (2**31 - 1, 2**31 - 2), (123456789, 987654321)]
+
+
+def check_every_size() -> None:
+    """Hold both operators to dropout.py; test_every_instruction_set runs it in processes."""
+    from lora_ext.ops import torch  # the schemas
+
+    ops = torch.ops.lora_ext
+    for rows, cols in SIZES:
+        for numbers in SEEDS:
+            for p in (0.0, 0.05, 0.5, 1 / 3, 0.999, 1.0):
+                seed = torch.tensor(numbers)
+                mask = keep_mask(seed, (rows, cols), p)
+                drawn = ops.draw_keep(seed, rows, cols, p)
+                assert torch.equal(drawn, pack_bits(mask)), (rows, cols, numbers, p)
+        for given in layouts(mask := torch.rand(rows, cols) < 0.7):
+            assert torch.equal(ops.pack_keep(given), pack_bits(mask)), (rows, cols, given.stride())
+
+
+def layouts(mask: torch.Tensor) -> list[torch.Tensor]:
+    wide = torch.stack((mask, ~mask), 2).flatten(1)
+    values = mask.to(torch.uint8)
+    return [mask, mask.T.contiguous().T, wide[:, ::2], torch.cat((mask, mask))[: len(mask)],
+            values, values * 128, values * 254]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    script = "from tests.op.test_cpp_keep import check_every_size as check\ncheck()"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"LORA_EXT_CPU_ISA": isa, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_one_row_of_all_is_expanded():
+    mask = (torch.rand(1, 50) < 0.5).expand(9, 50)
+    assert torch.equal(torch.ops.lora_ext.pack_keep(mask), pack_bits(mask))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_bits_do_not_depend_on_the_threads(threads):
+    seed, before = torch.tensor([3, 4]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        drawn = torch.ops.lora_ext.draw_keep(seed, 333, 777, 0.1)
+        assert torch.equal(drawn, pack_bits(keep_mask(seed, (333, 777), 0.1)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    {
+        "seed": (
+            lambda ops: ops.draw_keep(torch.ones(3).long(), 2, 2, 0.5),
+            r"seed must have shape",
+        ),
+        "dtype": (
+            lambda ops: ops.draw_keep(torch.ones(2), 2, 2, 0.5),
+            "and dtype Long, got .* Float",
+        ),
+        "rows": (
+            lambda ops: ops.draw_keep(torch.ones(2).long(), -1, 2, 0.5),
+            "not be negative, got",
+        ),
+        "p": (lambda ops: ops.draw_keep(torch.ones(2).long(), 1, 2, 1.5), "p must be from 0 to 1"),
+        "nan": (
+            lambda ops: ops.draw_keep(torch.ones(2).long(), 1, 2, float("nan")),
+            "p must be fr",
+        ),
+        "mask": (lambda ops: ops.pack_keep(torch.ones(2).bool()), r"mask must have shape \(M, in"),
+        "float": (lambda ops: ops.pack_keep(torch.ones(2, 2)), "mask must have dtype Bool or Byte"),
+    }.values(),
+)
+def test_what_does_not_fit_is_named(run, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(torch.ops.lora_ext)
