@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
 SOURCES += ["cpu/pack", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+SOURCES += ["cpu/blocks_avx512_bf16"]
 FORWARD, BACKWARD, BLOCKS = ["cpu/forward"], ["cpu/backward"], ["cpu/blocks_avx2"]
 TORCH_HEADERS = [
     "inductor/aoti_torch/c/shim.h",
@@ -283,7 +284,12 @@ MUTANTS = {
         "cols, false);",
         BACKWARD,
     ),
-    "edge_columns_not_summed": ("cpu/blocks_impl.h", "start + tile[", "tile[", BLOCKS),
+    "edge_columns_not_summed": (
+        "cpu/multiply_impl.h",
+        "scale * sum + start;",
+        "scale * sum;",
+        BLOCKS,
+    ),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
         "round = 1; round < kRows",
@@ -347,13 +353,15 @@ def lowered_avx512(target: Path) -> Path:
     shutil.copytree(ROOT / "csrc", target)
     has = r'__builtin_cpu_supports\("avx512(f|bw|dq|vl)"\)'
     change(target / "cpu/isa.cpp", has, "true", times=4)
-    # Each dtype through our own products, which PyTorch's serve on AVX-512.
-    line = r'\{"avx512", "(\w*)", "(\w+)", true,'
+    # Each dtype through products of our own, where PyTorch's are the faster ones on AVX-512.
     table = target / "cpu/route.cpp"
-    table.write_text(re.sub(line, r'{"avx512", "\1", "\2", false,', table.read_text()))
+    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d, (\d+), (\d+), (true|false), .*\},'
+    table.write_text(
+        re.sub(line, r"\1, false, 0, 2, 4, false, kNever, kNever, kNever},", table.read_text())
+    )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
-    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=2)
+    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
     return target
 
 
