@@ -67,7 +67,7 @@ def means(kept: Kept) -> str:
 
 
 def tables(kept: Kept, models: Sequence[Run] = ()) -> str:
-    """Return the page's text: by machine a table of all shapes, peers, whole steps, the commands.
+    """Return the page's text: the means side by side, then by machine all shapes and the commands.
 
     Args:
         kept: runs of bench_linear with their files.
@@ -77,7 +77,7 @@ def tables(kept: Kept, models: Sequence[Run] = ()) -> str:
         ValueError: no run of the standard grid with the default providers.
 
     """
-    lines = []
+    lines = ["### Machines side by side", "", means(kept), ""]
     for machine in sorted(dict.fromkeys(machine_of(run) for run in _main(kept))):
         here = [(path, run) for path, run in kept if machine_of(run) == machine]
         main = _main(here)

@@ -147,10 +147,17 @@ class _LoRALinear(torch.autograd.Function):
         y, h = BACKENDS[name].forward(Call(rows_of(x), base, bias, LowRank(A, B, scale, keep)))
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         keeps_x = need_dA or need_dweight
+        reads_t = need_dx or need_dA
         ctx.save_for_backward(
-            x if keeps_x else None, weight if need_dx else None, A, B, h if need_dB else None, keep
+            x if keeps_x else None,
+            weight if need_dx else None,
+            A if need_dx else None,
+            B if reads_t else None,
+            h if need_dB else None,
+            keep,
         )
-        ctx.call = (x.shape, scale, name, None if panels is None else panels.backward)
+        # A and B again, unversioned: of a factor that is not read its gradient takes the layout.
+        ctx.call = (x.shape, A, B, scale, name, None if panels is None else panels.backward)
         y = with_shape(y, x.shape)
         # Without x a second derivative finds h's own graph by h being a result of this Function.
         if need_dB and need_dx and not keeps_x:
@@ -164,8 +171,8 @@ class _LoRALinear(torch.autograd.Function):
         under_create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if under_create_graph or dy is None or dh is not None:
             return _differentiable_gradients(ctx, dy, dh)
-        x, weight, A, B, h, keep = ctx.saved_tensors
-        x_shape, scale, name, panels = ctx.call
+        x, weight, _, _, h, keep = ctx.saved_tensors
+        x_shape, A, B, scale, name, panels = ctx.call
         base = panels or (None if weight is None else Weight(weight))
         call = Call(None if x is None else rows_of(x), base, None, LowRank(A, B, scale, keep))
         needs = ctx.needs_input_grad[:5]
@@ -182,8 +189,8 @@ def _differentiable_gradients(
 
     `dh` comes, and dy may be absent, where a second derivative goes through an h that is a result.
     """
-    x, weight, A, B, h, keep = ctx.saved_tensors
-    x_shape, scale, _, _ = ctx.call
+    x, weight, _, _, h, keep = ctx.saved_tensors
+    x_shape, A, B, scale, _, _ = ctx.call
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]
     dx = dweight = dbias = dA = dB = None
     if dy is not None:

@@ -107,14 +107,14 @@ def read(compiled, *, loops: bool) -> Machine:
     )
 
 
-def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str, int]:
+def _nvidia(compiled, read_loops: bool) -> tuple[tuple[int, int], str, int]:
     """Return (registers, stack), the machine code of all loops, and how many of them wait."""
     cubin = Path(next(p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")))
     usage = _tool("cuobjdump", "-res-usage", cubin)
     figures = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
     # cuobjdump -sass does this too, in 0.7 s a kernel: twice as long, as long as to compile it.
-    sass = _tool("nvdisasm", "-c", "-ndf", cubin) if loops else ""
-    code, labels, bodies = [], {}, []
+    sass = _tool("nvdisasm", "-c", "-ndf", cubin) if read_loops else ""
+    code, labels, bodies, ends = [], {}, [], []
     for label, text in re.findall(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/ +(.*?);", sass, re.MULTILINE):
         if label:
             labels[label] = len(code)
@@ -122,16 +122,19 @@ def _nvidia(compiled, loops: bool) -> tuple[tuple[int, int], str, int]:
         code.append(text)
         if (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)) and jump[1] in labels:
             bodies.append(range(labels[jump[1]], len(code)))
+            # A jump back without a condition leaves what waits out of line, and ends no loop.
+            ends.append("@" in text or "UP" in text)
     looped = sorted({at for body in bodies for at in body})
-    waiting = sum(_waits(code, body, bodies) for body in bodies)
+    loops = [body for body, end in zip(bodies, ends, strict=True) if end]
+    waiting = sum(_waits(code, loop, loops) for loop in loops)
     return (figures["REG"], figures["STACK"]), "\n".join(code[at] for at in looped), waiting
 
 
-def _waits(code: list[str], body: range, bodies: list[range]) -> bool:
+def _waits(code: list[str], loop: range, loops: list[range]) -> bool:
     """Whether a loop multiplies outside of the loops in it, and nothing in it loads ahead."""
-    inner = {at for other in bodies if other != body and other[0] in body for at in other}
-    multiplies = any(re.search(NVIDIA_MATRIX, code[at]) for at in body if at not in inner)
-    return multiplies and not any(re.search(NVIDIA_ASYNC, code[at]) for at in body)
+    inner = {at for other in loops if other != loop and other[0] in loop for at in other}
+    multiplies = any(re.search(NVIDIA_MATRIX, code[at]) for at in loop if at not in inner)
+    return multiplies and not any(re.search(NVIDIA_ASYNC, code[at]) for at in loop)
 
 
 def _amd(compiled) -> tuple[tuple[int, int], str, int]:

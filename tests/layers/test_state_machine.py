@@ -163,7 +163,9 @@ class Machine(RuleBasedStateMachine):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if trained:
             optimiser = torch.optim.SGD(trained, lr=1e-3, momentum=momentum)
-            self.model(torch.randn(self.rows, 20, dtype=self.dtype)).square().mean().backward()
+            loss = self.model(torch.randn(self.rows, 20, dtype=self.dtype)).square().mean()
+            if loss.requires_grad:  # merged and frozen, nothing on the way to it trains
+                loss.backward()
             optimiser.step()
             optimiser.zero_grad()
 

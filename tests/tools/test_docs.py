@@ -1,5 +1,6 @@
 """The design page's code runs; every link, command and path that a page names exists."""
 
+import ast
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+import lora_ext
 from lora_ext.testing import check_backend
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,11 @@ def test_the_backend_of_the_design_page_keeps_the_rule():
     assert refused and all(
         "takes no dropout mask" in r or "plain weight" in r for r in refused.values()
     )
+
+
+def test_the_readme_is_read_in_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
 
 
 def anchors(text: str) -> set[str]:
@@ -59,9 +66,25 @@ def missing(text: str, page: Path) -> list[str]:
     return lost
 
 
+def unknown_names(text: str) -> list[str]:
+    """Return the names of lora_ext that a page's Python uses and lora_ext has not."""
+    lost = []
+    for source in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "lora_ext":
+                lost += [] if hasattr(lora_ext, node.attr) else [node.attr]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_ext"):
+                # Read and not imported: integrations import what they integrate.
+                code = ROOT.joinpath(*node.module.split(".")).with_suffix(".py").read_text()
+                defined = re.findall(r"^(?:def|class) (\w+)", code, re.M)
+                lost += [alias.name for alias in node.names if alias.name not in defined]
+    return lost
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_names_is_there(page):
     assert missing(page.read_text(), page) == []
+    assert unknown_names(page.read_text()) == []
 
 
 def test_what_is_not_there_is_found():
@@ -79,3 +102,5 @@ def test_what_is_not_there_is_found():
         "make none",
         "csrc/none.h",
     ]
+    code = "from lora_ext.distributed import LoRAColwiseParallel, Sideways\nlora_ext.nothing(x)\n"
+    assert set(unknown_names(f"```python\n{code}```\n")) == {"Sideways", "nothing"}

@@ -68,7 +68,7 @@ def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
         "| a CPU, AVX2 | fp32 | 0.67 (3.00) | - | - |",
     ]
     heads = [line for line in readme.tables(kept).splitlines() if line.startswith("#")]
-    assert heads == ["### Some CPU 7, AVX512", "### a CPU, AVX2"]
+    assert heads == ["### Machines side by side", "### Some CPU 7, AVX512", "### a CPU, AVX2"]
 
 
 def test_a_page_without_marks_is_refused():

@@ -189,7 +189,7 @@ class Finish:
             ),
             **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
-            **card.product_options(p.kind, call.B.dtype),
+            **card.product_options(p.kind, call.B.dtype, p.masked or tile.warps == 4),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
             BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),

@@ -87,15 +87,17 @@ class Card:
         """Bytes a microsecond that a good kernel moves."""
         return self.bandwidth_gbs * 1e3 * self.reached_bandwidth
 
-    def product_options(self, kind: str, adapter: torch.dtype) -> dict[str, Any]:
+    def product_options(
+        self, kind: str, adapter: torch.dtype, all_registers: bool = False
+    ) -> dict[str, Any]:
         """Return the options by which a kernel multiplies: tl.dot's input_precision, registers.
 
-        Halves are exact in either precision. Around float32 adapters, and on sm_100, ptxas would
-        spill a few bytes of its own accord for one block more an SM (8 bytes at 64 registers):
-        there it may take them all.
+        Halves are exact in either precision. For one block more an SM ptxas would spill a few bytes
+        of its own accord around float32 adapters, on sm_100, and where a caller says so: there it
+        may take all registers.
         """
         options: dict[str, Any] = {"PRECISION": "ieee" if kind == "fp32" else "tf32"}
-        spills = adapter == torch.float32 or self.family == "sm_100"
+        spills = adapter == torch.float32 or all_registers or self.family == "sm_100"
         if spills and self.family != "gfx942":
             options["maxnreg"] = 255
         return options

@@ -60,7 +60,7 @@ def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         **dict(M=M, N=N, K=K, R=R, BLOCK_R=cards.block_r(R, tile.max_r)),
         **_base_strides(call),
         **strides("STRIDE_A", "KR", strides_a),
-        **card.product_options(p.kind, call.B.dtype),
+        **card.product_options(p.kind, call.B.dtype, p.masked),
         **options,
     )
 
@@ -117,7 +117,7 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     splits = decode_splits(p, tile, card)
     tiles_m, block_r = triton.cdiv(M, tile.block_m), cards.block_r(R)
     rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
-    precision = card.product_options(p.kind, call.A.dtype)
+    precision = card.product_options(p.kind, call.A.dtype, p.masked)
     products = Launch(
         lora_linear_decode_kernel,
         (tiles_m, triton.cdiv(N, tile.block_n) + triton.cdiv(R, block_r), splits),
@@ -199,7 +199,7 @@ class Shrink:
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_x", "mk", call.x.stride()),
             **strides("STRIDE_A", "KR", strides_a),
-            **card.product_options(p.kind, call.A.dtype),
+            **card.product_options(p.kind, call.A.dtype, p.masked),
         )
 
     def __call__(self, call: Forward) -> Tensor:
