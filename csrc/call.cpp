@@ -70,13 +70,14 @@ class Checks {
     if (!half || operand.dtype != ScalarType::Float) dtype(name, operand);
   }
 
-  void place(const char* name, const Operand& operand) const {
+  // On the same device, and, unless its layout alone is read, with its memory there.
+  void place(const char* name, const Operand& operand, bool is_read = true) const {
     int32_t type, index;
     LORA_EXT_CHECK(aoti_torch_get_device_type(operand.tensor->get(), &type));
     LORA_EXT_CHECK(aoti_torch_get_device_index(operand.tensor->get(), &index));
     STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on device ",
                     device_text(type_, index_), ", got ", device_text(type, index));
-    check_memory(name, operand);
+    if (is_read) check_memory(name, operand);
   }
 
  private:
@@ -135,7 +136,7 @@ void read_A(const Checks& checks, const std::optional<Tensor>& A, BackwardCall* 
   call->K = operand.size(0);
   call->R = operand.size(1);
   checks.adapter_dtype("A", operand);
-  checks.place("A", operand);
+  checks.place("A", operand, call->needs.dx);
 }
 
 // B, which t is made of, and of which dB has the layout.
@@ -148,7 +149,7 @@ void read_B(const Checks& checks, const std::optional<Tensor>& B, BackwardCall* 
   if (!call->low.A) call->R = operand.size(0);
   check_shape("B", operand, {call->R, call->N});
   checks.adapter_dtype("B", operand);
-  checks.place("B", operand);
+  checks.place("B", operand, needs.dx || needs.dA);
 }
 
 void read_x(const Checks& checks, const std::optional<Tensor>& x, BackwardCall* call) {

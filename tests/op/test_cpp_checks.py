@@ -146,6 +146,15 @@ def test_backward_reads_no_freed_memory(name):
         backward(**{name: tensor})
 
 
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_a_factor_whose_layout_alone_is_read_may_be_freed(name):
+    needs = (False, False, False, name == "A", name == "B")
+    factor = {"A": t(K, R), "B": t(R, N)}[name]
+    factor.untyped_storage().resize_(0)
+    gradient = backward(needs, **{name: factor})[3 if name == "A" else 4]
+    assert gradient.shape == factor.shape and (gradient != 0).all()
+
+
 def test_memory_is_counted_from_the_tensors_place_in_it():
     """The end of a storage that is shared; a tensor of no elements reaches nothing."""
     shared = torch.ones(2, M, K)
