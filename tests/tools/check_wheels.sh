@@ -3,7 +3,7 @@
 # compiler on the PATH:  tests/tools/check_wheels.sh PYTHON TORCH...  such as  python3 torch==2.13.0
 # A TORCH that is a folder is an environment that has torch already: its packages are used as well.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=$1
 shift
 work=$(mktemp -d)
