@@ -64,7 +64,13 @@ def test_worker_forked_after_use_computes_the_same(backend: Backend):
     loader = DataLoader(
         dataset, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
     )
-    got = list(loader)
+    try:
+        got = list(loader)
+    except RuntimeError as error:
+        # PyTorch's own refusal, of any model, once a reentrant backward has run in this process.
+        if "autograd's threading in combination with fork" not in str(error):
+            raise
+        pytest.skip("an earlier test of this process ran a reentrant backward")
     assert len(got) == len(want) == 4
     for mine, alone in zip(got, want, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, alone, strict=True))
