@@ -8,7 +8,6 @@ One more is right: the AVX-512 kernels with the compiler's 64-byte vectors lower
 all of them but their instructions runs on a CPU without AVX-512.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from torch.utils.cpp_extension import include_paths
 from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
 from tests.conftest import linear_of
 from tests.op.test_mutants import CASES, refused
+from tests.processes import shared_by_workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -376,13 +376,7 @@ def change(file: Path, old: str, new: str, times: int) -> None:
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """Return what the checks say of each library. One of pytest's workers asks them for all."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which the workers of one run share
-    folder /= "mutants"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_by_workers(tmp_path_factory, "mutants") as folder:
         said = folder / "verdicts.json"
         if not said.exists():
             build_libraries(folder)
