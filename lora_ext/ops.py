@@ -88,7 +88,9 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def _draw_keep_fake(
+    seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0
+) -> Tensor:
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
@@ -105,7 +107,10 @@ LIBRARY = define("lora_ext")
 # keep_mask), as `bernoulli_` would from a generator's state, or packed from a mask of bytes.
 for _schema, _fake in (
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
-    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    (
+        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        _draw_keep_fake,
+    ),
     (
         "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
         _draw_bernoulli_fake,
