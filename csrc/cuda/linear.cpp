@@ -99,8 +99,9 @@ void check_supported(bool with_weight, const Call& call) {
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const Tensor& A,
                                       const Tensor& B, double scale, const std::string& format,
-                                      const std::optional<Tensor>& keep) {
-  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep);
+                                      const std::optional<Tensor>& keep,
+                                      const std::optional<Tensor>& weight_scale) {
+  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep, weight_scale);
   cuda::check_supported(weight.has_value(), call);
   const NoGradGuard no_grad;
   cuda::Launch launch("x", call.x);
@@ -121,8 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& asked, const std::string& format,
-    const std::optional<Tensor>& keep) {
-  const BackwardCall call = check_backward(dy, x, weight, A, B, h, scale, asked, format, keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale) {
+  const BackwardCall call =
+      check_backward(dy, x, weight, A, B, h, scale, asked, format, keep, weight_scale);
   const Needs& needs = call.needs;
   cuda::check_supported(!needs.dx || weight.has_value(), call);
   const NoGradGuard no_grad;

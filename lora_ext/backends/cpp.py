@@ -135,8 +135,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, (A, B, scale, keep) = call
     if weight is not None and keep is None and weight.format == "plain":  # defaults cost nothing
         return _FWD(x, weight.data, bias, A, B, scale)
-    data, format = (None, "plain") if weight is None else weight
-    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep)
+    data, format, codes = (None, "plain", None) if weight is None else weight
+    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep, weight_scale=codes)
 
 
 def backward(
@@ -144,11 +144,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
-    data, format = (None, "plain") if weight is None else weight
+    data, format, codes = (None, "plain", None) if weight is None else weight
     if keep is None and format == "plain":
         gradients = _BWD(dy, x, data, A, B, h, scale, needs)
     else:
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs, format=format, keep=keep)
+        given = {"format": format, "keep": keep, "weight_scale": codes}
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs, **given)
     dx, dweight, dbias, dA, dB = gradients
     return (
         dx if needs[0] else None,
