@@ -51,6 +51,7 @@ def unsupported(call: Call) -> str | None:
         and type(B) in _PLAIN
         and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
+        and (weight is None or weight.scale is None or x.dtype is not torch.float64)
     ):
         return None
     if x.is_cpu and _not_loaded is not None:
@@ -64,6 +65,9 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
+    if weight is not None and weight.scale is not None:
+        where = "on a CUDA device" if x.is_cuda else "for float64"
+        return f"has no kernel {where} for a weight in format {weight.format!r}"
     if x.is_cuda and (why := why_no_cuda_kernel(call)) is not None:
         return why
     return _why_not_on(x.device)
