@@ -32,6 +32,7 @@ print("ran")
 
 
 @pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
+@pytest.mark.slow  # `make test` runs the best one this CPU has, in every other test
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_keeps_the_error_rule(isa):
     """The variable is read once a process."""
