@@ -128,10 +128,12 @@ void check_is(const char* name, const Operand& operand, ScalarType dtype) {
 // Codes and their scales, from end to end in memory.
 void check_codes(const Checks& checks, const Weight& weight, int64_t N, int64_t K) {
   const auto& [data, format, scale] = weight;
-  STD_TORCH_CHECK(scale, "weight_scale must be a tensor where format is nf4, fp4 or int8, got None");
-  STD_TORCH_CHECK(checks.dtype() != ScalarType::Double,
-                  "x must have dtype float32, bfloat16 or float16 where the weight is of codes, got ",
-                  torch::headeronly::toString(checks.dtype()));
+  STD_TORCH_CHECK(scale,
+                  "weight_scale must be a tensor where format is nf4, fp4 or int8, got None");
+  STD_TORCH_CHECK(
+      checks.dtype() != ScalarType::Double,
+      "x must have dtype float32, bfloat16 or float16 where the weight is of codes, got ",
+      torch::headeronly::toString(checks.dtype()));
   check_is("weight", data, format == Format::kInt8 ? ScalarType::Char : ScalarType::Byte);
   check_is("weight_scale", scale, ScalarType::Float);
   checks.place("weight_scale", scale);
@@ -142,9 +144,10 @@ void check_codes(const Checks& checks, const Weight& weight, int64_t N, int64_t 
     check_shape("weight", data, {(N * K + 1) / 2, 1});
     block_bits_of(weight, N * K);
   }
-  STD_TORCH_CHECK(data.stride(1) == 1 || data.size(1) < 2, "weight must have rows without gaps");
-  STD_TORCH_CHECK(data.stride(0) == data.size(1) || data.size(0) < 2,
-                  "weight must be contiguous where it is of codes, got stride ", data.stride(0));
+  STD_TORCH_CHECK((data.stride(1) == 1 || data.size(1) < 2) &&
+                      (data.stride(0) == data.size(1) || data.size(0) < 2),
+                  "weight must be contiguous where it is of codes, got strides ",
+                  text_of(data.strides, 2));
   STD_TORCH_CHECK(scale.stride(0) == 1 || scale.size(0) < 2,
                   "weight_scale must be contiguous, got stride ", scale.stride(0));
 }

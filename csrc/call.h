@@ -41,7 +41,7 @@ struct Operand {
 enum class Format {
   kPlain,   // (N, K)
   kPanels,  // what pack_weight made of it: of weight.T for the forward, of weight for dx. CPU alone
-  kNf4,     // frozen, of 4 bits: (ceil(N * K / 2), 1) bytes as bitsandbytes lays them out. CPU alone
+  kNf4,  // frozen, of 4 bits: (ceil(N * K / 2), 1) bytes as bitsandbytes lays them out. CPU alone
   kFp4,
   kInt8,  // frozen, (N, K) int8. CPU alone
 };
@@ -51,8 +51,8 @@ constexpr bool is_of_codes(Format format) { return format >= Format::kNf4; }
 struct Weight {
   Operand data;
   Format format = Format::kPlain;
-  // Of codes, float: of 4 bits one a block, which is a power of two of elements from 32 on, from end
-  // to end; of int8 one a row, (N,).
+  // Of codes, float: of 4 bits one a block, which is a power of two of elements from 32 on, from
+  // end to end; of int8 one a row, (N,).
   Operand scale;
 };
 

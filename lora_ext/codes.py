@@ -31,6 +31,7 @@ VALUES = {
     ),
 }
 FORMATS = (*VALUES, "int8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
 
 
 @functools.cache
@@ -67,3 +68,51 @@ def dequantised(weight: Weight, N: int, K: int, dtype: torch.dtype) -> Tensor:
     values = table(format, data.device)[code.int()]
     scales = scale.repeat_interleave(block_size(len(scale), N * K))[: N * K]
     return (values * scales).to(dtype).view(N, K)
+
+
+def quantised(weight: Tensor, format: str, size: int = 64) -> Weight:
+    """Return a weight (N, K) as codes, the bytes that bitsandbytes makes of it on a CPU.
+
+    Args:
+        weight: (N, K), float32, bfloat16 or float16.
+        format: one of FORMATS.
+        size: elements in a block of 4 bits, a power of two from 32 on.
+
+    """
+    weight = weight.detach()
+    if format == "int8":  # of the weight in float16, as there
+        rows = weight.to(torch.float16)
+        most = rows.abs().amax(1).float()
+        codes = torch.round(rows * (127.0 / most[:, None])).nan_to_num(0).to(torch.int8)
+        return Weight(codes, format, most * (1 / 127))
+    flat = weight.reshape(-1)
+    scale = torch.empty(-(-len(flat) // size), dtype=torch.float32, device=weight.device)
+    code = torch.empty(len(flat) + len(flat) % 2, dtype=torch.uint8, device=weight.device)
+    piece = max(_PIECE // size, 1) * size
+    for start in range(0, len(flat), piece):
+        some = flat[start : start + piece].float()
+        whole = len(some) // size * size
+        first, at = start // size, start
+        for part, step in ((some[:whole].view(-1, size), whole), (some[whole:][None], None)):
+            if part.numel():
+                most = part.abs().amax(1)
+                least = most.clamp(min=1e-38)[:, None]
+                # The last block, where it is not whole, is divided, and the others multiplied.
+                unit = part * (1.0 / least) if step else part / least
+                end = at + part.numel()
+                code[at:end] = _nearest(unit.clamp(-1, 1).flatten(), format)
+                scale[first : first + len(most)] = most if step else least[:, 0]
+                first, at = first + len(most), end
+    if len(flat) % 2:
+        code[-1] = _nearest(torch.zeros(1, device=weight.device), format)[0]
+    return Weight((code[::2] << 4 | code[1::2])[:, None], format, scale)
+
+
+_PIECE = 1 << 22  # elements worked on at a time
+
+
+def _nearest(unit: Tensor, format: str) -> Tensor:
+    values = table(format, unit.device)
+    order = torch.argsort(values)
+    ends = (values[order[:-1]] + values[order[1:]]) / 2
+    return order[torch.bucketize(unit, ends, out_int32=True)].to(torch.uint8)

@@ -83,14 +83,16 @@ def adapted(
 ) -> Tensor:
     """Return what lora_linear does; `weight` None is the low-rank part alone.
 
-    A weight of codes comes as a Weight; y then has x's dtype, as bitsandbytes' linears give it.
+    A weight of codes comes as a Weight. Of 4 bits, y has x's dtype in autocast too, which is how
+    bitsandbytes' linears give it.
     `mask` is the draw of dropout, see `dropout.draw_keep`. `panels` is the weight laid out once,
     fresh (panels.py). A backend that reads no panels, and autocast where it casts the weight, take
     the weight itself.
     """
-    codes, given = None, weight
-    if type(weight) is Weight:
-        codes, weight, dtype = weight, None, x.dtype
+    codes, dtype, given = None, None, weight
+    if isinstance(weight, Weight):
+        codes, weight = weight, None
+        dtype = None if codes.format == "int8" else x.dtype
     try:
         # Not for meta: PyTorch raises when asked about a device that has no autocast.
         if not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
@@ -120,13 +122,13 @@ def adapted(
         ):
             y = _LoRALinear.apply(x, weight, bias, A, B, scale, keep, name, panels)
             y = y if isinstance(y, Tensor) else y[0]
-            return y if codes is None else y.to(dtype)
+            return y if dtype is None else y.to(dtype)
         if panels is not None or x.dim() != 2:
             base = call.weight if panels is None else panels.forward
             call = Call(rows_of(x), base, bias, call.low)
         y, _ = BACKENDS[name].forward(call)
         y = with_shape(y, x.shape)
-        return y if codes is None else y.to(dtype)
+        return y if dtype is None else y.to(dtype)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         _raise_what_does_not_fit(x, weight, bias, A, B, scale)
         raise

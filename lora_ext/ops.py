@@ -31,9 +31,7 @@ def fwd_fake(
     x, weight, bias, A, B, scale, *, format="plain", keep=None, weight_scale=None
 ) -> tuple[Tensor, Tensor]:
     """Shapes of linear_fwd: y (M, N) and h (M, R)."""
-    _require_device_of(
-        x, weight=weight, bias=bias, A=A, B=B, keep=keep, weight_scale=weight_scale
-    )
+    _require_device_of(x, weight=weight, bias=bias, A=A, B=B, keep=keep, weight_scale=weight_scale)
     M = x.shape[0]
     return x.new_empty(M, B.shape[1]), x.new_empty(M, A.shape[1])
 

@@ -190,9 +190,10 @@ void keep(Bits bits, View<T> values) {
 
 template <typename T>
 constexpr StorageOps<T> storage_ops() {
-  StorageOps<T> ops = {&load<T>, &pack<T>,         &store<T>,  &keep<T>,
-                       &dot<T>,  &combine_rows<T>, &update<T>, nullptr, nullptr};
-  if constexpr (std::is_same_v<Acc<T>, float>) ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;
+  StorageOps<T> ops = {&load<T>,         &pack<T>,   &store<T>, &keep<T>, &dot<T>,
+                       &combine_rows<T>, &update<T>, nullptr,   nullptr};
+  if constexpr (std::is_same_v<Acc<T>, float>)
+    ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;
   return ops;
 }
 

@@ -22,9 +22,9 @@ constexpr float kNf4Values[16] = {-1.0f,
                                   0.7229568362236023f,
                                   1.0f};
 // A sign, two bits of exponent and one of mantissa, scaled to 1, as bitsandbytes numbers them.
-constexpr float kFp4Values[16] = {
-    0.0f,  1.0f / 192,  2.0f / 3,  1.0f,  1.0f / 3,  0.5f,  1.0f / 6,  0.25f,
-    -0.0f, -1.0f / 192, -2.0f / 3, -1.0f, -1.0f / 3, -0.5f, -1.0f / 6, -0.25f};
+constexpr float kFp4Values[16] = {0.0f,      1.0f / 192, 2.0f / 3,  1.0f,        1.0f / 3,  0.5f,
+                                  1.0f / 6,  0.25f,      -0.0f,     -1.0f / 192, -2.0f / 3, -1.0f,
+                                  -1.0f / 3, -0.5f,      -1.0f / 6, -0.25f};
 
 }  // namespace
 

@@ -101,7 +101,8 @@ void decode_nibbles(const Codes& codes, int64_t at, int64_t count, float* dst) {
     };
     if (at % 2 != 0) one();
     const Nibbles<T> nibbles(codes.values, scale);
-    for (; at + lanes <= stop; at += lanes, dst += lanes) write(dst, nibbles.at(codes.data + at / 2));
+    for (; at + lanes <= stop; at += lanes, dst += lanes)
+      write(dst, nibbles.at(codes.data + at / 2));
     while (at < stop) one();
   }
 }
@@ -128,7 +129,9 @@ class Bytes {
   Bytes() = default;
   Bytes(const float*, float scale) : scale_(scale) {}
 
-  static const uint8_t* address(const Codes& codes, int64_t element) { return codes.data + element; }
+  static const uint8_t* address(const Codes& codes, int64_t element) {
+    return codes.data + element;
+  }
   static constexpr int64_t bytes_of(int64_t elements) { return elements; }
 
   FloatVector at(const uint8_t* from) const { return rounded<T>(scale_ * floats_of(from)); }

@@ -29,8 +29,9 @@ Right<Acc<T>> weight_factor(const Weight& weight, int64_t depth, int64_t cols, b
   }
   if constexpr (std::is_same_v<P, float>) {
     if (is_of_codes(weight.format)) {
-      return Right<P>::of_codes(transposed ? codes_of(weight, cols, depth) : codes_of(weight, depth, cols), depth, cols, transposed,
-                                T{});
+      return Right<P>::of_codes(
+          transposed ? codes_of(weight, cols, depth) : codes_of(weight, depth, cols), depth, cols,
+          transposed, T{});
     }
   }
   const Operand& panels = weight.data;
