@@ -105,8 +105,8 @@ FORWARD = {
     ),
     "blocks": (
         of_codes("nf4") | {"weight_scale": t(5)},
-        "weight_scale must have one value a block of a power of two of the 120 elements, from 32 on,"
-        " got shape (5,)",
+        "weight_scale must have one value a block of a power of two of the 120 elements, from 32 "
+        "on, got shape (5,)",
     ),
     "blocks_dim": (
         of_codes("nf4") | {"weight_scale": t(2, 1)},
