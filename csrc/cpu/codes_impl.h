@@ -38,8 +38,9 @@ inline UintVector codes_of(const uint8_t* from) {
   const __m256i shifts = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
   return (UintVector)_mm256_srlv_epi32(_mm256_set1_epi32(read<int32_t>(from)), shifts);
 #else
-  return UintVector{static_cast<uint32_t>(from[0] >> 4), from[0],
-                    static_cast<uint32_t>(from[1] >> 4), from[1]};
+  UintVector codes;
+  for (int64_t i = 0; i < kLanes<float>; ++i) codes[i] = from[i / 2] >> (i % 2 == 0 ? 4 : 0);
+  return codes;
 #endif
 }
 
