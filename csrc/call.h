@@ -84,6 +84,9 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
                             double scale, const std::vector<bool>& needs, const std::string& format,
                             const std::optional<Tensor>& keep);
 
+// Throw unless a list has an element for each of `count` layers.
+void check_count(const char* name, size_t got, size_t count);
+
 // (2, 3), for messages.
 std::string text_of(const int64_t* sizes, int64_t dim);
 
