@@ -114,15 +114,19 @@ def part_of(layer: nn.Module) -> Part | str:
 
 def run(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> list[Tensor] | str:
     """Run the parts as one operation, or say why not; nothing is drawn then."""
+    if len(parts) < 2:
+        return "a group has at least 2 layers"
     group = prepared(x, parts, backend)
     if isinstance(group, str):
         return group
+    if group.name is None:
+        return "none of its layers has an adapter"
+    group = with_masks(group, group.x)
     if torch.is_grad_enabled():
-        tensors = [t for c in group.calls for t in (c.weight.data, c.bias, c.low.A, c.low.B)]
-        x = group.x
+        tensors, x = tensors_of(group), group.x
         if x.requires_grad or any(t is not None and t.requires_grad for t in tensors):
             return list(_LoRALinears.apply(x, group, *tensors))
-    ys, _ = _forward(group)
+    ys, _ = forward(group)
     return [with_shape(y, x.shape) for y in ys]
 
 
@@ -131,14 +135,15 @@ class Group(NamedTuple):
 
     x: Tensor  # (..., K), cast as autocast would
     calls: list[Any]  # Call, with A and B None in that of a layer without an adapter
-    name: str
+    name: str | None  # of the backend; None where no layer has an adapter
     panels: list[Panels | None]
+    dropouts: list[tuple[float, str]]  # of each: probability, and how its mask is drawn
 
 
 def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Group | str:
-    """Check and cast all, choose a backend, draw the masks in order; or say why not, first."""
-    if not 1 < len(parts) <= MOST_LAYERS:
-        return f"a group has 2 to {MOST_LAYERS} layers, this one {len(parts)}"
+    """Check and cast all and choose a backend; or say why not. Nothing is drawn or computed."""
+    if len(parts) > MOST_LAYERS:
+        return f"a group has at most {MOST_LAYERS} layers, this one {len(parts)}"
     if type(x) is not Tensor or x.dim() == 0:
         return f"takes a plain tensor, x is a {type(x).__name__}"
     autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
@@ -159,16 +164,25 @@ def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Gr
             name = choose(backend, call)
         elif BACKENDS[name].unsupported(call) is not None:
             return f"its layers do not all run on {name}"
-    if name is None:
-        return "none of its layers has an adapter"
-    rows = rows_of(x)
-    for i, (part, call) in enumerate(zip(parts, calls, strict=True)):
-        low = call.low
-        if part.dropout and low.A is not None:
-            low = low._replace(keep=draw_keep(x, part.dropout, part.mask))
-        calls[i] = Call(rows, call.weight, call.bias, low)
     panels = [part.panels if name == "cpp" and not autocast else None for part in parts]
-    return Group(x, calls, name, panels)
+    dropouts = [(0.0 if part.A is None else part.dropout, part.mask) for part in parts]
+    return Group(x, calls, name, panels, dropouts)
+
+
+def with_masks(group: Group, x: Tensor) -> Group:
+    """Draw the masks in order, and give each call x as a matrix and its mask."""
+    rows = rows_of(x)
+    calls = []
+    for (_, weight, bias, low), (p, mask) in zip(group.calls, group.dropouts, strict=True):
+        if p:
+            low = low._replace(keep=draw_keep(x, p, mask))
+        calls.append(Call(rows, weight, bias, low))
+    return group._replace(x=x, calls=calls)
+
+
+def tensors_of(group: Group) -> list[Tensor | None]:
+    """Return weight, bias, A and B of each call: what a Function takes."""
+    return [t for c in group.calls for t in (c.weight.data, c.bias, c.low.A, c.low.B)]
 
 
 def _why_alone(x: Tensor, weight, bias, A, B, scale: float) -> str | None:
@@ -185,15 +199,15 @@ def _why_alone(x: Tensor, weight, bias, A, B, scale: float) -> str | None:
     return None
 
 
-def _forward(group: Group) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+def forward(group: Group) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Return y of each call, and h of each, None for those without an adapter."""
-    _, calls, name, panels = group
+    _, calls, name, panels, _ = group
     adapted = [i for i, call in enumerate(calls) if call.low.A is not None]
     given = [
         calls[i] if (laid_out := panels[i]) is None else calls[i]._replace(weight=laid_out.forward)
         for i in adapted
     ]
-    ys, hs = forward_group(name, given)
+    ys, hs = forward_group(name, given) if name is not None else ([], [])
     if len(adapted) == len(calls):
         return ys, hs
     all_ys: list[Any] = [
@@ -210,7 +224,7 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group, *tensors):
-        ys, hs = _forward(group)
+        ys, hs = forward(group)
         need_dx, _, *needs = ctx.needs_input_grad
         saved, factors = [], []
         reads_x = False
@@ -250,7 +264,7 @@ class _LoRALinears(torch.autograd.Function):
                 base = panels[i].backward
             call = Call(rows, base, None, LowRank(*factors[i], keep))
             layers.append((i, rows_of(dy), call, h, (need_dx, *needs[4 * i : 4 * i + 4])))
-        dx, of_layers = (_differentiable if under_create_graph else _backward)(layers, name)
+        dx, of_layers = (_differentiable if under_create_graph else backward)(layers, name)
         gradients: list[Tensor | None] = [None] * len(needs)
         for (i, *_), own in zip(layers, of_layers, strict=True):
             gradients[4 * i : 4 * i + 4] = own
@@ -258,7 +272,7 @@ class _LoRALinears(torch.autograd.Function):
         return dx, None, *gradients
 
 
-def _backward(layers, name):
+def backward(layers, name):
     """Return dx, summed in one buffer, and the other gradients of each layer."""
     adapted = [layer for layer in layers if layer[2].low.A is not None]
     found = {}

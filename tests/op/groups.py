@@ -30,6 +30,7 @@ GROUPS: dict[str, list[Case]] = {
     "few_rows": [c.but(lead=(3,)) for c in (ODD, ODD.but(N=40, R=8))],
     "one_row_dropout": [c.but(lead=(1,), dropout=0.3) for c in (WIDE, NARROW)],
     "no_rows": [c.but(lead=(0,)) for c in (WIDE, NARROW)],
+    "panels_for_all_threads": [Case((400,), 264, n, 8) for n in (404, 40)],
     "past_each_block": [Case((400,), 404, n, 8, dropout=p) for n, p in ((264, 0.3), (40, 0.0))],
 }
 DTYPES = [(FP32, None), (BF16, None), (FP16, FP32), (FP64, None)]
