@@ -28,11 +28,13 @@ demo: install
 PYTEST = $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal --durations 15 $(CHOICE)
 KERNEL_TESTS = $(addprefix tests/op/test_,backends.py backward.py extremes.py)
 EMULATED = build/emulated
+INTERPRETED = triton
 test: CHOICE = -m "not slow"
+test: INTERPRETED = triton-in_loop,triton-decode
 test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) --backends triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) --backends $(INTERPRETED)
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \

@@ -1,14 +1,17 @@
-"""Cases that run in several processes at once, over gloo: started once, each reported by name."""
+"""Work in several processes: cases over gloo, each reported by name, and what workers share."""
 
+import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -59,3 +62,16 @@ def _worker(rank: int, world: int, cases: dict[str, Case], folder: str) -> None:
     Path(folder, f"rank{rank}.json").write_text(json.dumps(failed))
     if not failed:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def shared_by_workers(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Give a folder that pytest's workers share, to one of them at a time."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder

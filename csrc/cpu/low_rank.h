@@ -88,6 +88,10 @@ View<const Acc<T>> widened(View<const T> matrix, Scratch<Acc<T>>* scratch) {
   return {scratch->get(), matrix.rows, matrix.cols, matrix.cols, 1};
 }
 
+// All of y hangs on the few sums of h, so these are short: of 384 terms a row the rounding breaks
+// the error rule at rank 1 under an alpha of 64.
+inline constexpr int64_t kShrinkDepth = 64;
+
 // h = (keep * x) @ A, or t = dy @ B.T, by rows.
 template <typename T>
 class Shrink {
@@ -120,7 +124,8 @@ class Shrink {
       });
       return;
     }
-    const Leg<A> leg = {Left<A>(left, keep_.from(row, 0)), packed_->right().from(0, to.cols)};
+    const Right<A> right = packed_->right().from(0, to.cols);
+    const Leg<A> leg = {Left<A>(left, keep_.from(row, 0)), right, 1, {}, kShrinkDepth};
     product<A>(leg, Out<A>{to});
   }
 

@@ -11,11 +11,9 @@ namespace {
 
 // The first line that fits is taken. What each rests on:
 constexpr Routes kTable[] = {
-    // On AVX2 our strips run at the rate of MKL's GEMM or above and take the low-rank part along;
-    // of a
-    // 16-bit dtype that the hardware lacks PyTorch's fallback reaches a tenth of it. Double is
-    // level.
-    // Dot products win to 32 rows. dweight reads dy down its columns: MKL's is faster in float.
+    // AVX2: our strips run at the rate of MKL's GEMM or above and take the low-rank part along. Of
+    // a 16-bit dtype PyTorch's fallback reaches a tenth of it. Double is level. Dot products win to
+    // 32 rows. dweight reads dy down its columns: MKL's is faster in float.
     {"avx2", "", "float32", false, 0, 32, 4, true, kNever, kNever, kNever},
     {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
     {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
@@ -23,8 +21,8 @@ constexpr Routes kTable[] = {
     // AMX multiplies bfloat16 at 16 times the rate of float32, and only PyTorch's products use it.
     {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 4, true, 1, 1, 1},
     // Intel: MKL runs at the rate of the CPU, the products of rank R too, but up to 48 rows dot
-    // products are faster. Without AMX, oneDNN's
-    // bfloat16 runs at half of MKL's float32, and strips of ours beat it from 4 rows on.
+    // products are faster. Without AMX, oneDNN's bfloat16 runs at half of MKL's float32, and strips
+    // of ours beat it from 4 rows on.
     {"avx512", "intel", "float32", true, 2, 48, 4, true, 1, 1, 1},
     {"avx512", "intel", "float64", true, 2, 2, 4, true, 1, 1, 1},
     {"avx512", "intel", "bfloat16", false, 0, 8, 16, false, kNever, kNever, kNever},
@@ -89,7 +87,7 @@ Way by_the_table(const Routes& line, Product product, const Sizes& sizes) {
     case Product::kExpand:
       return library(R >= line.library_expand);
     case Product::kGradient:
-      return library(R >= line.library_gradient);
+      return library(M > line.stream_rows && R >= line.library_gradient);
     default:
       return library(line.library_dweight);
   }

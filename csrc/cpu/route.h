@@ -75,7 +75,8 @@ struct Routes {
   int64_t dot_rows;      // up to so many rows y is made by dot products
   int64_t stream_rows;   // up to so many rows dx and t are sums of rows in place
   bool library_dweight;  // PyTorch's product beats our strips at dy.T @ x
-  // From so high a rank on, PyTorch makes h and t; adds h @ B and t @ A.T; makes dA and dB.
+  // From so high a rank on, PyTorch makes h and t; adds h @ B and t @ A.T; makes dA and dB, but not
+  // of so few rows that dx streams.
   int64_t library_shrink, library_expand, library_gradient;
 };
 

@@ -52,6 +52,7 @@ def is_adapter(start: str, path: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", ["file", "peft"])
 def test_killed_save_leaves_the_old_adapter_or_the_new(tmp_path, kind, start):
@@ -145,6 +146,7 @@ def test_each_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "fsync", "replace", "folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "peft"])
 def test_saves_and_loads_at_once(tmp_path, kind):
     """Four threads that save different adapters, four that load: each load finds one of them."""

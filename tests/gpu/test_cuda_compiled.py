@@ -23,6 +23,7 @@ TOOL = shutil.which("cuobjdump")
 if TOOL is None and TRITON is not None:
     TOOL = shutil.which(Path(TRITON.origin).parent / "backends/nvidia/bin/cuobjdump")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         SPEC is None, reason="lora_ext._cuda is not built: no nvcc or no CUDA torch"
     ),

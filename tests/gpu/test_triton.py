@@ -30,11 +30,13 @@ H100 = cards.KNOWN["H100"]
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_importing_triton():
     code = "import sys, lora_ext; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_works_and_the_reason_names_the_remedy():
     code = """
 import importlib.util as u, sys

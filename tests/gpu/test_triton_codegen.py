@@ -206,8 +206,18 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"{machine.wide} 128-bit loads in its loop, not {row.wide}"
 
 
-@pytest.mark.parametrize("types", DTYPES)
-@pytest.mark.parametrize("family", cards.FAMILIES)
+# `make test` compiles for one family and dtype: the rest takes minutes.
+QUICK = ("sm_90", "bf16-R16")
+
+
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        pytest.param(family, types, marks=() if (family, types) == QUICK else pytest.mark.slow)
+        for family in cards.FAMILIES
+        for types in DTYPES
+    ],
+)
 def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeypatch):
     """No spills, shared memory that is there, no atomic sums, matrix units fed by wide loads."""
     # Compiled anew whatever the machine has compiled before, and only read here.

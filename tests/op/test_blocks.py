@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import shared_by_workers
+
 ROOT = Path(__file__).parents[2]
 SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 LOWERED = "lowered"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
     ),
@@ -114,7 +117,13 @@ MUTANTS = {
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """Return the folder of the programs: check, lowered, and each mutant's."""
-    folder = tmp_path_factory.mktemp("blocks")
+    with shared_by_workers(tmp_path_factory, "blocks") as folder:
+        if not (folder / "check").exists():
+            build_programs(folder)
+        return folder
+
+
+def build_programs(folder: Path) -> None:
     rules = [
         "rule compile",
         "  command = c++ -std=c++20 -w -ffp-contract=fast $flags -I$csrc -c $in -o $out",
@@ -145,7 +154,6 @@ def built(tmp_path_factory) -> Path:
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     ran = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
-    return folder
 
 
 def lowered(target: Path) -> Path:

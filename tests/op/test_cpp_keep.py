@@ -43,6 +43,7 @@ def layouts(mask: torch.Tensor) -> list[torch.Tensor]:
             values, values * 128, values * 254]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(isa):
     script = "from tests.op.test_cpp_keep import check_every_size as check\ncheck()"

@@ -9,6 +9,7 @@ import torch
 from lora_ext.testing import (
     NAMES,
     Case,
+    Linear,
     broken_rules,
     expect,
     expected,
@@ -124,3 +125,19 @@ def test_big_magnitudes_do_not_drown_small_rows(backend: Backend):
     exact = plain_linear(*(None if t is None else t.double() for t in arguments), CASE.alpha)
     error = (backend.linear(*arguments, CASE.alpha) - exact).abs().amax(1) / exact.abs().amax(1)
     assert error.max() < 1e-5  # float32, K = 96: each row has what is usual for a row
+
+
+def rules_broken_at_rank_one(linear: Linear, seed: int) -> list[str]:
+    """Check where y hangs on one number a row, h: its rounding shows 64 times in a whole row."""
+    g = torch.Generator("cpu").manual_seed(seed)
+    sizes = [(300, 300), (320, 300), (320,), (300, 1), (1, 320), (300, 320)]
+    device = torch.get_default_device()
+    drawn = [torch.randn(*size, generator=g, device="cpu").to(device) for size in sizes]
+    inputs = dict(zip([*NAMES, "dy"], drawn, strict=True))
+    want = expect(inputs, 64.0, device=device)
+    return broken_rules(gradients(linear, inputs, 64.0), want)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 6, 9])  # where one running sum over K broke the rule
+def test_large_alpha_at_rank_one(backend: Backend, seed):
+    assert rules_broken_at_rank_one(backend.linear, seed) == []

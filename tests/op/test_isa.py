@@ -18,6 +18,7 @@ from lora_ext import _C
 from lora_ext.testing import DTYPES, LAYOUTS, TAILS, check, every_case
 from tests.conftest import linear_of, poisoned_memory  # that import poisons malloc
 from tests.op.test_backends import CROSSES_EVERY_BLOCK, LARGE_WEIGHT
+from tests.op.test_extremes import rules_broken_at_rank_one
 
 if _C.build_info()["cpu_isa"] != sys.argv[1]:
     print("this CPU has no", sys.argv[1])
@@ -27,11 +28,14 @@ large = [c.but(dtype=dtype, adapter_dtype=ab) for c in large for dtype, ab in DT
 with poisoned_memory():
     for case in {*every_case(), *large}:
         check(linear_of("cpp"), case)
+    for seed in range(10):
+        assert rules_broken_at_rank_one(linear_of("cpp"), seed) == [], seed
 print("ran")
 """
 
 
 @pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
+@pytest.mark.slow  # `make test` runs the best one this CPU has, in every other test
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_keeps_the_error_rule(isa):
     """The variable is read once a process."""

@@ -61,6 +61,7 @@ def peak_and_kept_kib(layer: str, threads: int) -> tuple[int, int]:
     return int(peak), int(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="this system has no peak to reset"
 )

@@ -45,9 +45,7 @@ def changed(path: str, *changes: tuple[str, str]) -> ModuleType:
     """Return a module of lora_ext with lines of its source changed, beside the real one."""
     source = (FOLDER / path).read_text()
     for old, new in changes:
-        assert source.count(old) == 1, (
-            f"{path} has {old!r} {source.count(old)} times: mend the test"
-        )
+        assert source.count(old) == 1, f"{path} has {old!r} {source.count(old)} times: fix the test"
         source = source.replace(old, new)
     name = "lora_ext." + path.removesuffix(".py").replace("/", ".")
     module = module_from_spec(spec_from_loader(f"{name}_mutant", loader=None))

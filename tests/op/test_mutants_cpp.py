@@ -1,4 +1,4 @@
-"""Wrong C++ kernels that the checks must refuse: csrc built anew with one line of it changed.
+"""Wrong C++ kernels that the checks must refuse: csrc built again with one line of it changed.
 
 The libraries are built without optimisation by one ninja run (a mutant of a header builds the
 files that include it, the rest and torch's headers are shared) and run on AVX2, where every way is
@@ -8,6 +8,7 @@ One more is right: the AVX-512 kernels with the compiler's 64-byte vectors lower
 all of them but their instructions runs on a CPU without AVX-512.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,10 +26,14 @@ from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
 from tests.conftest import linear_of
 from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
+from tests.processes import shared_by_workers
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
+    ),
+]
 ROOT = Path(__file__).parents[2]
 SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
 SOURCES += ["cpu/pack", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
@@ -343,10 +348,8 @@ MUTANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    """Return {name: path} of the libraries: each mutant's, and "none" with nothing changed."""
-    folder = tmp_path_factory.mktemp("mutants")
+def build_libraries(folder: Path) -> None:
+    """Build each mutant's library, and "none" with nothing changed, as folder/name.so."""
     includes = " ".join(f"-isystem {path}" for path in include_paths())
     library_folder = Path(torch.__file__).parent / "lib"
     rules = [
@@ -383,7 +386,6 @@ def libraries(tmp_path_factory):
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout
-    return {name: folder / f"{name}.so" for name in ["none", LOWERED, *MUTANTS]}
 
 
 def copy_changed(target: Path, file: str, old: str, new: str) -> None:
@@ -411,22 +413,32 @@ def lowered_avx512(target: Path) -> Path:
 
 def change(file: Path, old: str, new: str, times: int) -> None:
     text, found = re.subn(old, lambda _: new, file.read_text())
-    assert found == times, f"{file.name} has {old!r} {found} times: mend the test"
+    assert found == times, f"{file.name} has {old!r} {found} times: fix the test"
     file.write_text(text)
 
 
 @pytest.fixture(scope="module")
-def verdicts(libraries):
-    """Return what the checks say of each library."""
+def verdicts(tmp_path_factory):
+    """Return what the checks say of each library. One of pytest's workers asks them for all."""
+    with shared_by_workers(tmp_path_factory, "mutants") as folder:
+        said = folder / "verdicts.json"
+        if not said.exists():
+            build_libraries(folder)
+            said.write_text(json.dumps(ask_each(folder, ["none", LOWERED, *MUTANTS])))
+        return json.loads(said.read_text())
+
+
+def ask_each(folder: Path, names: list[str]) -> dict[str, str]:
+    libraries = [str(folder / f"{name}.so") for name in names]
     ran = subprocess.run(
-        [sys.executable, "-m", __name__, *map(str, libraries.values())],
+        [sys.executable, "-m", __name__, *libraries],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    return dict(zip(libraries, ran.stdout.splitlines(), strict=True))
+    return dict(zip(names, ran.stdout.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["none", LOWERED])

@@ -184,6 +184,7 @@ def test_only_the_gradients_asked_for_are_made():
     assert sorted(gradients(lora_linear, inputs, TAILS.alpha, of=())) == ["y"]
 
 
+@pytest.mark.slow
 def test_importing_it_takes_no_test_package():
     script = "import sys, lora_ext.testing\nprint({'pytest', 'hypothesis'} & set(sys.modules))"
     command = [sys.executable, "-W", "ignore", "-c", script]

@@ -140,6 +140,7 @@ def smollm2():
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_real_model_keeps_its_head_and_its_logits():
     torch.utils.deterministic.fill_uninitialized_memory = False  # half a gigabyte at each empty

@@ -111,6 +111,7 @@ def test_without_dropout_no_two_forwards_differ():
 LACKING = [n for n in ("rich", "transformers", "matplotlib") if not importlib.util.find_spec(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
 def test_torchrun_prints_one_table_and_saves_the_adapter_whole(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

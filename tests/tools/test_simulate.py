@@ -116,12 +116,14 @@ def test_checkpointed_blocks_keep_their_inputs_and_gather_again(layer):
     assert_is(trace, by_hand(4, checkpointing=True))
 
 
+@pytest.mark.slow
 @NEEDS_CPP
 def test_further_blocks_add_what_the_third_does():
     two, three, four = (simulated("lora_ext", blocks)[0] for blocks in (2, 3, 4))
     assert simulate.extrapolate(two, three, 1) == four
 
 
+@pytest.mark.slow
 @NEEDS_CPP
 def test_plain_layer_peaks_above_ours_where_the_loss_is_small():
     """By two results of gate or up, (4096, 28672 / 8) in bfloat16; docs/scaling.md says so."""
@@ -146,6 +148,7 @@ def real_ranks_hold_and_send_what_is_worked_out() -> None:
         assert_is(trace, by_hand(2, shape))
 
 
+@pytest.mark.slow
 @NEEDS_CPP
 def test_real_ranks_hold_and_send_what_fake_ones_do():
     case = real_ranks_hold_and_send_what_is_worked_out
