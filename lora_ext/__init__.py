@@ -6,6 +6,7 @@ from .adapters_peft import load_peft_adapter, save_peft_adapter
 from .explain import explain
 from .functional import lora_linear
 from .gated_mlp import lora_gated_mlp
+from .group import group_, ungroup_
 from .grouped import lora_linears
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
@@ -16,6 +17,7 @@ __all__ = [
     "LinearWithLoRA",
     "LoRALayer",
     "explain",
+    "group_",
     "load_adapter",
     "load_peft_adapter",
     "lora_gated_mlp",
@@ -28,6 +30,7 @@ __all__ = [
     "replace_linear_with_lora",
     "save_adapter",
     "save_peft_adapter",
+    "ungroup_",
     "unmerge_",
     "unpack_",
 ]

@@ -94,6 +94,8 @@ def part_of(layer: nn.Module) -> Part | str:
     own = layer.__dict__
     modules = own["_modules"]
     if not isinstance(layer, LinearWithLoRA):
+        if hasattr(type(layer), "lora_part"):  # PEFT's, integrations/peft.py
+            return hooks_of(own, 0) or layer.lora_part()  # type: ignore[operator]
         base = base_of(layer)
         if isinstance(base, str):
             return f"a layer {base}"
@@ -110,6 +112,11 @@ def part_of(layer: nn.Module) -> Part | str:
     panels = None if layer._panels is None else layer._fresh_panels()
     drawn = (dropout, lora.dropout_mask, panels)
     return Part(base["weight"], base["bias"], low["A"], low["B"], lora.scale, *drawn)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is an adapted linear that can be of a group: ours, or PEFT's accelerated."""
+    return isinstance(module, LinearWithLoRA) or hasattr(type(module), "lora_part")
 
 
 def run(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> list[Tensor] | str:
