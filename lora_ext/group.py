@@ -156,10 +156,10 @@ def _class_with(base: type, call: Callable[..., Any]) -> type:
         """Copy and pickle as the class that it was, without the group."""
         self.__class__ = base
         try:
-            make, arguments, state, *rest = self.__reduce_ex__(protocol)
+            _, _, state, *rest = self.__reduce_ex__(protocol)
         finally:
             self.__class__ = grouped_class
-        return make, arguments, {k: v for k, v in state.items() if k != _KEY}, *rest
+        return object.__new__, (base,), {k: v for k, v in state.items() if k != _KEY}, *rest
 
     names = {n: base.__dict__.get(n, getattr(base, n)) for n in ("__module__", "__qualname__")}
     names |= {"__doc__": base.__doc__, "forward": forward, "__reduce_ex__": reduce_ex}

@@ -53,6 +53,8 @@ class Siblings:
         self.names, self.layers = list(names), list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
         self._runs: dict[int, tuple[int, ...]] = {}  # by the first: those of one x, in order
+        self._next: dict[int, tuple[int, ...]] | None = None  # the runs from some call on
+        self._to_recompute = 0  # calls that a checkpoint will make again
         self._misses = 0
         self._tries = 0
         self._why: str | None = None
@@ -78,7 +80,27 @@ class Siblings:
     @property
     def learning(self) -> bool:
         """Whether calls are watched, to see which layers get one tensor."""
-        return not self._runs and self._misses < MOST_MISSES and self._tries < MOST_MISSES
+        return (
+            not self._runs
+            and self._next is None
+            and self._misses < MOST_MISSES
+            and self._tries < MOST_MISSES
+        )
+
+    def begin(self) -> Scope:
+        """Begin a call of the module.
+
+        What a checkpoint computes again must keep the same tensors as before: nothing that was
+        learnt is put to use between a call and its recomputation.
+        """
+        again = torch._C._current_graph_task_id() != -1  # inside a backward
+        if again:
+            self._to_recompute = max(self._to_recompute - 1, 0)
+        elif self._next is not None and self._to_recompute == 0:
+            self._runs, self._next = self._next, None
+        if not again and _is_checkpointed():
+            self._to_recompute += 1
+        return Scope()
 
     def call(self, scope: Scope, layer: nn.Module, x: Tensor, alone: Callable[[], Any]) -> Any:
         """Return a layer's result: what is held for it, or the first of a run, or alone."""
@@ -127,7 +149,7 @@ class Siblings:
         why = "no two get the same tensor"
         for call in seen:
             index, mode, before, _ = call
-            run = next((run for run in runs if run[0][1].is_of(mode)), None)
+            run = next((run for run in reversed(runs) if run[0][1].is_of(mode)), None)
             if run is not None and any(index == other for other, *_ in run):
                 continue  # called twice: the second time alone
             after = run[-1][3] if run else None
@@ -138,14 +160,22 @@ class Siblings:
                 why = "something else draws random numbers between them"
             runs.append([call])
         found = [tuple(index for index, *_ in run) for run in runs if len(run) > 1]
-        self._runs = {run[0]: run for run in found}
+        self._next = {run[0]: run for run in found} or None
         self._why = None if found else why
 
     def _miss(self, why: str, scope: Scope) -> None:
         scope.held.clear()
-        self._runs, self._why = {}, why
+        self._next, self._why = {}, why
         self._misses += 1
         self._tries = 0
+
+
+def _is_checkpointed() -> bool:
+    """Whether a checkpoint drops what is kept now, to compute it again and compare the two."""
+    if not torch.is_grad_enabled():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _random_state(x: Tensor) -> Tensor:
@@ -155,7 +185,7 @@ def _random_state(x: Tensor) -> Tensor:
 def parent_forward(module, siblings: Siblings, forward, args, kwargs):
     """Run the siblings' module, and drop all that is held for them, however it ends."""
     outer = siblings.scope
-    siblings.scope = scope = Scope()
+    siblings.scope = scope = siblings.begin()
     try:
         result = forward(module, *args, **kwargs)
         siblings.end(scope)
