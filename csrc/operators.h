@@ -33,8 +33,10 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::optional<Tensor>>& keeps);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
-// Dropout's mask as bits: drawn from a seed's hash, or of a mask of bytes.
-Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p);
+// Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the state of PyTorch's CPU generator,
+// which goes on by the draw, or of a mask of bytes.
+Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t first_column);
+Tensor draw_bernoulli(const Tensor& state, int64_t rows, int64_t cols, double p);
 Tensor pack_keep(const Tensor& mask);
 
 }  // namespace lora_ext

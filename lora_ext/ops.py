@@ -106,7 +106,7 @@ def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps
     return gradients
 
 
-def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
@@ -114,10 +114,15 @@ def _pack_keep_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
+def _draw_bernoulli_fake(state: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    return state.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
 LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
 # their sum, and after it dweight, dbias, dA and dB of each); a weight in panels; and dropout's mask
-# as bits, drawn from a seed's hash (dropout.py, keep_mask) or packed from a mask of bytes.
+# as bits, drawn from a seed's hash (dropout.py, keep_mask), as `bernoulli_` would from a generator's
+# state, or packed from a mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
@@ -130,7 +135,14 @@ for _schema, _fake in (
         _linears_bwd_fake,
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
-    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    (
+        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        _draw_keep_fake,
+    ),
+    (
+        "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
+        _draw_bernoulli_fake,
+    ),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
