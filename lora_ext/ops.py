@@ -121,8 +121,8 @@ def _draw_bernoulli_fake(state: Tensor, rows: int, cols: int, p: float) -> Tenso
 LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
 # their sum, and after it dweight, dbias, dA and dB of each); a weight in panels; and dropout's mask
-# as bits, drawn from a seed's hash (dropout.py, keep_mask), as `bernoulli_` would from a generator's
-# state, or packed from a mask of bytes.
+# as bits: drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a
+# generator's state, or packed from a mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
