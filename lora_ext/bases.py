@@ -12,6 +12,8 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+
 
 def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
     """Return a linear's weight for the kernels, or why the module must be called instead.
@@ -23,8 +25,12 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
         module: any module.
         kind: the class its weight and bias must have: DTensor once a parallel style has split it.
 
+    Returns:
+        The weight as (out, in), whichever way it is stored; or the reason.
+
     """
-    if type(module) is not nn.Linear:
+    stored_as_in_out = type(module) is not nn.Linear and kind is Parameter and is_conv1d(module)
+    if type(module) is not nn.Linear and not stored_as_in_out:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
@@ -34,7 +40,13 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(cast(Tensor, weight))
+    return why or Weight(cast(Tensor, weight.T if stored_as_in_out else weight))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear whose weight is (in, out): GPT-2's."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == _CONV1D
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
