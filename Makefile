@@ -7,7 +7,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint wheel \
+.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint docs wheel \
   wheel-check clean
 
 install: $(INSTALLED)
@@ -15,7 +15,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --upgrade "setuptools>=77,<82" wheel ninja pybind11 "$(TORCH)"
-	$(RUN) -m pip install --quiet --no-compile --no-build-isolation --editable ".[build,demo,bench,test,lint]"
+	$(RUN) -m pip install --quiet --no-compile --no-build-isolation --editable ".[build,demo,bench,test,lint,docs]"
 	$(RUN) -m pip install --quiet --no-compile --no-deps --requirement benchmarks/finetune/requirements-data.txt
 	rm -f $(VENV)/installed-* && touch "$@"
 
@@ -38,7 +38,7 @@ test test-all: install
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \
-	  -k "(not hopper or many_blocks or tile or threads) and not drop and not nobase"
+	  -k "not hopper or many_blocks or tile or threads or a_mask"
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000
@@ -72,6 +72,10 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
+
+# build/docs/index.html; a warning is an error.
+docs: install
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
 
 # dist/: the source distribution, a wheel without extension modules made from it, and a wheel for
 # this Python; that one of what `make install` compiled.

@@ -178,10 +178,16 @@ def _lora_ext(case: Case) -> Step:
     return _adapted(case)[0]
 
 
-def _adapted(case: Case) -> tuple[Step, lora_ext.LinearWithLoRA]:
-    linear, dropout = _frozen_linear(case), case.dropout
+def _torch_draw(case: Case) -> Step:
+    if not case.dropout:
+        raise Unavailable("torch_draw is lora_ext with dropout's other draw: give --dropout")
+    return _adapted(case, "torch")[0]._replace(mask=torch_mask)
+
+
+def _adapted(case: Case, draw: str = "hash") -> tuple[Step, lora_ext.LinearWithLoRA]:
+    drawn = {"dropout": case.dropout, "dropout_mask": draw}
     layer = lora_ext.LinearWithLoRA(
-        linear, case.shape.R, case.alpha, dtype=case.A.dtype, dropout=dropout
+        _frozen_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
     )
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
@@ -284,6 +290,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "peft": _peft,
     "loralib": _loralib,
     "lora_ext": _lora_ext,
+    "torch_draw": _torch_draw,
     "prepacked": _prepacked,
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.

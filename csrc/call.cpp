@@ -2,7 +2,9 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <sstream>
 
 #include "tensor_utils.h"
@@ -209,6 +211,15 @@ void check_memory(const char* name, const Operand& operand) {
                   " bytes: its storage was freed or shrunk");
 }
 
+// The scale as the sums' type has it: beyond float it is infinite there, as in PyTorch's own
+// product of a number and a tensor.
+static double scale_of_sums(double scale, const Operand& like) {
+  if (like.dtype == ScalarType::Double || !(std::abs(scale) > std::numeric_limits<float>::max())) {
+    return scale;
+  }
+  return std::copysign(std::numeric_limits<double>::infinity(), scale);
+}
+
 Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B,
                    double scale, const std::string& format, const std::optional<Tensor>& keep) {
@@ -218,7 +229,7 @@ Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
   const Checks checks("x", call.x);
   call.weight = {Operand(weight), format_of(format, checks)};
   call.bias = Operand(bias);
-  call.low = {Operand(A), Operand(B), scale, Operand(keep)};
+  call.low = {Operand(A), Operand(B), scale_of_sums(scale, call.x), Operand(keep)};
   const bool plain = weight.has_value() && call.weight.format == Format::kPlain;
   if (plain) check_dim("weight", call.weight.data, 2, "(out_features, in_features)");
   check_dim("A", call.low.A, 2, "(in_features, rank)");
@@ -257,7 +268,7 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
   check_dim("dy", call.dy, 2, "(M, out_features)");
   const Checks checks("dy", call.dy);
   call.weight.format = format_of(format, checks);
-  call.low.scale = scale;
+  call.low.scale = scale_of_sums(scale, call.dy);
   call.M = call.dy.size(0);
   call.N = call.dy.size(1);
   // In this order each takes the sizes that it has to fit from the ones before.

@@ -18,8 +18,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const std::optional<Tensor>& keep);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
-// Dropout's mask as bits: drawn from a seed's hash, or of a mask of bytes.
-Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p);
+// Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the state of PyTorch's CPU generator,
+// which goes on by the draw, or of a mask of bytes.
+Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t first_column);
+Tensor draw_bernoulli(const Tensor& state, int64_t rows, int64_t cols, double p);
 Tensor pack_keep(const Tensor& mask);
 
 }  // namespace lora_ext

@@ -88,7 +88,9 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def _draw_keep_fake(
+    seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0
+) -> Tensor:
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
@@ -96,12 +98,23 @@ def _pack_keep_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
+def _draw_bernoulli_fake(state: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    return state.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
 LIBRARY = define("lora_ext")
 # On the CPU: a weight in panels, and dropout's mask as bits, drawn from a seed's hash (dropout.py,
-# keep_mask) or packed from a mask of bytes.
+# keep_mask), as `bernoulli_` would from a generator's state, or packed from a mask of bytes.
 for _schema, _fake in (
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
-    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    (
+        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        _draw_keep_fake,
+    ),
+    (
+        "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
+        _draw_bernoulli_fake,
+    ),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -8,5 +8,6 @@ STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, library) {
   library.impl("linear_bwd", TORCH_BOX(&lora_ext::linear_bwd));
   library.impl("pack_weight", TORCH_BOX(&lora_ext::pack_weight));
   library.impl("draw_keep", TORCH_BOX(&lora_ext::draw_keep));
+  library.impl("draw_bernoulli", TORCH_BOX(&lora_ext::draw_bernoulli));
   library.impl("pack_keep", TORCH_BOX(&lora_ext::pack_keep));
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -56,6 +57,10 @@ inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
 // out = beta * self + alpha * left @ right; with a beta of 0 self is not read.
 inline void addmm_out(const Tensor& self, const Tensor& left, const Tensor& right, double beta,
                       double alpha, const Tensor& out) {
+  if (std::isnan(alpha)) {  // MKL takes it for zero
+    LORA_EXT_CHECK(aoti_torch_cpu_fill__Scalar(out.get(), alpha));
+    return;
+  }
   LORA_EXT_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), left.get(), right.get(), beta, alpha));
 }

@@ -64,16 +64,7 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
-    if x.is_cuda and (why := why_no_cuda_kernel(call)) is not None:
-        return why
     return _why_not_on(x.device)
-
-
-def why_no_cuda_kernel(call: Call) -> str | None:
-    """Say what of a call the CUDA kernels, unlike the CPU's, have no operand for."""
-    if call.weight is None:
-        return "has no CUDA kernel for the low-rank part alone"
-    return None if call.low.keep is None else "has no CUDA kernel for a dropout mask"
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 y = x @ weight.T + bias + scale * ((keep * x) @ A @ B)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,3 +67,8 @@ def product_like(factor: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and is_transposed(factor):
         return (right.T @ left.T).T
     return left @ right
+
+
+def addmm_factor(scale: float) -> float:
+    """Return scale as addmm takes it, which raises beyond float32 where `*` gives an infinity."""
+    return math.copysign(math.inf, scale) if abs(scale) > torch.finfo(torch.float32).max else scale

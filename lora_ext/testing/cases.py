@@ -18,7 +18,7 @@ DTYPES = [(FP32, None), (BF16, None), (FP16, None), (FP64, None), (BF16, FP32), 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem: x (*lead, K), weight (N, K), rank R, and how the tensors lie in memory.
+    """A problem: x (lead..., K), weight (N, K), rank R, and how the tensors lie in memory.
 
     Attributes:
         lead: leading dimensions of x; () for a vector.

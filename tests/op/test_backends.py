@@ -1,7 +1,6 @@
 """Every backend against the oracle: forward and backward, shapes each for a reason."""
 
 import mmap
-import os
 
 import pytest
 import torch
@@ -128,10 +127,7 @@ def test_a_mask_or_no_base_keeps_the_error_rule(backend: Backend, case):
 
 def may_refuse(backend: Backend, case: Case) -> bool:
     """Whether a backend has no kernel for a case: all that it may leave to the next one."""
-    if backend.name == "triton":
-        return case.dtype == FP64 or not case.base
-    on_cuda = torch.get_default_device().type == "cuda" or "LORA_EXT_EMULATED" in os.environ
-    return backend.name == "cpp" and on_cuda and (case.dropout > 0 or not case.base)
+    return backend.name == "triton" and (case.dtype == FP64 or not case.base)
 
 
 def test_backend_refuses_what_it_has_no_kernel_for_alone(backend: Backend):

@@ -71,6 +71,19 @@ def test_any_real_number_is_an_alpha(backend: Backend, alpha):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("alpha", [1e39, -1e39, float("inf"), float("nan")])
+def test_alpha_that_is_not_finite_in_float32_shows(backend: Backend, alpha):
+    """Where alpha meets the sums, y has the plain layer's infinities; Triton scales h, before."""
+    if backend.variant == "addmm" and alpha != alpha:
+        pytest.skip("MKL's addmm takes NaN for zero; this regime is PyTorch's own products")
+    inputs = make_inputs(CASE)
+    ours, plain = (gradients(f, inputs, alpha) for f in (backend.linear, plain_linear))
+    assert not any(ours[name].isfinite().any() for name in ("y", "dx", "dA", "dB"))
+    if backend.name != "triton":
+        assert torch.equal(ours["y"].isnan(), plain["y"].isnan())
+        assert torch.equal(ours["y"].isposinf(), plain["y"].isposinf())
+
+
 def test_zero_b_gives_zero_gradient_for_a(backend: Backend):
     """The state in which training starts."""
     inputs = make_inputs(CASE)

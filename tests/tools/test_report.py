@@ -29,8 +29,8 @@ def tables(text: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def run(capsys):
-    def run(status: int = 0) -> dict[str, dict[str, str]]:
-        assert report.main() == status
+    def run(*arguments: str, status: int = 0) -> dict[str, dict[str, str]]:
+        assert report.main(arguments) == status
         return tables(capsys.readouterr().out)
 
     return run
@@ -90,9 +90,19 @@ def test_extension_that_is_not_built_is_said(run, monkeypatch):
     assert run()["found"]["extension"] == "not built"
 
 
+def test_what_is_expected_has_to_run(run, monkeypatch):
+    run("--expect", "reference")
+    monkeypatch.setattr(BACKENDS["cpp"], "unsupported", lambda call: "does not load")
+    for arguments in ([], ["--expect", "cpp"]):  # what is installed is expected
+        verdict = run(*arguments, status=1)[""][""]
+        assert verdict == "backend 'cpp' is expected and can't run here: does not load"
+    with pytest.raises(SystemExit):
+        run("--expect", "mkl")
+
+
 @pytest.fixture
 def no_answers_kept():
-    """Ask anew about the CUDA library, and forget the answers."""
+    """Ask again about the CUDA library, and forget the answers."""
     caches = cpp.load_cuda, cpp._why_not_on
     for cache in caches:
         cache.cache_clear()
@@ -108,7 +118,7 @@ def test_cuda_library_that_is_not_there_says_how_to_build_it(monkeypatch, no_ans
     assert "LORA_EXT_BUILD=cuda pip install --no-build-isolation -e ." in why
 
 
-def test_cuda_library_beside_a_torch_for_the_cpu_is_named(monkeypatch, no_answers_kept):
+def test_cuda_library_next_to_a_torch_for_the_cpu_is_named(monkeypatch, no_answers_kept):
     monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin="_cuda.so"))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cpp.load_cuda() == (

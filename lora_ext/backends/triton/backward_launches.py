@@ -91,7 +91,9 @@ def addmm(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
         t: Any = dy @ call.B.to(dtype).T if need_dx or need_dA else None
         dx = dA = dB = None
         if need_dx:
-            dx = (dy @ call.weight).addmm_(t, call.A.to(dtype).T, alpha=call.scale)
+            dx = (dy @ call.weight).addmm_(
+                t, call.A.to(dtype).T, alpha=reference.addmm_factor(call.scale)
+            )
         if need_dA:
             dA = reference.product_like(call.A, call.x.T, t).to(call.A.dtype).mul_(call.scale)
         if need_dB:

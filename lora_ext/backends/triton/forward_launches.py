@@ -163,7 +163,7 @@ def addmm(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     def run(call: Forward) -> tuple[Tensor, Tensor]:
         h = call.x @ call.A.to(call.x.dtype)
         y = F.linear(call.x, call.weight, call.bias)
-        return y.addmm_(h, call.B.to(y.dtype), alpha=call.scale), h
+        return y.addmm_(h, call.B.to(y.dtype), alpha=reference.addmm_factor(call.scale)), h
 
     return run
 
