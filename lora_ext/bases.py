@@ -3,7 +3,7 @@
 Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,26 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight: Any = parameters.get("weight")
+    bias = parameters.get("bias")
     if type(weight) is not kind:
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(cast(Tensor, weight.T if stored_as_in_out else weight))
+    return why or Weight(weight.T if stored_as_in_out else weight)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear, a subclass of it, or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def sizes_of(linear: Any) -> tuple[int, int]:
+    """Return the in and out features of a linear layer."""
+    if is_conv1d(linear):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -27,7 +27,6 @@ _FRESH = {
 }
 
 
-
 def call_base(base: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """Return base(x), and whether it may be added to in place.
 

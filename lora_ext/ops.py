@@ -88,9 +88,7 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _draw_keep_fake(
-    seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0
-) -> Tensor:
+def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
