@@ -3,7 +3,7 @@
 Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 from .integrations.bitsandbytes import codes_of
+
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
 def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
@@ -26,20 +28,43 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         x: the input, from readers that take a weight of codes too (codes.py): what is quantised
             may be read for one x and must be called for another.
 
+    Returns:
+        The weight as (out, in), whichever way it is stored; or the reason.
+
     """
-    if type(module) is not nn.Linear:
+    stored_as_in_out = type(module) is not nn.Linear and kind is Parameter and is_conv1d(module)
+    if type(module) is not nn.Linear and not stored_as_in_out:
         if x is not None and (codes := codes_of(module, x)) is not None:
             return hooks_of(module.__dict__, 0) or codes
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight: Any = parameters.get("weight")
+    bias = parameters.get("bias")
     if type(weight) is not kind:
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(cast(Tensor, weight))
+    return why or Weight(weight.T if stored_as_in_out else weight)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear, a subclass of it, or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def sizes_of(linear: Any) -> tuple[int, int]:
+    """Return the in and out features of a linear layer."""
+    if is_conv1d(linear):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear whose weight is (in, out): GPT-2's."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == _CONV1D
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
