@@ -9,13 +9,14 @@ namespace lora_ext {
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const Tensor& A,
                                       const Tensor& B, double scale, const std::string& format,
-                                      const std::optional<Tensor>& keep);
+                                      const std::optional<Tensor>& keep,
+                                      const std::optional<Tensor>& weight_scale);
 // dx, dweight, dbias, dA and dB.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& needs, const std::string& format,
-    const std::optional<Tensor>& keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
 // Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the state of PyTorch's CPU generator,

@@ -11,11 +11,12 @@ from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
 from .call import Weight
+from .integrations.bitsandbytes import codes_of
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
-def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
+def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
     """Return a linear's weight for the kernels, or why the module must be called instead.
 
     What may be attached to a module (hooks, a parametrization, a forward of its own, a subclass's)
@@ -24,24 +25,30 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
     Args:
         module: any module.
         kind: the class its weight and bias must have: DTensor once a parallel style has split it.
+        x: the input, from readers that take a weight of codes too (codes.py): what is quantised
+            may be read for one x and must be called for another.
 
     Returns:
         The weight as (out, in), whichever way it is stored; or the reason.
 
     """
-    stored_as_in_out = type(module) is not nn.Linear and kind is Parameter and is_conv1d(module)
+    stored_as_in_out = False
+    if type(module) is not nn.Linear:
+        if x is not None and (codes := codes_of(module, x)) is not None:
+            return hooks_of(module.__dict__, 0) or codes
+        stored_as_in_out = kind is Parameter and is_conv1d(module)
     if type(module) is not nn.Linear and not stored_as_in_out:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
-    weight: Any = parameters.get("weight")
-    bias = parameters.get("bias")
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not kind:
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(weight.T if stored_as_in_out else weight)
+    data: Any = weight
+    return why or Weight(data.T if stored_as_in_out else data)
 
 
 def is_linear(module: nn.Module) -> bool:

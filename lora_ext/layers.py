@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from .backends import NAMES
 from .bases import base_of, hooks_of, sizes_of, why_not_now
+from .call import Weight
 from .called import add_low_rank, call_base
 from .checks import (
     HALF,
@@ -181,18 +182,33 @@ class LinearWithLoRA(nn.Module):
         if self._parallel is not None:
             return self._parallel(self, x)
         why = why_composed(linear, lora) or why_not_now(x)
-        if why is None:
+        codes = None if why is None else self._codes(x)
+        if why is None or codes is not None:
             base, low = linear._parameters, lora._parameters
             dropout = lora.dropout if lora.training else 0.0
             panels = None if self._panels is None else self._fresh_panels()
             weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
-            if type(linear) is not nn.Linear:
-                weight = weight.T  # of a Conv1D
             drawn = (dropout, lora.dropout_mask)
+            if codes is not None:
+                weight = codes
+            elif type(linear) is not nn.Linear:
+                weight = weight.T  # of a Conv1D
             return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
         return self._composed(x)
+
+    def _codes(self, x: Tensor) -> Weight | None:
+        """Return a quantised linear's weight, where it and x may be read; None if not."""
+        lora: LoRALayer = self.lora
+        codes = base_of(self.linear, x=x)
+        if isinstance(codes, str) or codes.scale is None or why_not_now(x) is not None:
+            return None
+        A = lora._parameters.get("A")
+        fits = torch.is_autocast_enabled("cpu") or (
+            A is not None and (A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF))
+        )
+        return codes if fits and _why_low(lora, Parameter) is None else None
 
     def _composed(self, x: Tensor) -> Tensor:
         """Call the linear, and add what the low-rank part gives."""
@@ -201,12 +217,10 @@ class LinearWithLoRA(nn.Module):
         if _why_low(lora, Parameter) is not None or why_not_now(x) is not None:
             return y + lora(x).to(y.dtype)
         dropout = lora.dropout if lora.training else 0.0
-        drawn = {"dropout": dropout, "mask": lora.dropout_mask}
+        drawn: Any = {"dropout": dropout, "mask": lora.dropout_mask}
         return add_low_rank(y, x, lora.A, lora.B, lora.scale, fresh=fresh, **drawn)
 
-    weight = property(
-        lambda self: self.linear.weight, doc="The linear's weight, (out, in); a Conv1D's (in, out)."
-    )
+    weight = property(lambda self: self.linear.weight, doc="The linear's weight, as it holds it.")
     bias = property(lambda self: self.linear.bias, doc="The linear's bias, (out,), or None.")
     in_features = property(lambda self: sizes_of(self.linear)[0], doc="Size of x's last dimension.")
     out_features = property(lambda self: sizes_of(self.linear)[1], doc="Size of y's last one.")

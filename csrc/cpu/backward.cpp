@@ -190,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& needs, const std::string& format,
-    const std::optional<Tensor>& keep) {
-  const BackwardCall call = check_backward(dy, x, weight, A, B, h, scale, needs, format, keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale) {
+  const BackwardCall call =
+      check_backward(dy, x, weight, A, B, h, scale, needs, format, keep, weight_scale);
   const NoGradGuard no_grad;
   const Gradients out(call);
   cpu::with_storage_type("dy", call.dy.dtype,

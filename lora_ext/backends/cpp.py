@@ -51,6 +51,7 @@ def unsupported(call: Call) -> str | None:
         and type(B) in _PLAIN
         and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
+        and (weight is None or weight.scale is None or x.dtype is not torch.float64)
     ):
         return None
     if x.is_cpu and _not_loaded is not None:
@@ -64,7 +65,18 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
+    if x.is_cpu and weight is not None:
+        return f"has no kernel for float64 over a weight in format {weight.format!r}"
+    if (why := why_no_cuda_kernel(call)) is not None:
+        return why
     return _why_not_on(x.device)
+
+
+def why_no_cuda_kernel(call: Call) -> str | None:
+    """Say what of a call the CUDA kernels, unlike the CPU's, do not read."""
+    if call.weight is None or call.weight.format == "plain":
+        return None
+    return f"has no CUDA kernel for a weight in format {call.weight.format!r}"
 
 
 @functools.cache
@@ -126,8 +138,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, (A, B, scale, keep) = call
     if weight is not None and keep is None and weight.format == "plain":  # defaults cost nothing
         return _FWD(x, weight.data, bias, A, B, scale)
-    data, format = (None, "plain") if weight is None else weight
-    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep)
+    data, format, codes = (None, "plain", None) if weight is None else weight
+    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep, weight_scale=codes)
 
 
 def backward(
@@ -135,11 +147,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
-    data, format = (None, "plain") if weight is None else weight
+    data, format, codes = (None, "plain", None) if weight is None else weight
     if keep is None and format == "plain":
         gradients = _BWD(dy, x, data, A, B, h, scale, needs)
     else:
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs, format=format, keep=keep)
+        given = {"format": format, "keep": keep, "weight_scale": codes}
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs, **given)
     dx, dweight, dbias, dA, dB = gradients
     return (
         dx if needs[0] else None,
