@@ -67,7 +67,7 @@ def _adapted_layers(
     layers: dict[str, LinearWithLoRA] = {}
     fresh: dict[nn.Module, LinearWithLoRA] = {}
     for key, name in zip(keys, names, strict=True):
-        module = module_named(model, name)
+        module: Any = module_named(model, name)
         # A model that is itself an nn.Linear can't be replaced in place.
         replaceable = module is not None and module is not model and is_linear(module)
         if not (replaceable or isinstance(module, LinearWithLoRA)):

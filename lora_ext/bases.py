@@ -32,21 +32,23 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         The weight as (out, in), whichever way it is stored; or the reason.
 
     """
-    stored_as_in_out = type(module) is not nn.Linear and kind is Parameter and is_conv1d(module)
-    if type(module) is not nn.Linear and not stored_as_in_out:
+    stored_as_in_out = False
+    if type(module) is not nn.Linear:
         if x is not None and (codes := codes_of(module, x)) is not None:
             return hooks_of(module.__dict__, 0) or codes
+        stored_as_in_out = kind is Parameter and is_conv1d(module)
+    if type(module) is not nn.Linear and not stored_as_in_out:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
-    weight: Any = parameters.get("weight")
-    bias = parameters.get("bias")
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not kind:
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(weight.T if stored_as_in_out else weight)
+    data: Any = weight
+    return why or Weight(data.T if stored_as_in_out else data)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -158,6 +158,7 @@ class Touched(tuple[str, ...]):
     what: str
 
     def __new__(cls, what: str, names: Iterable[str]) -> "Touched":
+        """Say what was done, up to the number of layers in the line."""
         self = super().__new__(cls, (name or "model" for name in names))
         self.what = what
         return self

@@ -188,11 +188,11 @@ class LinearWithLoRA(nn.Module):
             dropout = lora.dropout if lora.training else 0.0
             panels = None if self._panels is None else self._fresh_panels()
             weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
+            drawn = (dropout, lora.dropout_mask)
             if codes is not None:
                 weight = codes
             elif type(linear) is not nn.Linear:
                 weight = weight.T  # of a Conv1D
-            drawn = (dropout, lora.dropout_mask)
             return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -217,12 +217,10 @@ class LinearWithLoRA(nn.Module):
         if _why_low(lora, Parameter) is not None or why_not_now(x) is not None:
             return y + lora(x).to(y.dtype)
         dropout = lora.dropout if lora.training else 0.0
-        drawn = {"dropout": dropout, "mask": lora.dropout_mask}
+        drawn: Any = {"dropout": dropout, "mask": lora.dropout_mask}
         return add_low_rank(y, x, lora.A, lora.B, lora.scale, fresh=fresh, **drawn)
 
-    weight = property(
-        lambda self: self.linear.weight, doc="The linear's weight, (out, in); a Conv1D's (in, out)."
-    )
+    weight = property(lambda self: self.linear.weight, doc="The linear's weight, as it holds it.")
     bias = property(lambda self: self.linear.bias, doc="The linear's bias, (out,), or None.")
     in_features = property(lambda self: sizes_of(self.linear)[0], doc="Size of x's last dimension.")
     out_features = property(lambda self: sizes_of(self.linear)[1], doc="Size of y's last one.")

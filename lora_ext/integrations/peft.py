@@ -114,7 +114,7 @@ def pefts_class(kind: type) -> type:
 
 
 def _blank(kind: type) -> Any:
-    made = accelerated_class(kind)
+    made: Any = accelerated_class(kind)
     return made.__new__(made)
 
 
@@ -197,7 +197,7 @@ def restore(model: nn.Module) -> int:
 def _way(layer: Any, name: str) -> str:
     """Say how a layer runs with one adapter, as things are now."""
     adapter = adapter_of(layer, name)
-    if type(adapter) is str:
+    if isinstance(adapter, str):
         return _PEFTS + adapter
     called = why_called(layer)
     return _FUSED if called is None else f"its base is called: it {called}"

@@ -53,9 +53,9 @@ def adapter_of(layer: Any, name: str) -> Adapter | str:
     modules = layer._modules  # by attribute each would cost 1 us
     low_A, low_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     A, B = base_of(low_A), base_of(low_B)
-    if type(A) is str:
+    if isinstance(A, str):
         return f"its lora_A {A}"
-    if type(B) is str:
+    if isinstance(B, str):
         return f"its lora_B {B}"
     dropout = modules["lora_dropout"]._modules[name]
     kind = type(dropout)
@@ -66,10 +66,10 @@ def adapter_of(layer: Any, name: str) -> Adapter | str:
         return "its dropout has hooks"
     p = dropout.p if kind is nn.Dropout and dropout.training else 0.0
     bias = low_B._parameters["bias"]
-    magnitude = None
+    magnitude: Any = None
     if layer.lora_variant and name in layer.lora_variant:
         magnitude = _magnitude_of(layer, name)
-        if type(magnitude) is str:
+        if isinstance(magnitude, str):
             return magnitude
         if bias is not None:
             return f"adapter {name!r} has DoRA and a bias (lora_bias)"
@@ -100,19 +100,23 @@ def active_adapters(layer: Any) -> list[Adapter] | str:
     for name in layer.active_adapters:
         if name in names:
             adapter = adapter_of(layer, name)
-            if type(adapter) is str:
+            if isinstance(adapter, str):
                 return adapter
-            found.append(adapter)  # type: ignore[arg-type]
-    if len(found) > 1 and any(a.magnitude is not None for a in found):
+            found.append(adapter)
+    if len(found) > 1 and any(_dora_of(a) for a in found):
         if any(a.bias is not None for a in found):
             return "an adapter with DoRA and one with a bias (lora_bias) are active"
     return found
 
 
 def why_called(layer: Any) -> str | None:
-    """Say why a layer's base is called and not read; None where it is read."""
-    judged = base_of(layer._modules["base_layer"])
-    return judged if type(judged) is str else None
+    """Say why a layer's base is called and not read, now, for an x of its dtype; None if read."""
+    base = layer.base_layer
+    like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    dtype = getattr(base, "compute_dtype", None) or like.dtype
+    x = torch.empty(0, layer.in_features, dtype=dtype, device=like.device)
+    judged = base_of(base, x=x)
+    return judged if isinstance(judged, str) else None
 
 
 def run(layer: Any, x: Tensor, adapters: list[Adapter], mask: str) -> Tensor | None:
@@ -127,11 +131,10 @@ def run(layer: Any, x: Tensor, adapters: list[Adapter], mask: str) -> Tensor | N
     """
     base = layer._modules["base_layer"]
     weight = base_of(base, x=x)
-    of_codes = not isinstance(weight, str) and weight.format != "plain"
-    if isinstance(weight, str) or (of_codes and any(a.magnitude is not None for a in adapters)):
+    if isinstance(weight, str) or (weight.scale is not None and any(map(_dora_of, adapters))):
         return _over_called(base, x, adapters, mask) if x.is_floating_point() else None
     if not _takes(x, weight, adapters):
-        return None
+        return None if weight.scale is None else _over_called(base, x, adapters, mask)
     if len(adapters) > 1 and _sums_up(adapters):
         adapters = [_together(adapters)]
     y, bias = None, base._parameters["bias"]
@@ -188,7 +191,7 @@ def _added(y: Tensor, x: Tensor, adapter: Adapter, mask: str, *, fresh: bool) ->
     return y if adapter.bias is None else y.add_(adapter.bias * adapter.scale)
 
 
-def _over_called(base: nn.Module, x: Tensor, adapters: list[Adapter], mask: str) -> Tensor:
+def _over_called(base: Any, x: Tensor, adapters: list[Adapter], mask: str) -> Tensor:
     """Call a base whose weight can't be read, and add to what it gives."""
     y, fresh = call_base(base, x)
     if len(adapters) > 1 and _sums_up(adapters):
@@ -263,6 +266,10 @@ def _together(adapters: list[Adapter]) -> Adapter:
     biases = [a.bias if same else a.bias * a.scale for a in adapters if a.bias is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
     return Adapter(A, B, scales[0] if same else 1.0, 0.0, bias, None, False)
+
+
+def _dora_of(adapter: Adapter) -> bool:
+    return adapter.magnitude is not None
 
 
 def _numbers(adapter: Adapter) -> tuple[float, Tensor]:
