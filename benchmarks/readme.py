@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from . import GRIDS, Shape
-from .plot import draw, machine_of, name_of
+from .plot import draw, draw_means, machine_of, name_of
 from .providers import DEFAULT
 from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = RESULTS / "cpu.png"
+PICTURE, SUMMARY = RESULTS / "cpu.png", RESULTS / "speedup.png"
 BEGIN, END = "<!-- results: made by `make readme-results` -->", "<!-- results end -->"
 # Files that were written before a run's header had its instruction set, by how their names begin.
 INSTRUCTION_SETS = {"cpu-zen3-": "AVX2"}
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in made().items():
         path.write_text(text)
     draw([run for _, run in runs()], PICTURE)
+    draw_means(_main(runs()), SUMMARY)
     return 0
 
 
