@@ -5,6 +5,7 @@ The CUDA kernels are a library of their own, loaded for the first CUDA tensor.
 
 import functools
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -19,9 +20,12 @@ BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the reposi
 BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
+Needs = tuple[bool, bool, bool, bool, bool]
 # The overload and not the packet, which would choose it anew at each call (1 us).
 _FWD = torch.ops.lora_ext.linear_fwd.default
 _BWD = torch.ops.lora_ext.linear_bwd.default
+_FWD_GROUP = torch.ops.lora_ext.linears_fwd.default
+_BWD_GROUP = torch.ops.lora_ext.linears_bwd.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -51,6 +55,7 @@ def unsupported(call: Call) -> str | None:
         and type(B) in _PLAIN
         and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
+        and (weight is None or weight.scale is None or x.dtype is not torch.float64)
     ):
         return None
     if x.is_cpu and _not_loaded is not None:
@@ -64,7 +69,18 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
+    if x.is_cpu and weight is not None:
+        return f"has no kernel for float64 over a weight in format {weight.format!r}"
+    if (why := why_no_cuda_kernel(call)) is not None:
+        return why
     return _why_not_on(x.device)
+
+
+def why_no_cuda_kernel(call: Call) -> str | None:
+    """Say what of a call the CUDA kernels, unlike the CPU's, do not read."""
+    if call.weight is None or call.weight.format == "plain":
+        return None
+    return f"has no CUDA kernel for a weight in format {call.weight.format!r}"
 
 
 @functools.cache
@@ -133,8 +149,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, (A, B, scale, keep) = call
     if weight is not None and keep is None and weight.format == "plain":  # defaults cost nothing
         return _FWD(x, weight.data, bias, A, B, scale)
-    data, format = (None, "plain") if weight is None else weight
-    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep)
+    data, format, codes = (None, "plain", None) if weight is None else weight
+    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep, weight_scale=codes)
 
 
 def backward(
@@ -142,11 +158,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
-    data, format = (None, "plain") if weight is None else weight
+    data, format, codes = (None, "plain", None) if weight is None else weight
     if keep is None and format == "plain":
         gradients = _BWD(dy, x, data, A, B, h, scale, needs)
     else:
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs, format=format, keep=keep)
+        given = {"format": format, "keep": keep, "weight_scale": codes}
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs, **given)
     dx, dweight, dbias, dA, dB = gradients
     return (
         dx if needs[0] else None,
@@ -155,3 +172,41 @@ def backward(
         dA if needs[3] else None,
         dB if needs[4] else None,
     )
+
+
+def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Return y (M, N) and h (M, R) of each call; all have the same x, and a weight."""
+    x, *_ = calls[0]
+    weights, biases, lows = list(zip(*calls, strict=True))[1:]
+    data, formats, _ = zip(*weights, strict=True)  # a group has no weight of codes
+    As, Bs, scales, keeps = zip(*lows, strict=True)
+    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps)
+    return ys, h.split([A.shape[1] for A in As], 1)
+
+
+def backward_group(
+    dys: Sequence[Tensor],
+    calls: Sequence[Call],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[Needs],
+) -> list[tuple[Tensor | None, ...]]:
+    """Return the gradients of each call; dx, the sum over calls, with the first."""
+    weights, lows = [call.weight for call in calls], [call.low for call in calls]
+    gradients = _BWD_GROUP(
+        dys,
+        next((call.x for call in calls if call.x is not None), None),
+        [None if weight is None else weight.data for weight in weights],
+        [low.A for low in lows],
+        [low.B for low in lows],
+        hs,
+        [low.scale for low in lows],
+        [needs[0][0], *(need for own in needs for need in own[1:])],
+        ["plain" if weight is None else weight.format for weight in weights],
+        [low.keep for low in lows],
+    )
+    results = []
+    for i, (_, *others) in enumerate(needs):
+        own = gradients[1 + 4 * i : 5 + 4 * i]
+        dx = gradients[0] if needs[0][0] and i == 0 else None
+        results.append((dx, *(g if n else None for g, n in zip(own, others, strict=True))))
+    return results

@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
+from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
 from tests.conftest import linear_of
+from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
 
@@ -35,7 +36,14 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
-SOURCES += ["cpu/pack", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+SOURCES += [
+    "cpu/pack",
+    "cpu/codes",
+    "cpu/keep",
+    "cpu/blocks_baseline",
+    "cpu/blocks_avx2",
+    "cpu/blocks_avx512",
+]
 SOURCES += ["cpu/blocks_avx512_bf16"]
 FORWARD, BACKWARD, BLOCKS = ["cpu/forward"], ["cpu/backward"], ["cpu/blocks_avx2"]
 TORCH_HEADERS = [
@@ -49,6 +57,7 @@ LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
 CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
 CPP_CASES += [LONG.but(dropout=0.3), LONG.but(dropout=0.3, dtype=torch.bfloat16, R=24)]
+CPP_CASES += [*OF_CODES[:14], *(case.but(dtype=torch.bfloat16) for case in OF_CODES[-14:])]
 CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is far
 # By more threads than pack a weight each, which are a part of the operands' order.
 MANY_THREADS, CASES_OF_MANY = 6, [LONG, LONG.but(dropout=0.3), FEW_ROWS.but(K=800)]
@@ -74,8 +83,8 @@ MUTANTS = {
     ),
     "scale_dropped_in_dx": (
         "cpu/backward.cpp",
-        "A_t.right(), call_.low.scale, keep_}",
-        "A_t.right(), 1, keep_}",
+        "A_t_->right(), call_.low.scale, keep_}",
+        "A_t_->right(), 1, keep_}",
         BACKWARD,
     ),
     "scale_dropped_in_dA": (
@@ -110,8 +119,8 @@ MUTANTS = {
     ),
     "dx_without_low_rank_part": (
         "cpu/backward.cpp",
-        "wide_product<T, A>(legs, Out<T>{to})",
-        "wide_product<T, A>({legs + 1, 1}, Out<T>{to})",
+        "wide_product<T, A>(legs, Out<T>{to, nullptr, add})",
+        "wide_product<T, A>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
         BACKWARD,
     ),
     "last_block_of_the_sums_alone": (
@@ -152,8 +161,8 @@ MUTANTS = {
     ),
     "first_tile_of_rows_for_all": (
         "cpu/product.h",
-        "cursors[i]->add_to(row, rows,",
-        "cursors[i]->add_to(0, rows,",
+        "cursors[i]->add_to(row, rows, sum",
+        "cursors[i]->add_to(0, rows, sum",
         FORWARD + BACKWARD,
     ),
     "first_rows_for_all_threads": (
@@ -212,8 +221,9 @@ MUTANTS = {
     ),
     "mask_of_dx_on_the_base_too": (
         "cpu/product.h",
-        "if (legs[i].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[i]",
-        "if (legs[0].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[0]",
+        "if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum",
+        "if (legs[0].keep.data != nullptr)\n"
+        "        blocks().storage<A>().keep(legs[0].keep.from(row, 0), {sum",
         FORWARD + BACKWARD,
     ),
     "mask_with_its_bits_reversed": (
@@ -254,9 +264,51 @@ MUTANTS = {
     ),
     "mask_of_first_rows_in_dx": (
         "cpu/product.h",
-        "legs[i].keep.from(row, 0), {sum",
-        "legs[i].keep, {sum",
+        "keep = legs[i].keep.from(row, 0);",
+        "keep = legs[i].keep;",
         FORWARD + BACKWARD,
+    ),
+    "group_dx_of_the_first_weight_alone": (
+        "cpu/backward.cpp",
+        "for (const Backward<T>& layer : layers) layer.add_base_leg(&legs);",
+        "layers[0].add_base_leg(&legs);",
+        BACKWARD,
+    ),
+    "group_dx_of_the_last_layer_alone": (
+        "cpu/backward.cpp",
+        "layers[i].dx(dx, i > 0)",
+        "layers[i].dx(dx, false)",
+        BACKWARD,
+    ),
+    "group_dx_without_the_mask_of_the_second": (
+        "cpu/product.h",
+        "blocks().storage<A>().keep(keep, {apart.get(), rows, cols, cols, 1});",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "group_panels_all_in_the_first_ones_place": (
+        "cpu/product.h",
+        "packed += words * round_up_to_panel<P>(width);",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "group_h_of_the_first_for_all": (
+        "cpu/forward.cpp",
+        "hidden->columns(col, R)",
+        "hidden->columns(0, R)",
+        FORWARD,
+    ),
+    "group_h_split_by_the_first_rank": (
+        "cpu/forward.cpp",
+        "col += R;",
+        "col += calls[0].R;",
+        FORWARD,
+    ),
+    "group_A_over_one_another": (
+        "cpu/forward.cpp",
+        "to += columns ? call.R * K : call.R;",
+        "",
+        FORWARD,
     ),
     "tail_of_dots_forgotten": (
         "cpu/few_rows_impl.h",
@@ -294,6 +346,67 @@ MUTANTS = {
         "scale * sum + start;",
         "scale * sum;",
         BLOCKS,
+    ),
+    "halves_of_a_byte_swapped": (
+        "cpu/codes_impl.h",
+        "_mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4)",
+        "_mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0)",
+        BLOCKS,
+    ),
+    "halves_of_a_last_byte_swapped": (
+        "cpu/codes_impl.h",
+        "code = at % 2 == 0 ?",
+        "code = at % 2 != 0 ?",
+        BLOCKS,
+    ),
+    "upper_eight_values_lost": ("cpu/codes_impl.h", "(__m256)(code << 28)", "__m256{}", BLOCKS),
+    "block_off_by_one": (
+        "cpu/codes_impl.h",
+        "block = at >> codes.block_bits,",
+        "block = (at > 0 ? at - 1 : at) >> codes.block_bits,",
+        BLOCKS,
+    ),
+    "scale_of_the_neighbour_block": (
+        "cpu/codes_impl.h",
+        "scale = codes.scale[block];",
+        "scale = codes.scale[block > 0 ? block - 1 : block];",
+        BLOCKS,
+    ),
+    "scale_of_the_neighbour_block_in_dots": (
+        "cpu/codes_impl.h",
+        "codes.scale[scale]",
+        "codes.scale[scale > 0 ? scale - 1 : scale]",
+        BLOCKS,
+    ),
+    "blocks_of_each_row_its_own": (
+        "cpu/codes_impl.h",
+        "decode_nibbles<T>(codes, at, region.cols, dst);",
+        "decode_nibbles<T>(codes, region.col + row * (codes.width / 2 * 2), region.cols, dst);",
+        BLOCKS,
+    ),
+    "codes_of_first_columns": (
+        "cpu/factors.h",
+        "part.first_col_ += col;",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "codes_of_first_steps": (
+        "cpu/factors.h",
+        "{part.col + j, part.row, n, part.rows}",
+        "{part.col + j, 0, n, part.rows}",
+        ["cpu/pack"],
+    ),
+    "last_columns_of_dots_alone": (
+        "cpu/codes_impl.h",
+        "{out + i * ld, ld, 1, k > 0}",
+        "{out + i * ld, ld, 1, false}",
+        BLOCKS,
+    ),
+    "codes_of_fp4_for_nf4": (
+        "cpu/codes.cpp",
+        "Format::kNf4 ? kNf4Values",
+        "Format::kInt8 ? kNf4Values",
+        ["cpu/codes"],
     ),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
@@ -364,6 +477,7 @@ def lowered_avx512(target: Path) -> Path:
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
     change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
+    change(target / "cpu/codes_impl.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
     return target
 
 
@@ -414,8 +528,13 @@ def print_verdict(library: str) -> None:
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
     linear = linear_of("cpp")
     why = refused(linear, cases)
+    why = why or refused_group("cpp")
     torch.set_num_threads(MANY_THREADS)
-    why = why or refused(linear, CASES_OF_MANY)
+    why = (
+        why
+        or refused(linear, CASES_OF_MANY)
+        or refused_group("cpp", names=["panels_for_all_threads"])
+    )
     print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 
