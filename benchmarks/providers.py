@@ -70,7 +70,7 @@ class Step(NamedTuple):
         return {n.removesuffix(".T"): t.T if n.endswith(".T") else t for n, t in pairs}
 
 
-class _LoRALayer(testing.LoRALayer):
+class PlainLoRALayer(testing.LoRALayer):
     """The plain layer with what people add by hand: dropout, and adapters of another dtype."""
 
     dropout = 0.0
@@ -269,7 +269,7 @@ def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tenso
 def _plain_layer(case: Case) -> testing.LinearWithLoRA:
     layer = testing.LinearWithLoRA(_frozen_linear(case), case.shape.R, case.alpha)
     if case.dropout or case.A.dtype != case.x.dtype:
-        layer.lora = _LoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
+        layer.lora = PlainLoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
         layer.lora.dropout = case.dropout
     layer.lora.A, layer.lora.B = (nn.Parameter(t.detach()) for t in (case.A, case.B))
     return layer

@@ -11,19 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..bases import why_not_now
 from ..checks import check_dropout, lines_by_reason
+from ..group import Report as Groups
+from ..group import group_, ungroup_
+from ..grouped import Part
 
 try:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from .peft_forward import active_adapters, adapter_of, why_called
+    from .peft_forward import active_adapters, adapter_of, part_of, why_called
     from .peft_forward import run as run_adapters
 except ImportError as error:
     needs = f"lora_ext.integrations.peft needs PEFT ({error}): pip install 'peft>=0.21'"
     raise ImportError(needs) from None
 
-from ..bases import why_not_now
 
 # PEFT's layers that compute base(x) + lora_B(lora_A(dropout(x))) * scaling.
 _KINDS = {
@@ -45,12 +48,14 @@ class Report:
         left: layers that run PEFT's own forward, and why.
         adapters: of each adapter, active or not, how each layer would run with it alone: "one
             operation", "its base is called: " or "PEFT's own forward: " and the reason.
+        groups: what `group_` found, where `groups` asked for it.
 
     """
 
     accelerated: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     adapters: dict[str, dict[str, str]] = field(default_factory=dict)
+    groups: Groups | None = None
 
     def __str__(self) -> str:
         """Counts, a line for each reason, and a line for each way that an adapter runs."""
@@ -59,6 +64,8 @@ class Report:
         for name, ways in self.adapters.items():
             ours = {layer: way for layer, way in ways.items() if layer not in self.left}
             lines += lines_by_reason(f"adapter {name!r}:", ours)
+        if self.groups:
+            lines.append(str(self.groups))
         return "\n".join(lines)
 
 
@@ -76,6 +83,13 @@ class AcceleratedLinear:
                 if y is not None:
                     return y
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def lora_part(self: Any) -> Part | str:
+        """Return the layer as one of a group (grouped.py), or why it runs by itself now."""
+        if self.disable_adapters or self.merged:
+            return "its adapter is merged or switched off"
+        adapters = active_adapters(self)
+        return adapters if isinstance(adapters, str) else part_of(self, adapters, self.dropout_mask)
 
     def __reduce__(self: Any) -> Any:
         """Copy and pickle by PEFT's class: the class made here has no name to be found by."""
@@ -104,7 +118,7 @@ def _blank(kind: type) -> Any:
     return made.__new__(made)
 
 
-def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
+def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = False) -> Report:
     """Run a PEFT model's LoRA linears on our operation, in place.
 
     Parameters, keys, adapters, configuration and names of classes stay PEFT's: scaling, merging,
@@ -119,6 +133,7 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
         dropout_mask: how lora_dropout draws its mask in training: "torch" as PEFT does, so that
             under a seed a CPU run has PEFT's own masks and generator state; "hash" from a drawn
             seed, which is faster. Compiled code draws masks of its own either way, as PEFT's does.
+        groups: run q, k and v, and gated MLPs, as one operation each: `lora_ext.group_`.
 
     Returns:
         The layers accelerated, those left with the reason, and how each adapter would run, active
@@ -131,7 +146,9 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
     """
     check_dropout(0.0, dropout_mask)
     report = Report()
-    for name, layer in _tuner_layers(model).items():
+    layers = _tuner_layers(model)
+    ungroup_(model)
+    for name, layer in layers.items():
         kind = pefts_class(type(layer))
         if not isinstance(layer, AcceleratedLinear) and _key(kind) not in _KINDS:
             where = "" if isinstance(layer, LoraLayer) else f" of {kind.__module__}"
@@ -147,6 +164,8 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
         if not isinstance(layer, AcceleratedLinear):
             layer.__class__ = accelerated_class(kind)
         layer.dropout_mask = dropout_mask
+    if groups and report.accelerated:
+        report.groups = group_(model)
     return report
 
 
@@ -163,6 +182,7 @@ def restore(model: nn.Module) -> int:
 
     """
     layers = _tuner_layers(model)
+    ungroup_(model)
     ours = {n: m for n, m in layers.items() if isinstance(m, AcceleratedLinear)}
     for name, layer in ours.items():
         if "_pefts_class" not in type(layer).__dict__:
