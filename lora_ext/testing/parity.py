@@ -76,7 +76,7 @@ def every_parity() -> Iterator[Parity]:
         yield Parity("LoRA", base, dtype=torch.bfloat16)
         yield Parity("LoRA", base, dropout=0.3)
         yield Parity("LoRA", base, autocast=True)
-        yield Parity("several adapters, lora_bias", base)
+        yield Parity("several adapters", base)
     yield Parity("DoRA", "bitsandbytes nf4")
     yield Parity("DoRA", "bitsandbytes nf4", dropout=0.3)
 
@@ -102,7 +102,10 @@ def check_parity(case: Parity) -> None:
     for name, value in want.items():
         eps = torch.finfo(torch.bfloat16 if case.autocast else case.dtype).eps
         got = mine.get(name)
-        if got is None or got.shape != value.shape or got.dtype != others[name].dtype:
+        # Under autocast some quantised linears answer in x's dtype, and plain ones do not.
+        dtype = case.dtype if case.autocast and case.base in BASES else others[name].dtype
+        fits = got is not None and got.dtype in (dtype, others[name].dtype)
+        if got is None or got.shape != value.shape or not fits:
             lines.append(f"{name}: {got if got is None else (got.shape, got.dtype)}")
             continue
         floor: Callable[..., float] = lambda norm, v=value, e=eps: 4 * e * norm(v)  # noqa: E731
