@@ -70,7 +70,7 @@ class Step(NamedTuple):
         return {n.removesuffix(".T"): t.T if n.endswith(".T") else t for n, t in pairs}
 
 
-class _LoRALayer(testing.LoRALayer):
+class PlainLoRALayer(testing.LoRALayer):
     """The plain layer with what people add by hand: dropout, and adapters of another dtype."""
 
     dropout = 0.0
@@ -178,10 +178,16 @@ def _lora_ext(case: Case) -> Step:
     return _adapted(case)[0]
 
 
-def _adapted(case: Case) -> tuple[Step, lora_ext.LinearWithLoRA]:
-    linear, dropout = _frozen_linear(case), case.dropout
+def _torch_draw(case: Case) -> Step:
+    if not case.dropout:
+        raise Unavailable("torch_draw is lora_ext with dropout's other draw: give --dropout")
+    return _adapted(case, "torch")[0]._replace(mask=torch_mask)
+
+
+def _adapted(case: Case, draw: str = "hash") -> tuple[Step, lora_ext.LinearWithLoRA]:
+    drawn = {"dropout": case.dropout, "dropout_mask": draw}
     layer = lora_ext.LinearWithLoRA(
-        linear, case.shape.R, case.alpha, dtype=case.A.dtype, dropout=dropout
+        _frozen_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
     )
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
@@ -263,7 +269,7 @@ def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tenso
 def _plain_layer(case: Case) -> testing.LinearWithLoRA:
     layer = testing.LinearWithLoRA(_frozen_linear(case), case.shape.R, case.alpha)
     if case.dropout or case.A.dtype != case.x.dtype:
-        layer.lora = _LoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
+        layer.lora = PlainLoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
         layer.lora.dropout = case.dropout
     layer.lora.A, layer.lora.B = (nn.Parameter(t.detach()) for t in (case.A, case.B))
     return layer
@@ -284,6 +290,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "peft": _peft,
     "loralib": _loralib,
     "lora_ext": _lora_ext,
+    "torch_draw": _torch_draw,
     "prepacked": _prepacked,
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.

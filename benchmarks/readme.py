@@ -29,16 +29,21 @@ Kept = Sequence[tuple[Path, Run]]
 
 
 def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
-    """Return the runs of bench_linear kept there, float32 first, each with its file."""
+    """Return the runs of bench_linear kept there, float32 first, each with its file.
+
+    Those under dropout are no part of the tables.
+    """
     files = sorted(path for device in GRIDS for path in folder.glob(f"{device}-*.json"))
-    found = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
+    read = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
+    found = [(path, run) for path, run in read if "dropout" not in run["header"]]
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
 def model_runs(folder: Path = RESULTS / "models") -> list[Run]:
-    """Return the runs of bench_model kept there."""
+    """Return the runs of bench_model kept there but for those under dropout."""
     files = sorted(folder.glob("*.json"))
-    return [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
+    read = [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
+    return [run for run in read if "dropout" not in run["header"]]
 
 
 def means(kept: Kept) -> str:

@@ -227,6 +227,10 @@ std::string text_of(const int64_t* sizes, int64_t dim) {
   return text.str();
 }
 
+void check_count(const char* name, size_t got, size_t count) {
+  STD_TORCH_CHECK(got == count, name, " must have ", count, " elements, one a layer, got ", got);
+}
+
 Operand::Operand(const Tensor& given) : tensor(&given), dtype(dtype_of(given)) {
   int64_t* read;
   LORA_EXT_CHECK(aoti_torch_get_dim(given.get(), &dim));

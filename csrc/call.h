@@ -97,6 +97,9 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
 // The elements in a block of a weight of 4-bit codes, as a power of two.
 int64_t block_bits_of(const Weight& weight, int64_t elements);
 
+// Throw unless a list has an element for each of `count` layers.
+void check_count(const char* name, size_t got, size_t count);
+
 // (2, 3), for messages.
 std::string text_of(const int64_t* sizes, int64_t dim);
 

@@ -56,6 +56,16 @@ inline Tensor transposed(const Tensor& matrix) {
   return Tensor(result);
 }
 
+// Some columns of a matrix, a view.
+inline Tensor columns_of(const Tensor& matrix, int64_t col, int64_t cols) {
+  const std::array<int64_t, 2> sizes{matrix.size(0), cols},
+      strides{matrix.stride(0), matrix.stride(1)};
+  AtenTensorHandle result;
+  LORA_EXT_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(), strides.data(),
+                                                col * strides[1], &result));
+  return Tensor(result);
+}
+
 class NoGradGuard {
  public:
   NoGradGuard() : enabled_(aoti_torch_grad_mode_is_enabled()) {

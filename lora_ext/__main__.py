@@ -1,10 +1,11 @@
 """`python -m lora_ext`: what was found, which backend would run and why, and a self-test."""
 
+import argparse
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,21 +21,33 @@ from lora_ext.testing import Case, broken_rules, errors, expect, gradients, make
 _SELF_TEST = [Case((37,), 96, 160, 8, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
-def main() -> int:
-    """Print the report; return 0 when every backend that can run passed its self-test."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; return 0 when all that can run is right, and what is expected can run.
+
+    The extension is expected wherever its file is installed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lora_ext", description=__doc__)
+    help_ = "fail unless this backend can run on some device here; may be given again"
+    parser.add_argument("--expect", action="append", default=[], choices=BACKENDS, help=help_)
+    expected = parser.parse_args(argv).expect
+    if find_spec("lora_ext._C") is not None:
+        expected.append("cpp")
     _print_table("found", _found())
     for device in ("cpu", "cuda"):
         _print_table(f"backends for {device}", _choices(device))
+    _print_table("whose product makes y = x @ weight.T on this CPU", _base_products())
     results = list(_self_tests())
     _print_table("self-test", results)
-    failed = [name for name, result in results if not result.startswith("passed")]
-    if failed:
-        print(f"lora_ext {lora_ext.__version__} is NOT right on this machine: {', '.join(failed)}")
+    wrong = [name for name, result in results if not result.startswith("passed")]
+    if wrong:
+        print(f"lora_ext {lora_ext.__version__} is NOT right on this machine: {', '.join(wrong)}")
         return 1
-    first = _first_that_runs("cpu")
-    runs = f"on cpu with backend {first!r}"
-    if torch.cuda.is_available():
-        runs += f" and on cuda with backend {_first_that_runs('cuda')!r}"
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for name in expected:
+        if all(reasons := [_reasons(device)[name] for device in devices]):
+            print(f"backend {name!r} is expected and can't run here: {reasons[0]}")
+            return 1
+    runs = " and ".join(f"on {d} with backend {_first_that_runs(d)!r}" for d in devices)
     print(f"lora_ext {lora_ext.__version__} works {runs}.")
     return 0
 
@@ -65,6 +78,17 @@ def _choices(device: str) -> Iterator[tuple[str, str]]:
     chosen = _first_that_runs(device)
     for name, reason in _reasons(device).items():
         yield name, reason or ("runs" if name == chosen else f"can run, comes after {chosen}")
+
+
+def _base_products() -> Iterator[tuple[str, str]]:
+    """By dtype: ours, which takes the low-rank part along, or PyTorch's; by csrc/cpu/route.cpp."""
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        if _reasons("cpu")["cpp"] is not None:
+            yield dtype, "PyTorch's, and the low-rank part too: the extension does not run here"
+        elif dtype in import_module("lora_ext._C").build_info()["own_products"]:
+            yield dtype, "ours, which takes the low-rank part along"
+        else:
+            yield dtype, "PyTorch's, the faster one here but for few rows; ours adds the rest"
 
 
 def _self_tests() -> Iterator[tuple[str, str]]:

@@ -5,6 +5,9 @@ A rank computes with its part of each tensor, by the same kernels:
     columns   weight (N/p, K)  bias (N/p,)  A (K, R) whole   B (R, N/p)    y (M, N/p)
     rows      weight (N, K/p)  bias (N,)    A (K/p, R)       B (R, N) whole   y (M, N), a summand
 
+Dropout's mask is the unsplit layer's, of which a rank in rows draws its own columns: the ranks need
+their default generators in one state, as any dropout on replicated tensors does.
+
 In rows the sum over ranks is the one that the base layer needs anyway: h = x @ A stays a summand
 on each rank, and no communication is added for the low-rank part.
 """
@@ -33,6 +36,7 @@ from .backends import BACKENDS, choose
 from .bases import why_not_now
 from .call import Call, LowRank, Weight
 from .checks import check_arguments, fit
+from .dropout import draw_keep, scale_of
 from .explain import other_backends
 from .functional import cast_by_autocast, rows_of, with_shape
 from .layers import LinearWithLoRA, why_composed
@@ -164,8 +168,6 @@ class _Split:
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, (self.takes,), run_check=False)
             return layer._composed(x)
-        if lora.dropout and lora.training:
-            raise ValueError("dropout must be 0 on a layer split over ranks: no rule shares masks")
         sums_dx = self.sums_dx
         if isinstance(x, DTensor):
             if x.placements != self._placements_of(x):
@@ -179,7 +181,11 @@ class _Split:
         weight, bias, A, B = own["weight"], own["bias"], low["A"], low["B"]
         if torch.is_autocast_enabled(x.device.type):
             x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)
-        operands = (x, weight, bias, A, B, lora.scale)
+        scale, keep, dropout = lora.scale, None, lora.dropout if lora.training else 0.0
+        if dropout:
+            scale *= scale_of(dropout)
+            keep = draw_keep(x, dropout, lora.dropout_mask, self._columns_of(layer, mesh))
+        operands = (x, weight, bias, A, B, scale, keep)
         return _OnParts.apply(*operands, layer.backend, self, sums_dx)
 
     def explain(self, layer: LinearWithLoRA, x: Tensor) -> str:
@@ -193,6 +199,16 @@ class _Split:
         call = Call(part, Weight(weight), None, LowRank(A, B, layer.lora.scale))
         chosen = choose(layer.backend, call)
         return "\n".join([f"{chosen}: runs, on this rank's part", *other_backends(call, chosen)])
+
+    def _columns_of(self, layer: LinearWithLoRA, mesh: DeviceMesh) -> tuple[int, int] | None:
+        """Return the first of the columns that this rank has of x, and how many x has; None: all.
+
+        Ranks whose generators are in one state then have parts of one mask, the unsplit layer's.
+        """
+        if not isinstance(self.takes, Shard):
+            return None
+        K = layer.in_features
+        return min(-(-K // mesh.size()) * mesh.get_local_rank(), K), K
 
     def _placements_of(self, x: Tensor) -> tuple[Placement, ...]:
         takes = self.takes
@@ -213,7 +229,7 @@ class _OnParts(torch.autograd.Function):
     """functional._LoRALinear on a rank's parts: plain x and y, parameters that are DTensors."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, backend, split, sums_dx):
+    def forward(ctx, x, weight, bias, A, B, scale, keep, backend, split, sums_dx):
         mesh = A.device_mesh
         parts = [x, *(None if t is None else t.to_local() for t in (weight, bias, A, B))]
         if not fit(*parts, scale):
@@ -221,7 +237,7 @@ class _OnParts(torch.autograd.Function):
         x, part, bias_part, A_part, B_part = parts
         if split.gives.is_partial() and mesh.get_local_rank() != 0:
             bias_part = None  # so that the sum over ranks has it once
-        low = LowRank(A_part, B_part, scale)
+        low = LowRank(A_part, B_part, scale, keep)
         call = Call(rows_of(x), Weight(part), bias_part, low)
         name = choose(backend, call)
         y, h = BACKENDS[name].forward(call)
@@ -234,6 +250,7 @@ class _OnParts(torch.autograd.Function):
             A_part,
             B_part,
             h if need_dB else None,
+            keep,
         )
         ctx.specs = [None if t is None else t._spec for t in (weight, bias, A, B)]
         ctx.scale, ctx.name, ctx.x_shape = scale, name, x.shape
@@ -244,14 +261,14 @@ class _OnParts(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("a LinearWithLoRA that is split over ranks has no second derivative")
-        x, weight, A, B, h = ctx.saved_tensors
+        x, weight, A, B, h, keep = ctx.saved_tensors
         if isinstance(dy, AsyncCollectiveTensor):
             dy = dy.wait()
         call = Call(
             None if x is None else rows_of(x),
             None if weight is None else Weight(weight),
             None,
-            LowRank(A, B, ctx.scale),
+            LowRank(A, B, ctx.scale, keep),
         )
         needs = ctx.needs_input_grad[:5]
         dx, *others = BACKENDS[ctx.name].backward(rows_of(dy), call, h, needs)
@@ -267,4 +284,4 @@ class _OnParts(torch.autograd.Function):
         ]
         if dx is not None:
             dx = with_shape(dx, ctx.x_shape)
-        return dx, *gradients, None, None, None, None
+        return dx, *gradients, None, None, None, None, None

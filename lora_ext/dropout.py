@@ -7,15 +7,21 @@ so it is the same on every device and however the rows are split; or it is the d
 One bit an element is kept for the backward.
 """
 
+import functools
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import ops
 
 _MASK = 0xFFFFFFFF
 
 
-def draw_keep(x: Tensor, p: float, mask: str = "hash") -> Tensor:
+def draw_keep(
+    x: Tensor, p: float, mask: str = "hash", columns: tuple[int, int] | None = None
+) -> Tensor:
     """Draw a new mask for x (..., K) from torch's default generator, as bits (M, ceil(K / 8)).
 
     Args:
@@ -23,21 +29,56 @@ def draw_keep(x: Tensor, p: float, mask: str = "hash") -> Tensor:
         p: probability of a zero, from 0 to 1.
         mask: "hash" draws a seed alone, the fast way; "torch" draws the very mask that `F.dropout`
             would apply to x on a CPU, and leaves the generator as that does.
+        columns: where x is a part of a wider tensor's columns, the first one and how many that has:
+            the mask is then this part of the mask that the whole would get.
 
     Raises:
         ValueError: x is nested or sharded.
 
     """
     _require_plain(x)
-    K = x.shape[-1]
-    M = x.numel() // K if K else 0
+    *lead, K = x.shape
+    M = math.prod(lead)
+    first, of_all = columns or (0, K)
     if p == 1:  # F.dropout draws nothing then
         return torch.zeros(M, -(-K // 8), dtype=torch.uint8, device=x.device)
+    if mask == "torch" and of_all != K:
+        keep = torch.empty(M, of_all, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+        return torch.ops.lora_ext.pack_keep(keep[:, first : first + K])
     if mask == "torch":
+        if not torch.compiler.is_compiling() and _in_generators_order(x) and _draws_as_torch():
+            return _draw_bernoulli(torch.default_generator, M, K, 1 - p)
         # Of x's own strides: the draw follows the order of memory.
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
         return torch.ops.lora_ext.pack_keep(keep.reshape(M, K))
-    return torch.ops.lora_ext.draw_keep(draw_seed(x), M, K, p)
+    return torch.ops.lora_ext.draw_keep(draw_seed(x), M, K, p, first)
+
+
+def _in_generators_order(x: Tensor) -> bool:
+    return x.is_cpu and type(x) in (Tensor, Parameter) and x.is_contiguous()
+
+
+def _draw_bernoulli(generator: torch.Generator, M: int, K: int, p: float) -> Tensor:
+    """Return as bits what `bernoulli_(p, generator=generator)` gives, five times as fast."""
+    state = generator.get_state()
+    bits = torch.ops.lora_ext.draw_bernoulli(state, M, K, p)
+    generator.set_state(state)
+    return bits
+
+
+@functools.cache
+def _draws_as_torch() -> bool:
+    """Whether the kernel's numbers are those of this PyTorch, which may change how it draws."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel("lora_ext::draw_bernoulli", "CPU"):
+        return False
+    ours, theirs = torch.Generator("cpu"), torch.Generator("cpu")
+    for generator in (ours, theirs):
+        generator.manual_seed(1)
+        torch.empty(1, device="cpu").uniform_(generator=generator)  # one word: an odd place
+    drawn = torch.empty(3, 700, dtype=torch.bool, device="cpu").bernoulli_(0.9, generator=theirs)
+    same_bits = torch.equal(_draw_bernoulli(ours, 3, 700, 0.9), pack_bits(drawn))
+    return same_bits and torch.equal(ours.get_state(), theirs.get_state())
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -45,15 +86,17 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**31, (2,), device=x.device)
 
 
-def keep_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+def keep_mask(seed: Tensor, shape: tuple[int, int], p: float, first_column: int = 0) -> Tensor:
     """Return keep, (M, K) bool: False with probability p, each element by itself.
+
+    Of a wider mask it may be the K columns from `first_column` on.
 
     Rows and columns are hashed one by one; an element is a multiply-xorshift-multiply of the two
     hashes, in int32, where products wrap. Multipliers: C. Wellons, hash-prospector.
     """
     M, K = shape
     rows = torch.arange(M, device=seed.device)
-    columns = torch.arange(K, device=seed.device)
+    columns = torch.arange(first_column, first_column + K, device=seed.device)
     row = _mix(_mix((rows & _MASK) ^ seed[0]) ^ (rows >> 32) ^ seed[1])  # (M,)
     column = _mix(_mix(columns ^ seed[1]) ^ seed[0])  # (K,)
     n = (_signed(row)[:, None] ^ _signed(column)) * 0x21F0AAAD  # (M, K)
@@ -89,7 +132,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 ops.LIBRARY.impl("pack_keep", pack_bits, "CompositeExplicitAutograd")
 ops.LIBRARY.impl(
     "draw_keep",
-    lambda seed, rows, cols, p: pack_bits(keep_mask(seed, (rows, cols), p)),
+    lambda seed, rows, cols, p, first=0: pack_bits(keep_mask(seed, (rows, cols), p, first)),
     "CompositeExplicitAutograd",
 )
 
@@ -117,7 +160,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     if p == 1:
         return torch.zeros_like(x)
     seed, K = draw_seed(x), x.shape[-1]
-    mask = keep_mask(seed, (x.numel() // K if K else 0, K), p)
+    mask = keep_mask(seed, (math.prod(x.shape[:-1]), K), p)
     return x.masked_fill(~mask.view(x.shape), 0)
 
 

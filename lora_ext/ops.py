@@ -90,7 +90,25 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps):
+    results = [
+        fwd_fake(x, *operands, 1.0, keep=keep)
+        for *operands, keep in zip(weights, biases, As, Bs, keeps, strict=True)
+    ]
+    return [y for y, _ in results], x.new_empty(x.shape[0], sum(A.shape[1] for A in As))
+
+
+def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps):
+    gradients: list[Tensor] = []
+    layers = zip(dys, weights, As, Bs, hs, keeps, strict=True)
+    for i, (dy, weight, A, B, h, keep) in enumerate(layers):
+        own = (needs[0], *needs[1 + 4 * i : 5 + 4 * i])
+        dx, *others = bwd_fake(dy, x, weight, A, B, h, 1.0, own, keep=keep)
+        gradients += others if gradients else [dx, *others]
+    return gradients
+
+
+def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
@@ -98,12 +116,35 @@ def _pack_keep_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
+def _draw_bernoulli_fake(state: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    return state.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
 LIBRARY = define("lora_ext")
-# On the CPU: a weight in panels, and dropout's mask as bits, drawn from a seed's hash (dropout.py,
-# keep_mask) or packed from a mask of bytes.
+# On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
+# their sum, and after it dweight, dbias, dA and dB of each); a weight in panels; and dropout's mask
+# as bits: drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a
+# generator's state, or packed from a mask of bytes.
 for _schema, _fake in (
+    (
+        "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
+        " float[] scales, str[] formats, Tensor?[] keeps) -> (Tensor[] ys, Tensor h)",
+        _linears_fwd_fake,
+    ),
+    (
+        "linears_bwd(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor?[] As, Tensor?[] Bs,"
+        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps) -> Tensor[]",
+        _linears_bwd_fake,
+    ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
-    ("draw_keep(Tensor seed, int rows, int cols, float p) -> Tensor", _draw_keep_fake),
+    (
+        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        _draw_keep_fake,
+    ),
+    (
+        "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
+        _draw_bernoulli_fake,
+    ),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

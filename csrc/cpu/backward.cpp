@@ -20,13 +20,51 @@ class Backward {
       : call_(call), dy_(matrix<T>(call.dy)), keep_(bits_of(call.low.keep)) {}
 
   void run(const Gradients& out) {
+    all_but_dx(out);
+    if (call_.needs.dx) dx(out.dx, false);
+  }
+
+  // Makes t too, where dx will read it.
+  void all_but_dx(const Gradients& out) {
     if (call_.needs.dB) dB(out.dB);
     if (call_.needs.dbias) dbias(out.dbias);
     if (call_.needs.dweight) dweight(out.dweight);
     if (!call_.needs.dx && !call_.needs.dA) return;
     make_t();
     if (call_.needs.dA) dA(out.dA);
-    if (call_.needs.dx) dx(out.dx);
+  }
+
+  Way dx_way() const {
+    const Weight& weight = call_.weight;
+    const bool plain = weight.data && weight.format == Format::kPlain;
+    const bool dense = plain && has_dense_rows(matrix<T>(weight.data)) &&
+                       (call_.low.A.stride(1) == 1 || call_.R == 1);
+    return way_of(routes<T>(), Product::kDx,
+                  {call_.M, call_.N, call_.R, !plain, dense, keep_.data != nullptr});
+  }
+
+  // dx, with `add` on top of what `out` holds.
+  void dx(const Tensor& out, bool add) {
+    const View<T> to = result<T>(out);
+    switch (dx_way()) {
+      case Way::kStream:
+        return with_adapter<T>(call_.low.A, [&](auto A) { dx_of_few_rows(A, to, add); });
+      case Way::kLibrary:
+        return dx_onto_library(out, to, add);
+      default:
+        std::vector<Leg<A>> legs;
+        add_low_leg(&legs);
+        add_base_leg(&legs);
+        wide_product<T, A>(legs, Out<T>{to, nullptr, add});
+    }
+  }
+
+  // The legs of dx.
+  void add_low_leg(std::vector<Leg<A>>* legs) { legs->push_back(low_leg()); }
+  void add_base_leg(std::vector<Leg<A>>* legs) const {
+    if (!call_.weight.data) return;
+    legs->push_back(
+        {Left<A>(dy_), weight_factor<T>(call_.weight, call_.N, call_.K, false, call_.M)});
   }
 
  private:
@@ -102,39 +140,24 @@ class Backward {
     }
   }
 
-  void dx(const Tensor& out) {
-    const Weight& weight = call_.weight;
-    const View<T> to = result<T>(out);
-    with_adapter<T>(call_.low.A, [&](auto A_view) {
-      const bool plain = weight.data && weight.format == Format::kPlain;
-      const bool dense = plain && has_dense_rows(matrix<T>(weight.data)) && has_dense_rows(A_view);
-      const Way way = way_of(routes<T>(), Product::kDx,
-                             {call_.M, call_.N, call_.R, !plain, dense, keep_.data != nullptr});
-      if (way == Way::kStream) return dx_of_few_rows(A_view, to);
-      if (way == Way::kLibrary) return dx_onto_library(A_view, out, to);
-      const Packed<A> A_t(Right<A>(A_view.transposed(), call_.M));
-      const Leg<A> low = low_leg(A_t);
-      if (!weight.data) return wide_product<T, A>({&low, 1}, Out<T>{to});
-      const Leg<A> legs[] = {
-          low, {Left<A>(dy_), weight_factor<T>(weight, call_.N, call_.K, false, call_.M)}};
-      wide_product<T, A>(legs, Out<T>{to});
-    });
+  Leg<A> low_leg() {
+    with_adapter<T>(call_.low.A,
+                    [&](auto view) { A_t_.emplace(Right<A>(view.transposed(), call_.M)); });
+    return {t_->left(), A_t_->right(), call_.low.scale, keep_};
   }
 
-  Leg<A> low_leg(const Packed<A>& A_t) const {
-    return {t_->left(), A_t.right(), call_.low.scale, keep_};
-  }
-
-  template <typename TA>
-  void dx_onto_library(View<const TA> A_view, const Tensor& out, View<T> to) {
-    mm_out(*call_.dy.tensor, *call_.weight.data.tensor, out);
+  void dx_onto_library(const Tensor& out, View<T> to, bool add) {
+    if (add) {
+      addmm_out(out, *call_.dy.tensor, *call_.weight.data.tensor, 1, 1, out);
+    } else {
+      mm_out(*call_.dy.tensor, *call_.weight.data.tensor, out);
+    }
     const Sizes sizes = {call_.M, call_.R, call_.R, false, true, keep_.data != nullptr};
     if (way_of(routes<T>(), Product::kExpand, sizes) == Way::kLibrary) {
       const Tensor A_t = transposed(in_base_dtype<T>(call_.low.A, out));
       return addmm_out(out, t_tensor(), A_t, 1, call_.low.scale, out);
     }
-    const Packed<A> A_t(Right<A>(A_view.transposed(), call_.M));
-    const Leg<A> low = low_leg(A_t);
+    const Leg<A> low = low_leg();
     for_each_row_block(call_.M, [&](int64_t row, int64_t rows) {
       expand<T>(low.block(row, rows, 0, call_.K), to.block(row, 0, rows, call_.K));
     });
@@ -142,7 +165,7 @@ class Backward {
 
   // dx of so few rows that the weight and A are read in place, once, from end to end.
   template <typename TA>
-  void dx_of_few_rows(View<const TA> A_view, View<T> out) const {
+  void dx_of_few_rows(View<const TA> A_view, View<T> out, bool add) const {
     const int64_t M = call_.M, K = call_.K, N = call_.N, R = call_.R;
     Scratch<A> copy;
     const View<const A> dy = widened(dy_, &copy);
@@ -160,8 +183,7 @@ class Backward {
       blocks().storage<T>().combine_rows(dy, weight.block(0, col, N, cols), sum.get(), cols);
       blocks().storage<TA>().dot({t.get(), M, R, R, 1}, A_view.block(col, 0, cols, R), sum.get(),
                                  cols, true);
-      blocks().storage<T>().store(sum.get(), cols, A(1), nullptr, false,
-                                  out.block(0, col, M, cols));
+      blocks().storage<T>().store(sum.get(), cols, A(1), nullptr, add, out.block(0, col, M, cols));
     });
   }
 
@@ -181,7 +203,30 @@ class Backward {
   const Bits keep_;
   std::optional<Tensor> t_tensor_;
   std::optional<Hidden<T>> t_;
+  std::optional<Packed<A>> A_t_;
 };
+
+template <typename T>
+void backward_of_group(std::span<const BackwardCall> calls, std::span<const Gradients> out,
+                       const Tensor& dx) {
+  std::vector<Backward<T>> layers;
+  layers.reserve(calls.size());
+  bool by_strips = true;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    Backward<T>& layer = layers.emplace_back(calls[i]);
+    layer.all_but_dx(out[i]);
+    by_strips = by_strips && calls[0].needs.dx && layer.dx_way() == Way::kStrips;
+  }
+  if (!calls[0].needs.dx) return;
+  if (!by_strips) {
+    for (size_t i = 0; i < layers.size(); ++i) layers[i].dx(dx, i > 0);
+    return;
+  }
+  std::vector<Leg<Acc<T>>> legs;
+  for (Backward<T>& layer : layers) layer.add_low_leg(&legs);
+  for (const Backward<T>& layer : layers) layer.add_base_leg(&legs);
+  wide_product<T, Acc<T>>(legs, Out<T>{result<T>(dx)});
+}
 
 }  // namespace
 }  // namespace cpu
@@ -198,6 +243,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
   cpu::with_storage_type("dy", call.dy.dtype,
                          [&](auto storage) { cpu::Backward<decltype(storage)>(call).run(out); });
   return out.tuple();
+}
+
+std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optional<Tensor>& x,
+                                const std::vector<std::optional<Tensor>>& weights,
+                                const std::vector<std::optional<Tensor>>& As,
+                                const std::vector<std::optional<Tensor>>& Bs,
+                                const std::vector<std::optional<Tensor>>& hs,
+                                const std::vector<double>& scales, const std::vector<bool>& needs,
+                                const std::vector<std::string>& formats,
+                                const std::vector<std::optional<Tensor>>& keeps) {
+  const size_t count = dys.size();
+  STD_TORCH_CHECK(count > 0 && count <= cpu::kMostLegs / 2, "dys must have 1 to ",
+                  cpu::kMostLegs / 2, " elements, got ", count);
+  check_count("weights", weights.size(), count);
+  check_count("As", As.size(), count);
+  check_count("Bs", Bs.size(), count);
+  check_count("hs", hs.size(), count);
+  check_count("scales", scales.size(), count);
+  STD_TORCH_CHECK(needs.size() == 1 + 4 * count, "needs must have ", 1 + 4 * count,
+                  " elements: dx, and for each layer dweight, dbias, dA and dB; got ",
+                  needs.size());
+  check_count("formats", formats.size(), count);
+  check_count("keeps", keeps.size(), count);
+  std::vector<BackwardCall> calls;
+  std::vector<Gradients> out;
+  const NoGradGuard no_grad;
+  for (size_t i = 0; i < count; ++i) {
+    const std::vector<bool> own = {needs[0], needs[1 + 4 * i], needs[2 + 4 * i], needs[3 + 4 * i],
+                                   needs[4 + 4 * i]};
+    calls.push_back(check_backward(dys[i], x, weights[i], As[i], Bs[i], hs[i], scales[i], own,
+                                   formats[i], keeps[i], std::nullopt));
+    BackwardCall all_but_dx = calls.back();
+    all_but_dx.needs.dx = false;
+    out.emplace_back(all_but_dx);
+    const bool fits = calls[i].M == calls[0].M && calls[i].dy.dtype == calls[0].dy.dtype &&
+                      (!needs[0] || calls[i].K == calls[0].K);
+    STD_TORCH_CHECK(fits, "dys must be of layers of one x: rows, dtype and in_features the same");
+  }
+  const BackwardCall& first = calls[0];
+  const Tensor dx = needs[0] ? empty(dys[0], {first.M, first.K}) : empty(dys[0], {0});
+  cpu::with_storage_type("dys", first.dy.dtype, [&](auto storage) {
+    cpu::backward_of_group<decltype(storage)>(calls, out, dx);
+  });
+  std::vector<Tensor> gradients = {dx};
+  for (const Gradients& layer : out) {
+    gradients.insert(gradients.end(), {layer.dweight, layer.dbias, layer.dA, layer.dB});
+  }
+  return gradients;
 }
 
 }  // namespace lora_ext

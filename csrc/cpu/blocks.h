@@ -204,7 +204,13 @@ struct MaskOps {
                uint8_t* bits);
   // Packed: bit k is whether the k-th byte, `stride` apart, is not 0.
   void (*pack)(const uint8_t* mask, int64_t stride, int64_t cols, uint8_t* bits);
+  // MT19937: the next 624 words of its state, in place; and bytes of 0 or 1, from two words each,
+  // that are 1 where 53 bits of the two are below the threshold.
+  void (*twist)(uint32_t* state);
+  void (*bernoulli)(const uint32_t* words, int64_t count, int64_t threshold, uint8_t* kept);
 };
+
+inline constexpr int64_t kTwisterWords = 624;
 
 struct Blocks {
   const char* name;

@@ -205,7 +205,7 @@ constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
           storage_ops<Float16>(),
           {&multiply<float>},
           {&multiply<double>},
-          {&draw_bits, &pack_bits},
+          {&draw_bits, &pack_bits, &twist, &bernoulli},
           pairs};
 }
 

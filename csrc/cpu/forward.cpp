@@ -19,15 +19,16 @@ class Forward {
   using A = Acc<T>;
 
  public:
-  Forward(const Call& call, const Tensor& y, const Tensor& h)
-      : call_(call),
-        y_(y),
-        h_(h),
-        y_view_(result<T>(y)),
-        h_view_(result<T>(h)),
-        shrink_(matrix<T>(call.x), bits_of(call.low.keep), call.low.A, false),
-        hidden_(shrink_.by_library() ? Hidden<T>::of(read_only(h_view_))
-                                     : Hidden<T>::sums(call.M, call.R, &h)) {
+  // `made` is h where there is one already: `h` holds it, rounded, as well.
+  Forward(const Call& call, const Tensor& y, const Tensor& h,
+          std::optional<Hidden<T>> made = std::nullopt)
+      : call_(call), y_(y), h_(h), y_view_(result<T>(y)), h_view_(result<T>(h)) {
+    if (!made) {
+      shrink_.emplace(matrix<T>(call.x), bits_of(call.low.keep), call.low.A, false);
+      made.emplace(shrink_->by_library() ? Hidden<T>::of(read_only(h_view_))
+                                         : Hidden<T>::sums(call.M, call.R, &h));
+    }
+    hidden_ = std::move(made);
     if (call.bias) bias_ = dense_bias();
   }
 
@@ -49,16 +50,19 @@ class Forward {
     return way_of(routes<T>(), Product::kY, {call_.M, call_.K, call_.R, panels, dense});
   }
 
+  bool makes_h_by_rows() const { return shrink_ && !shrink_->by_library(); }
+
   void make_h() const {
-    if (shrink_.by_library()) {
+    if (!shrink_) return;
+    if (shrink_->by_library()) {
       return mm_out(*call_.x.tensor, in_base_dtype<T>(call_.low.A, h_), h_);
     }
     for_each_row_block(call_.M, [&](int64_t row, int64_t rows) { make_h(row, rows); });
   }
 
   void make_h(int64_t row, int64_t rows) const {
-    const View<A> sums = hidden_.rows(row, rows);
-    shrink_.rows(row, sums);
+    const View<A> sums = hidden_->rows(row, rows);
+    shrink_->rows(row, sums);
     const View<T> to = h_view_.block(row, 0, rows, call_.R);
     if (static_cast<const void*>(sums.data) == to.data) return;
     blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false, to);
@@ -69,7 +73,7 @@ class Forward {
                            [&](auto view) { return Packed<A>(Right<A>(view, call_.M)); });
   }
 
-  Leg<A> low_leg(const Packed<A>& B) const { return {hidden_.left(), B.right(), call_.low.scale}; }
+  Leg<A> low_leg(const Packed<A>& B) const { return {hidden_->left(), B.right(), call_.low.scale}; }
 
   // The bias without gaps, in place or copied.
   const T* dense_bias() {
@@ -130,9 +134,9 @@ class Forward {
     }
     const Packed<A> B = B_factor();
     const Leg<A> low = low_leg(B);
-    if (shrink_.by_library()) make_h();
+    if (!makes_h_by_rows()) make_h();
     for_each_row_block(call_.M, [&](int64_t row, int64_t rows) {
-      if (!shrink_.by_library()) make_h(row, rows);
+      if (makes_h_by_rows()) make_h(row, rows);
       expand<T>(low.block(row, rows, 0, call_.N), y_view_.block(row, 0, rows, call_.N));
     });
   }
@@ -140,11 +144,75 @@ class Forward {
   const Call& call_;
   const Tensor &y_, &h_;
   const View<T> y_view_, h_view_;
-  const Shrink<T> shrink_;
-  const Hidden<T> hidden_;
+  std::optional<Shrink<T>> shrink_;
+  std::optional<Hidden<T>> hidden_;
   Scratch<T> bias_copy_;
   const T* bias_ = nullptr;
 };
+
+// The layers' A next to one another in one matrix, of what products accumulate in: transposed in
+// memory where they all are.
+template <typename T>
+Tensor side_by_side(std::span<const Call> calls, int64_t R) {
+  const int64_t K = calls[0].K;
+  const bool columns = std::all_of(calls.begin(), calls.end(),
+                                   [](const Call& call) { return call.low.A.stride(0) == 1; });
+  const int32_t dtype =
+      std::is_same_v<Acc<T>, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const Tensor& like = *calls[0].x.tensor;
+  Tensor all = columns ? empty(like, {R, K}, dtype) : empty(like, {K, R}, dtype);
+  auto* to = static_cast<Acc<T>*>(all.mutable_data_ptr());
+  for (const Call& call : calls) {
+    with_adapter<T>(call.low.A, [&](auto view) {
+      using TA = std::remove_cvref_t<decltype(*view.data)>;
+      blocks().storage<TA>().load(columns ? view.transposed() : view, to, columns ? K : R);
+    });
+    to += columns ? call.R * K : call.R;
+  }
+  return columns ? transposed(all) : all;
+}
+
+// h of all layers, (M, R) for R the sum of their ranks, by one product over x.
+template <typename T>
+Hidden<T> shrink_together(std::span<const Call> calls, const Tensor& h) {
+  using A = Acc<T>;
+  const int64_t M = h.size(0), R = h.size(1);
+  const Tensor A_all = side_by_side<T>(calls, R);
+  const Operand operand(A_all);
+  const Shrink<T> shrink(matrix<T>(calls[0].x), {}, operand, false);
+  const View<T> to = result<T>(h);
+  if (shrink.by_library()) {
+    mm_out(*calls[0].x.tensor, in_base_dtype<T>(operand, h), h);
+    return Hidden<T>::of(read_only(to));
+  }
+  Hidden<T> hidden = Hidden<T>::sums(M, R, &h);
+  for_each_row_block(M, [&](int64_t row, int64_t rows) {
+    const View<A> sums = hidden.rows(row, rows);
+    shrink.rows(row, sums);
+    const View<T> stored = to.block(row, 0, rows, R);
+    if (static_cast<const void*>(sums.data) == stored.data) return;
+    blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false, stored);
+  });
+  return hidden;
+}
+
+template <typename T>
+void forward_of_group(std::span<const Call> calls, const std::vector<Tensor>& ys, const Tensor& h) {
+  const auto masked = [](const Call& call) { return static_cast<bool>(call.low.keep); };
+  const bool together =
+      calls.size() > 1 && calls[0].M > kFewRows && std::none_of(calls.begin(), calls.end(), masked);
+  std::optional<Hidden<T>> hidden;
+  if (together) hidden.emplace(shrink_together<T>(calls, h));
+  int64_t col = 0;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const int64_t R = calls[i].R;
+    const Tensor own_h = calls.size() == 1 ? h : columns_of(h, col, R);
+    std::optional<Hidden<T>> made;
+    if (together) made.emplace(hidden->columns(col, R));
+    Forward<T>(calls[i], ys[i], own_h, std::move(made)).run();
+    col += R;
+  }
+}
 
 }  // namespace
 }  // namespace cpu
@@ -160,6 +228,37 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tenso
   cpu::with_storage_type("x", call.x.dtype,
                          [&](auto storage) { cpu::Forward<decltype(storage)>(call, y, h).run(); });
   return {y, h};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
+    const Tensor& x, const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& As,
+    const std::vector<Tensor>& Bs, const std::vector<double>& scales,
+    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0, "weights must have an element, got none");
+  check_count("biases", biases.size(), count);
+  check_count("As", As.size(), count);
+  check_count("Bs", Bs.size(), count);
+  check_count("scales", scales.size(), count);
+  check_count("formats", formats.size(), count);
+  check_count("keeps", keeps.size(), count);
+  const std::vector<std::optional<Tensor>> bases(weights.begin(), weights.end());
+  std::vector<Call> calls;
+  int64_t R = 0;
+  for (size_t i = 0; i < count; ++i) {
+    calls.push_back(check_forward(x, bases[i], biases[i], As[i], Bs[i], scales[i], formats[i],
+                                  keeps[i], std::nullopt));
+    R += calls.back().R;
+  }
+  const NoGradGuard no_grad;
+  std::vector<Tensor> ys;
+  for (const Call& call : calls) ys.push_back(empty(x, {call.M, call.N}));
+  const Tensor h = empty(x, {calls[0].M, R});
+  cpu::with_storage_type("x", calls[0].x.dtype, [&](auto storage) {
+    cpu::forward_of_group<decltype(storage)>(calls, ys, h);
+  });
+  return {ys, h};
 }
 
 }  // namespace lora_ext

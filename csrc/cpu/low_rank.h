@@ -19,7 +19,7 @@ class Hidden {
   static Hidden sums(int64_t M, int64_t R, const Tensor* h) {
     Hidden hidden(M, R);
     if constexpr (std::is_same_v<T, A>) {
-      if (h != nullptr && R % kPanel<A> == 0) {
+      if (h != nullptr && R % kPanel<A> == 0 && h->stride(0) == R) {
         hidden.sums_ = static_cast<A*>(h->mutable_data_ptr());
         return hidden;
       }
@@ -34,6 +34,18 @@ class Hidden {
     Hidden hidden(matrix.rows, matrix.cols);
     hidden.rounded_ = matrix;
     return hidden;
+  }
+
+  // Some columns, borrowed.
+  Hidden columns(int64_t col, int64_t cols) const {
+    Hidden part(M_, cols);
+    part.ld_ = ld_;
+    if (sums_ != nullptr) {
+      part.sums_ = sums_ + col;
+    } else {
+      part.rounded_ = rounded_.block(0, col, M_, cols);
+    }
+    return part;
   }
 
   // Call f with the matrix as a view.

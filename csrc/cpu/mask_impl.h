@@ -55,5 +55,36 @@ void pack_bits(const uint8_t* mask, int64_t stride, int64_t cols, uint8_t* bits)
   }
 }
 
+// Matsumoto and Nishimura, "Mersenne Twister", ACM TOMACS 8(1), 1998. A word is made of the two at
+// its place and the one 397 further on; out of place, so that the loops are vectorised.
+void twist(uint32_t* state) {
+  constexpr int64_t n = kTwisterWords, m = 397;
+  const auto mixed = [](uint32_t first, uint32_t second) {
+    const uint32_t both = (first & 0x80000000) | (second & 0x7FFFFFFF);
+    return both >> 1 ^ (second & 1 ? 0x9908B0DF : 0);
+  };
+  uint32_t next[n];
+  for (int64_t i = 0; i < n - m; ++i) next[i] = state[i + m] ^ mixed(state[i], state[i + 1]);
+  for (int64_t i = n - m; i < n - 1; ++i) {
+    next[i] = next[i + m - n] ^ mixed(state[i], state[i + 1]);
+  }
+  next[n - 1] = next[m - 1] ^ mixed(state[n - 1], next[0]);
+  std::memcpy(state, next, sizeof(next));
+}
+
+// As PyTorch's CPU generator makes a double of two words, the first the high one, and compares it.
+void bernoulli(const uint32_t* words, int64_t count, int64_t threshold, uint8_t* kept) {
+  const auto tempered = [](uint32_t word) {
+    word ^= word >> 11;
+    word ^= word << 7 & 0x9D2C5680;
+    word ^= word << 15 & 0xEFC60000;
+    return word ^ word >> 18;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t high = tempered(words[2 * i]) & 0x1FFFFF, low = tempered(words[2 * i + 1]);
+    kept[i] = static_cast<uint8_t>((high << 32 | low) < threshold);
+  }
+}
+
 }  // namespace
 }  // namespace lora_ext::cpu

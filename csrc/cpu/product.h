@@ -19,7 +19,7 @@ struct Leg {
   Left<P> left;
   Right<P> right;
   double scale = 1;       // meets the sums, never a factor
-  Bits keep = {};         // on the leg's product; such a leg is the first
+  Bits keep = {};         // on the leg's product; the first such leg costs no memory of its own
   int64_t step = kDepth;  // of the summed dimension at a time; a multiple of 8
 
   Leg block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
@@ -112,7 +112,7 @@ class Cursor {
   int64_t rows_packed_ = 0;
 };
 
-inline constexpr size_t kMostLegs = 8;
+inline constexpr size_t kMostLegs = 16;  // two a layer of a group
 
 // The product, for the tiles of one thread.
 template <typename T, typename P = Acc<T>>
@@ -122,6 +122,9 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
   const bool masked = legs[0].keep.data != nullptr;
   const bool in_place = std::is_same_v<T, A> && out.to.col_stride == 1 && !(masked && out.add);
   const Scratch<A> tile(in_place ? 0 : tile_rows * cols);
+  const bool masked_later = std::any_of(legs.begin() + 1, legs.end(),
+                                        [](const Leg<P>& leg) { return leg.keep.data != nullptr; });
+  const Scratch<A> apart(masked_later ? tile_rows * cols : 0);
   std::array<std::optional<Cursor<P>>, kMostLegs> cursors;
   for (size_t i = 0; i < legs.size(); ++i) cursors[i].emplace(legs[i]);
   for (int64_t row = 0; row < out.to.rows; row += kStripRows) {
@@ -138,10 +141,16 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
       }
     }
     for (size_t i = 0; i < legs.size(); ++i) {
-      cursors[i]->add_to(row, rows, sum, ld, addend);
-      if (legs[i].keep.data != nullptr) {
-        blocks().storage<A>().keep(legs[i].keep.from(row, 0), {sum, rows, cols, ld, 1});
+      const Bits keep = legs[i].keep.from(row, 0);
+      if (i > 0 && keep.data != nullptr) {  // masked by itself, not with what is summed already
+        cursors[i]->add_to(row, rows, apart.get(), cols, {});
+        blocks().storage<A>().keep(keep, {apart.get(), rows, cols, cols, 1});
+        blocks().storage<A>().store(apart.get(), cols, A(1), nullptr, true,
+                                    {sum, rows, cols, ld, 1});
+        continue;
       }
+      cursors[i]->add_to(row, rows, sum, ld, addend);
+      if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum, rows, cols, ld, 1});
       addend = {sum, ld};
     }
     if (!in_place) blocks().storage<T>().store(sum, ld, A(1), out.bias, out.add, to);
@@ -169,29 +178,34 @@ void product_by_tiles(std::span<const Leg<P>> legs, const Out<T>& out, const Til
 }
 
 // A product with many columns, by all threads. What is not in panels is packed by each thread for
-// its own tiles; where more than kPackAloneThreads share a strip, the last leg's right factor, the
-// weight, is packed once for all of them, kSharedPanels of it at a time.
+// its own tiles; where more than kPackAloneThreads share a strip, the weights are packed once for
+// all of them, kSharedPanels of them at a time.
 template <typename T, typename P>
 void wide_product(std::span<const Leg<P>> legs, const Out<T>& out) {
   const int64_t rows = out.to.rows, cols = out.to.cols, threads = num_threads();
   if (rows == 0 || cols == 0) return;
   const Tiling tiling = tiles_for(rows, cols, kStripCols, kLeastRows, threads);
-  const Right<P>& weight = legs.back().right;
-  if (threads <= kPackAloneThreads || weight.is_ready() || tiling.rows >= rows) {
+  int64_t depth = 0;  // of all that is to be packed
+  for (const Leg<P>& leg : legs) depth += leg.right.is_ready() ? 0 : words_of<P>(leg.right.depth());
+  if (threads <= kPackAloneThreads || depth == 0 || tiling.rows >= rows) {
     return product_by_tiles<T, P>(legs, out, tiling);
   }
-  const int64_t depth = weight.depth();
   const int64_t strips =
       std::max<int64_t>(kSharedPanels / std::max<int64_t>(depth, 1) / tiling.cols, 1);
   const int64_t group = std::min(strips * tiling.cols, cols);
-  const Scratch<P> panels(words_of<P>(depth) * round_up_to_panel<P>(group));
+  const Scratch<P> panels(depth * round_up_to_panel<P>(group));
   for (int64_t col = 0; col < cols; col += group) {
     const int64_t width = std::min(group, cols - col);
-    fill_panels(weight.from(col, width), panels.get());
+    P* packed = panels.get();
     std::vector<Leg<P>> parts;
-    for (const Leg<P>& leg : legs) parts.push_back(leg.block(0, rows, col, width));
-    parts.back().right = {Panels<const P>::packed(panels.get(), words_of<P>(depth)), depth, width,
-                          false};
+    for (const Leg<P>& leg : legs) {
+      Leg<P>& part = parts.emplace_back(leg.block(0, rows, col, width));
+      if (part.right.is_ready()) continue;
+      const int64_t steps = part.right.depth(), words = words_of<P>(steps);
+      fill_panels(part.right, packed);
+      part.right = {Panels<const P>::packed(packed, words), steps, width, false};
+      packed += words * round_up_to_panel<P>(width);
+    }
     product_by_tiles<T, P>(parts, out.block(0, rows, col, width),
                            tiles_for(rows, width, tiling.cols, kLeastRows, threads));
   }

@@ -31,21 +31,29 @@ __device__ Place place_of_block(const Result& out) {
 struct LinearArguments {
   Factor left, right;          // x and weight; dy and weight.T
   Factor low_left, low_right;  // h and B.T; t and A
+  Bits keep;                   // dx's, on the low-rank part
   double alpha;
   const void* bias;
   int64_t bias_stride;
   Result out;
 };
 
-// out = left @ right.T + alpha * low_left @ low_right.T + bias, the low-rank part first: alpha then
-// meets a sum in full precision, and one set of sums serves both products. A block has one tile.
+// out = left @ right.T + alpha * keep * (low_left @ low_right.T) + bias, the low-rank part first:
+// alpha and the mask then meet a sum in full precision, and one set of sums serves both products. A
+// block has one tile.
 template <typename Tile, Order kRight, Order kLowRight>
-__device__ void linear_tile(const LinearArguments& a) {
+__device__ void linear_tile(const LinearArguments& a, const Bits& keep) {
   const auto [row, col] = place_of_block<Tile>(a.out);
   Tile sums;
   add_product<kDepthInner, kLowRight>(sums, a.low_left, a.low_right, row, col, 0, a.low_left.depth);
   const auto alpha = static_cast<typename Tile::Sum>(a.alpha);
   sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= alpha; });
+  if (keep.data != nullptr) {
+    sums.for_each([&, row = row, col = col](int i, int j, typename Tile::Sum& sum) {
+      const bool inside = row + i < a.out.rows && col + j < a.out.cols;
+      if (inside && (bits_from(keep, row + i, col + j) & 1) == 0) sum = 0;
+    });
+  }
   add_product<kDepthInner, kRight>(sums, a.left, a.right, row, col, 0, a.left.depth);
   store(sums, row, col, a.bias, a.bias_stride, a.out);
 }
@@ -53,17 +61,18 @@ __device__ void linear_tile(const LinearArguments& a) {
 // y (M, N) = x @ weight.T + alpha * h @ B + bias
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_fwd_kernel(LinearArguments a) {
-  linear_tile<Tile, kDepthInner, kRowsInner>(a);
+  linear_tile<Tile, kDepthInner, kRowsInner>(a, {});
 }
 
-// dx (M, K) = dy @ weight + alpha * t @ A.T
+// dx (M, K) = dy @ weight + alpha * keep * (t @ A.T)
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) lora_linear_bwd_dx_kernel(LinearArguments a) {
-  linear_tile<Tile, kRowsInner, kDepthInner>(a);
+  linear_tile<Tile, kRowsInner, kDepthInner>(a, a.keep);
 }
 
 struct ProductArguments {
   Factor left, right;
+  Bits keep;  // on left
   double scale;
   int64_t depth_of_part;  // a multiple of every kBlockK
   int64_t out_part;       // elements of out from one part to the next
@@ -72,14 +81,14 @@ struct ProductArguments {
 
 // out = scale * left @ right.T for few columns (h, t, dA, dB.T). Part blockIdx.y of the summed
 // dimension writes its own sums, of Tile::Sum, and lora_linear_sum_parts_kernel adds them up.
-template <typename Tile, Order kLeft, Order kRight>
+template <typename Tile, Order kLeft, Order kRight, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_linear_product_kernel(ProductArguments a) {
   const auto [row, col] = place_of_block<Tile>(a.out);
   const int64_t begin = blockIdx.y * a.depth_of_part, end = begin + a.depth_of_part;
   Tile sums;
-  add_product<kLeft, kRight>(sums, a.left, a.right, row, col, begin,
-                             end < a.left.depth ? end : a.left.depth);
+  add_product<kLeft, kRight, kMasked>(sums, a.left, a.right, row, col, begin,
+                                      end < a.left.depth ? end : a.left.depth, a.keep);
   const auto scale = static_cast<typename Tile::Sum>(a.scale);
   sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= scale; });
   a.out.data = static_cast<typename Tile::Sum*>(a.out.data) + blockIdx.y * a.out_part;
@@ -176,8 +185,8 @@ bool takes_wide_tiles(const Context& context, const Matrix& out) {
 constexpr int64_t kShortestPart = 256;
 
 template <Order kLeft, Order kRight>
-void product(const Context& context, const Matrix& left, const Matrix& right, double scale,
-             const Matrix& out) {
+void product(const Context& context, const Matrix& left, const Bits& keep, const Matrix& right,
+             double scale, const Matrix& out) {
   if (out.rows == 0 || out.cols == 0) return;
   with_dtype(context.dtype, [&](auto storage) {
     using T = decltype(storage);
@@ -188,8 +197,13 @@ void product(const Context& context, const Matrix& left, const Matrix& right, do
     const int64_t n = std::clamp<int64_t>(depth / kShortestPart, 1, std::min<int64_t>(wanted, 64));
     const int64_t depth_of_part = parts(parts(depth, n), kShortestPart) * kShortestPart;
     const int64_t n_parts = depth == 0 ? 1 : parts(depth, depth_of_part);
-    ProductArguments a = {
-        factor<T>(left, kLeft), factor<T>(right, kRight), scale, depth_of_part, 0, result(out)};
+    ProductArguments a = {factor<T>(left, kLeft),
+                          factor<T>(right, kRight),
+                          keep,
+                          scale,
+                          depth_of_part,
+                          0,
+                          result(out)};
     if (n_parts > 1) {
       a.out_part = out.rows * out.cols;
       a.out = {context.allocate(n_parts * a.out_part * sizeof(Sum)),
@@ -201,8 +215,12 @@ void product(const Context& context, const Matrix& left, const Matrix& right, do
                false};
       a.scale = 1;
     }
-    launch(lora_linear_product_kernel<Tile, kLeft, kRight>, tiles, n_parts, Tile::kThreads,
-           Ring<Tile, kLeft, kRight>::kBytes, context.stream, a);
+    auto* kernel = &lora_linear_product_kernel<Tile, kLeft, kRight, false>;
+    if constexpr (kRight == kRowsInner) {  // not t, whose left factor is dy
+      if (keep.data != nullptr) kernel = &lora_linear_product_kernel<Tile, kLeft, kRight, true>;
+    }
+    launch(kernel, tiles, n_parts, Tile::kThreads, Ring<Tile, kLeft, kRight>::kBytes,
+           context.stream, a);
     if (n_parts == 1) return;
     const SumPartsArguments sum = {a.out.data, n_parts, scale, result(out)};
     launch(lora_linear_sum_parts_kernel<T, Sum>, parts(a.out_part, kSumThreads), 1, kSumThreads, 0,
@@ -232,8 +250,8 @@ void launch_linear(const Context& context, const Matrix& out, const LinearArgume
 
 template <typename Direction>
 void linear(const Context& context, const Matrix& left, const Matrix& right, const Bias& bias,
-            const Matrix& low_left, const Matrix& low_right, double alpha, const Matrix& out,
-            bool onto) {
+            const Matrix& low_left, const Matrix& low_right, const Bits& keep, double alpha,
+            const Matrix& out, bool onto) {
   if (out.rows == 0 || out.cols == 0) return;
   with_dtype(context.dtype, [&](auto storage) {
     using T = decltype(storage);
@@ -241,11 +259,12 @@ void linear(const Context& context, const Matrix& left, const Matrix& right, con
                          factor<T>(right, Direction::kRight),
                          factor<T>(low_left, kDepthInner),
                          factor<T>(low_right, Direction::kLowRight),
+                         keep,
                          alpha,
                          onto ? nullptr : bias.data,
                          bias.stride,
                          result(out, onto)};
-    if (onto) a.left.depth = 0;
+    if (onto || right.data == nullptr) a.left.depth = 0;
     if (takes_wide_tiles<T>(context, out)) {
       launch_linear<Direction, typename Tiles<T>::Wide>(context, out, a);
     } else {
@@ -261,27 +280,28 @@ Card use_card(int device) {
   return {multiprocessors_of(device), capability_of(device)};
 }
 
-void forward_h(const Context& context, const Matrix& x, const Matrix& A, const Matrix& h) {
-  product<kDepthInner, kRowsInner>(context, x, A.transposed(), 1, h);
+void forward_h(const Context& context, const Matrix& x, const Bits& keep, const Matrix& A,
+               const Matrix& h) {
+  product<kDepthInner, kRowsInner>(context, x, keep, A.transposed(), 1, h);
 }
 
 void forward_y(const Context& context, const Matrix& x, const Matrix& weight, const Bias& bias,
                const Matrix& h, const Matrix& B, double alpha, const Matrix& y, bool onto) {
-  linear<Forward>(context, x, weight, bias, h, B.transposed(), alpha, y, onto);
+  linear<Forward>(context, x, weight, bias, h, B.transposed(), {}, alpha, y, onto);
 }
 
 void backward_t(const Context& context, const Matrix& dy, const Matrix& B, const Matrix& t) {
-  product<kDepthInner, kDepthInner>(context, dy, B, 1, t);
+  product<kDepthInner, kDepthInner>(context, dy, {}, B, 1, t);
 }
 
 void backward_dx(const Context& context, const Matrix& dy, const Matrix& weight, const Matrix& t,
-                 const Matrix& A, double alpha, const Matrix& dx, bool onto) {
-  linear<BackwardDx>(context, dy, weight.transposed(), {}, t, A, alpha, dx, onto);
+                 const Matrix& A, const Bits& keep, double alpha, const Matrix& dx, bool onto) {
+  linear<BackwardDx>(context, dy, weight.transposed(), {}, t, A, keep, alpha, dx, onto);
 }
 
-void backward_adapter(const Context& context, const Matrix& left, const Matrix& right, double alpha,
-                      const Matrix& out) {
-  product<kRowsInner, kRowsInner>(context, left.transposed(), right.transposed(), alpha, out);
+void backward_adapter(const Context& context, const Matrix& left, const Bits& keep,
+                      const Matrix& right, double alpha, const Matrix& out) {
+  product<kRowsInner, kRowsInner>(context, left.transposed(), keep, right.transposed(), alpha, out);
 }
 
 }  // namespace lora_ext::cuda

@@ -1,7 +1,7 @@
 // The products that the two operators are made of, on views of GPU memory; nothing of torch.
-//   h = x @ A           y = x @ weight.T + bias + alpha * h @ B
-//   t = dy @ B.T        dx = dy @ weight + alpha * t @ A.T
-//   dA = alpha * x.T @ t      dB = alpha * h.T @ dy
+//   h = (keep * x) @ A    y = x @ weight.T + bias + alpha * h @ B
+//   t = dy @ B.T          dx = dy @ weight + alpha * keep * (t @ A.T)
+//   dA = alpha * (keep * x).T @ t      dB = alpha * h.T @ dy
 // Everything is put on the stream and nothing waits. Each result element is summed in an order that
 // depends on the sizes and the card alone: the same inputs give the same bits.
 #pragma once
@@ -29,6 +29,13 @@ struct Bias {
   int64_t stride = 0;
 };
 
+// Dropout's mask for x, a bit an element: those of a row begin at data + row * row_stride, the
+// least significant bit of a byte first.
+struct Bits {
+  const uint8_t* data = nullptr;  // null keeps all
+  int64_t row_stride = 0;
+};
+
 struct Card {
   int multiprocessors;
   int capability;  // 80 for compute capability 8.0
@@ -45,15 +52,17 @@ struct Context {
 };
 
 // With `onto` the result's memory holds the product with the weight (and the bias) already, and
-// only the low-rank part is added.
-void forward_h(const Context&, const Matrix& x, const Matrix& A, const Matrix& h);
+// only the low-rank part is added. Without a weight (a Matrix without data) it is all of the
+// result.
+void forward_h(const Context&, const Matrix& x, const Bits& keep, const Matrix& A, const Matrix& h);
 void forward_y(const Context&, const Matrix& x, const Matrix& weight, const Bias& bias,
                const Matrix& h, const Matrix& B, double alpha, const Matrix& y, bool onto);
 void backward_t(const Context&, const Matrix& dy, const Matrix& B, const Matrix& t);
 void backward_dx(const Context&, const Matrix& dy, const Matrix& weight, const Matrix& t,
-                 const Matrix& A, double alpha, const Matrix& dx, bool onto);
-// out (cols of left, cols of right) = alpha * left.T @ right: dA of x and t, dB.T of dy and h.
-void backward_adapter(const Context&, const Matrix& left, const Matrix& right, double alpha,
-                      const Matrix& out);
+                 const Matrix& A, const Bits& keep, double alpha, const Matrix& dx, bool onto);
+// out (cols of left, cols of right) = alpha * (keep * left).T @ right: dA of x and t, dB.T of dy
+// and h.
+void backward_adapter(const Context&, const Matrix& left, const Bits& keep, const Matrix& right,
+                      double alpha, const Matrix& out);
 
 }  // namespace lora_ext::cuda

@@ -45,8 +45,10 @@ class Launch {
             }};
   }
 
-  // An argument. The kernels' views have no constness, nothing is written through this one.
+  // An argument, or none. The kernels' views have no constness, nothing is written through this
+  // one.
   Matrix matrix(const Operand& operand) const {
+    if (!operand) return {};
     return {const_cast<void*>(operand.data()),
             operand.size(0),
             operand.size(1),
@@ -85,12 +87,9 @@ class Launch {
   std::vector<Tensor> scratch_;
 };
 
-// The kernels have neither a mask nor the low-rank part alone: lora_ext/backends/cpp.py says so and
-// this is for who calls the operator.
-void check_supported(bool with_weight, const Call& call) {
-  STD_TORCH_CHECK(with_weight, "weight must be a tensor on CUDA, got None");
-  STD_TORCH_CHECK(!call.low.keep, "keep must be None on CUDA, got a tensor");
-  STD_TORCH_CHECK(call.weight.format == Format::kPlain, "format must be plain on CUDA, got panels");
+Bits bits_of(const Operand& keep) {
+  if (!keep) return {};
+  return {static_cast<const uint8_t*>(keep.data()), keep.stride(0)};
 }
 
 }  // namespace
@@ -102,19 +101,19 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tenso
                                       const std::optional<Tensor>& keep,
                                       const std::optional<Tensor>& weight_scale) {
   const Call call = check_forward(x, weight, bias, A, B, scale, format, keep, weight_scale);
-  cuda::check_supported(weight.has_value(), call);
   const NoGradGuard no_grad;
   cuda::Launch launch("x", call.x);
   const Tensor y = empty(x, {call.M, call.N}), h = empty(x, {call.M, call.R});
-  const bool onto = launch.base_by_torch(call.M);
+  const bool onto = weight.has_value() && launch.base_by_torch(call.M);
   if (onto && bias.has_value()) cuda::addmm_out(*bias, x, transposed(*weight), y);
   if (onto && !bias.has_value()) cuda::mm_out(x, transposed(*weight), y);
   cuda::Bias bias_view;
   if (bias.has_value()) bias_view = {call.bias.data(), call.bias.stride(0)};
   const cuda::Matrix x_view = launch.matrix(call.x), h_view = launch.result(h);
-  cuda::forward_h(launch.context(), x_view, launch.matrix(call.low.A), h_view);
+  cuda::forward_h(launch.context(), x_view, cuda::bits_of(call.low.keep), launch.matrix(call.low.A),
+                  h_view);
   cuda::forward_y(launch.context(), x_view, launch.matrix(call.weight.data), bias_view, h_view,
-                  launch.matrix(call.low.B), scale, launch.result(y), onto);
+                  launch.matrix(call.low.B), call.low.scale, launch.result(y), onto);
   return {y, h};
 }
 
@@ -126,11 +125,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
   const BackwardCall call =
       check_backward(dy, x, weight, A, B, h, scale, asked, format, keep, weight_scale);
   const Needs& needs = call.needs;
-  cuda::check_supported(!needs.dx || weight.has_value(), call);
   const NoGradGuard no_grad;
   cuda::Launch launch("dy", call.dy);
   const Gradients out(call);
   const cuda::Matrix dy_view = launch.matrix(call.dy);
+  const cuda::Bits keep_view = cuda::bits_of(call.low.keep);
   if (needs.dweight) cuda::mm_out(transposed(dy), *x, out.dweight);
   if (needs.dbias) {
     const int64_t rows[] = {0};
@@ -138,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     torch::stable::sum_out(dbias, dy, rows);
   }
   if (needs.dB) {
-    cuda::backward_adapter(launch.context(), dy_view, launch.matrix(call.h), scale,
+    cuda::backward_adapter(launch.context(), dy_view, {}, launch.matrix(call.h), call.low.scale,
                            launch.result(out.dB).transposed());
   }
   if (!needs.dx && !needs.dA) return out.tuple();
@@ -146,14 +145,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
   const cuda::Matrix t_view = launch.result(t);
   cuda::backward_t(launch.context(), dy_view, launch.matrix(call.low.B), t_view);
   if (needs.dA) {
-    cuda::backward_adapter(launch.context(), launch.matrix(call.x), t_view, scale,
-                           launch.result(out.dA));
+    cuda::backward_adapter(launch.context(), launch.matrix(call.x), keep_view, t_view,
+                           call.low.scale, launch.result(out.dA));
   }
   if (needs.dx) {
-    const bool onto = launch.base_by_torch(call.M);
+    const bool onto = weight.has_value() && launch.base_by_torch(call.M);
     if (onto) cuda::mm_out(dy, *weight, out.dx);
     cuda::backward_dx(launch.context(), dy_view, launch.matrix(call.weight.data), t_view,
-                      launch.matrix(call.low.A), scale, launch.result(out.dx), onto);
+                      launch.matrix(call.low.A), keep_view, call.low.scale, launch.result(out.dx),
+                      onto);
   }
   return out.tuple();
 }

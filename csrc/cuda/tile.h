@@ -2,6 +2,9 @@
 // streamed through a ring of tiles in shared memory.
 #pragma once
 
+#include <cstring>
+
+#include "cuda/kernels.h"
 #include "cuda/primitives.h"
 
 namespace lora_ext::cuda {
@@ -27,6 +30,11 @@ struct Result {
   bool is_float, add;
 };
 
+// The bits of a row of x from element k to the end of k's byte, that of k the lowest.
+__device__ inline unsigned bits_from(const Bits& keep, int64_t row, int64_t k) {
+  return keep.data[row * keep.row_stride + k / 8] >> k % 8;
+}
+
 // How a factor's (kRows, kDepth) tile lies in shared memory. The pitch is a chunk more than a row:
 // 16-byte reads of 8 neighbouring rows then fall into different banks.
 template <typename T, Order kOrder, int kRows, int kDepth>
@@ -35,6 +43,7 @@ struct SharedTile {
   static constexpr bool kDepthInner = kOrder == Order::kDepthInner;
   static constexpr int kInner = kDepthInner ? kDepth : kRows;
   static constexpr int kOuter = kDepthInner ? kRows : kDepth;
+  static constexpr int kAcross = kInner / kChunk;
   static constexpr int kPitch = kInner + kChunk;
   static constexpr int kElements = kOuter * kPitch;
 
@@ -67,22 +76,69 @@ struct SharedTile {
     }
   }
 
- private:
-  static constexpr int kAcross = kInner / kChunk;
+  // The mask of the chunks that `load` has one thread bring, for a factor that is x or x.T: its
+  // inner dimension goes along x's rows, so that a chunk's bits are in one byte.
+  template <int kThreads>
+  class Kept {
+   public:
+    // Read the bits for the tile at (row, k).
+    __device__ void load(const Bits& keep, const Factor& from, int64_t row, int64_t k,
+                         int64_t end) {
+#pragma unroll
+      for (int n = 0; n < kChunks; ++n) {
+        const Chunk chunk(from, threadIdx.x + n * kThreads, row, k, end);
+        bits_[n] = chunk.valid ? bits_from(keep, chunk.outer, chunk.inner) : 0;
+      }
+    }
 
-  // Chunk i of the tile: its place there, the place of its first element in the factor, and how
-  // many of its elements the factor has.
+    // Zero what they leave out of the thread's own chunks, which are there.
+    __device__ void apply(T* tile) const {
+#pragma unroll
+      for (int n = 0; n < kChunks; ++n) {
+        const int i = threadIdx.x + n * kThreads;
+        void* at = tile + i / kAcross * kPitch + i % kAcross * kChunk;
+        void* chunk = __builtin_assume_aligned(at, 16);
+        uint32_t words[4];
+        std::memcpy(words, chunk, 16);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) words[w] &= kept_word(w, bits_[n]);
+        std::memcpy(chunk, words, 16);
+      }
+    }
+
+   private:
+    static constexpr int kChunks = kOuter * kAcross / kThreads;
+    static_assert(kChunks * kThreads == kOuter * kAcross, "a thread has as many as the others");
+
+    // What word w of a chunk keeps, all ones for an element whose bit is 1.
+    static __device__ uint32_t kept_word(int w, unsigned bits) {
+      if constexpr (sizeof(T) == 2) {
+        const unsigned pair = bits >> 2 * w;
+        return (pair & 1) * 0xFFFFu | (pair >> 1 & 1) * 0xFFFF0000u;
+      } else {
+        return (bits >> w * 4 / sizeof(T) & 1) * 0xFFFFFFFFu;
+      }
+    }
+
+    unsigned bits_[kChunks] = {};
+  };
+
+ private:
+  // Chunk i of the tile: its place there, that of its first element in the factor, and how many of
+  // its elements the factor has.
   struct Chunk {
     int to, valid;
-    int64_t from;
+    int64_t outer, inner, from;
 
     __device__ Chunk(const Factor& factor, int i, int64_t row, int64_t k, int64_t end) {
-      const int outer = i / kAcross, inner = i % kAcross * kChunk;
-      row += kDepthInner ? outer : inner;
-      k += kDepthInner ? inner : outer;
+      const int tile_outer = i / kAcross, tile_inner = i % kAcross * kChunk;
+      row += kDepthInner ? tile_outer : tile_inner;
+      k += kDepthInner ? tile_inner : tile_outer;
+      outer = kDepthInner ? row : k;
+      inner = kDepthInner ? k : row;
       const bool inside = kDepthInner ? row < factor.rows : k < end;
       const int64_t rest = kDepthInner ? end - k : factor.rows - row;
-      to = outer * kPitch + inner;
+      to = tile_outer * kPitch + tile_inner;
       valid = !inside || rest <= 0 ? 0 : rest < kChunk ? static_cast<int>(rest) : kChunk;
       from = valid ? row * factor.row_stride + k * factor.depth_stride : 0;
     }
@@ -219,10 +275,11 @@ struct Ring {
   static constexpr int kBytes = Tile::kStages * kSlot * int(sizeof(T));
 };
 
-// sums += left @ right.T over depths begin..end, for the tile at (row, col).
-template <Order kLeft, Order kRight, typename Tile>
+// sums += left @ right.T over depths begin..end, for the tile at (row, col). With kMasked `left` is
+// x or x.T, and of it only what `keep` keeps.
+template <Order kLeft, Order kRight, bool kMasked = false, typename Tile>
 __device__ void add_product(Tile& sums, const Factor& left, const Factor& right, int64_t row,
-                            int64_t col, int64_t begin, int64_t end) {
+                            int64_t col, int64_t begin, int64_t end, const Bits& keep = {}) {
   using Ring = Ring<Tile, kLeft, kRight>;
   using Left = typename Ring::Left;
   using Right = typename Ring::Right;
@@ -238,12 +295,19 @@ __device__ void add_product(Tile& sums, const Factor& left, const Factor& right,
     }
     commit_copies();  // an empty group too: waiting counts groups
   };
+  // The mask is put on a tile in shared memory, each thread on what it has copied there itself, so
+  // that copies stay asynchronous. Its bits are read one step ahead.
+  typename Left::template Kept<Tile::kThreads> kept;
   // Loads run ahead, written once: a second place for them costs nvcc 3 s an architecture.
 #pragma unroll 1
   for (int64_t step = -kAhead; step < steps; ++step) {
     wait_for_copies<kAhead - 1>();
+    if (kMasked && step >= 0) kept.apply(slot(step));
     barrier();  // all see this step's tiles, and are done with the slot that is filled next
     load(step + kAhead);
+    if (kMasked && step >= -1) {
+      kept.load(keep, left, row, begin + (step + 1) * Tile::kBlockK, end);
+    }
     if (step >= 0) {
       sums.template add_product<Left, Right>(slot(step), slot(step) + Left::kElements);
     }

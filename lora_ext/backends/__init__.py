@@ -9,10 +9,18 @@ A backend is a module with three functions over a `Call` (call.py):
     backward(dy, call, h, needs) -> (dx, dweight, dbias, dA, dB)
         None where `needs`, five booleans, does not ask; what they do not read is None in the call
 
+and, where it has a faster way than one call after the other, two more over calls of one x:
+
+    forward_group(calls) -> (ys, hs)
+    backward_group(dys, calls, hs, needs) -> gradients of each, dx the sum and with the first
+
 A new one is a file here, its name in BACKENDS, and in BY_DEVICE where it is to be chosen unasked.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
+
+from torch import Tensor
 
 from ..call import Call
 from ..checks import check_backend
@@ -43,6 +51,36 @@ def choose(name: str | None, call: Call) -> str:
     if reason is not None:
         raise ValueError(f"backend {name!r} can't run on these tensors: {reason}")
     return name
+
+
+def forward_group(name: str, calls: Sequence[Call]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return y and h of each of several calls of one x, by the backend `name`."""
+    backend = BACKENDS[name]
+    if hasattr(backend, "forward_group"):
+        return backend.forward_group(calls)
+    ys, hs = zip(*map(backend.forward, calls), strict=True)
+    return ys, hs
+
+
+def backward_group(
+    name: str,
+    dys: Sequence[Tensor],
+    calls: Sequence[Call],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[tuple[bool, ...]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Return (dx, dweight, dbias, dA, dB) of each call; dx is their sum, with the first."""
+    backend = BACKENDS[name]
+    if hasattr(backend, "backward_group"):
+        return backend.backward_group(dys, calls, hs, needs)
+    results: list[tuple[Tensor | None, ...]] = []
+    for dy, call, h, own in zip(dys, calls, hs, needs, strict=True):
+        dx, *others = backend.backward(dy, call, h, own)
+        if results and dx is not None:
+            results[0][0].add_(dx)  # type: ignore[union-attr]
+            dx = None
+        results.append((dx, *others))
+    return results
 
 
 def unsupported_reasons(call: Call) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ The CUDA kernels are a library of their own, loaded for the first CUDA tensor.
 
 import functools
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -19,9 +20,12 @@ BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the reposi
 BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda {BUILD_COMMAND}"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
+Needs = tuple[bool, bool, bool, bool, bool]
 # The overload and not the packet, which would choose it anew at each call (1 us).
 _FWD = torch.ops.lora_ext.linear_fwd.default
 _BWD = torch.ops.lora_ext.linear_bwd.default
+_FWD_GROUP = torch.ops.lora_ext.linears_fwd.default
+_BWD_GROUP = torch.ops.lora_ext.linears_bwd.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -65,19 +69,18 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
-    if weight is not None and weight.scale is not None:
-        where = "on a CUDA device" if x.is_cuda else "for float64"
-        return f"has no kernel {where} for a weight in format {weight.format!r}"
-    if x.is_cuda and (why := why_no_cuda_kernel(call)) is not None:
+    if x.is_cpu and weight is not None:
+        return f"has no kernel for float64 over a weight in format {weight.format!r}"
+    if (why := why_no_cuda_kernel(call)) is not None:
         return why
     return _why_not_on(x.device)
 
 
 def why_no_cuda_kernel(call: Call) -> str | None:
-    """Say what of a call the CUDA kernels, unlike the CPU's, have no operand for."""
-    if call.weight is None:
-        return "has no CUDA kernel for the low-rank part alone"
-    return None if call.low.keep is None else "has no CUDA kernel for a dropout mask"
+    """Say what of a call the CUDA kernels, unlike the CPU's, do not read."""
+    if call.weight is None or call.weight.format == "plain":
+        return None
+    return f"has no CUDA kernel for a weight in format {call.weight.format!r}"
 
 
 @functools.cache
@@ -103,6 +106,13 @@ def load_cuda() -> str | None:
         return f"the library lora_ext._cuda is not there; {BUILD_CUDA}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA, lora_ext._cuda is"
+    if _not_loaded is None:
+        built = import_module("lora_ext._C").build_info()["cuda"].split()[0]
+        if built != "none" and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+            return (
+                f"the library lora_ext._cuda is built for CUDA {built}, torch "
+                f"{torch.__version__} for {torch.version.cuda}; {BUILD_CUDA}"
+            )
     try:
         torch.ops.load_library(library.origin)
     except OSError as error:
@@ -162,3 +172,41 @@ def backward(
         dA if needs[3] else None,
         dB if needs[4] else None,
     )
+
+
+def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Return y (M, N) and h (M, R) of each call; all have the same x, and a weight."""
+    x, *_ = calls[0]
+    weights, biases, lows = list(zip(*calls, strict=True))[1:]
+    data, formats, _ = zip(*weights, strict=True)  # a group has no weight of codes
+    As, Bs, scales, keeps = zip(*lows, strict=True)
+    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps)
+    return ys, h.split([A.shape[1] for A in As], 1)
+
+
+def backward_group(
+    dys: Sequence[Tensor],
+    calls: Sequence[Call],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[Needs],
+) -> list[tuple[Tensor | None, ...]]:
+    """Return the gradients of each call; dx, the sum over calls, with the first."""
+    weights, lows = [call.weight for call in calls], [call.low for call in calls]
+    gradients = _BWD_GROUP(
+        dys,
+        next((call.x for call in calls if call.x is not None), None),
+        [None if weight is None else weight.data for weight in weights],
+        [low.A for low in lows],
+        [low.B for low in lows],
+        hs,
+        [low.scale for low in lows],
+        [needs[0][0], *(need for own in needs for need in own[1:])],
+        ["plain" if weight is None else weight.format for weight in weights],
+        [low.keep for low in lows],
+    )
+    results = []
+    for i, (_, *others) in enumerate(needs):
+        own = gradients[1 + 4 * i : 5 + 4 * i]
+        dx = gradients[0] if needs[0][0] and i == 0 else None
+        results.append((dx, *(g if n else None for g, n in zip(own, others, strict=True))))
+    return results

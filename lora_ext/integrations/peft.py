@@ -17,6 +17,9 @@ from ..bases import base_of, why_not_now
 from ..call import Weight
 from ..checks import HALF, check_dropout, lines_by_reason
 from ..functional import lora_linear
+from ..group import Report as Groups
+from ..group import group_, ungroup_
+from ..grouped import Part
 
 try:
     from peft.tuners.lora import LoraLayer
@@ -34,16 +37,19 @@ class Report:
     Attributes:
         accelerated: layers that run our operation.
         left: layers that keep PEFT's own forward, and why.
+        groups: what `group_` found, where `groups` asked for it.
 
     """
 
     accelerated: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    groups: Groups | None = None
 
     def __str__(self) -> str:
         """Counts, and a line for each reason."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
-        return "\n".join(lines + lines_by_reason("left", self.left))
+        lines += lines_by_reason("left", self.left)
+        return "\n".join([*lines, *([str(self.groups)] if self.groups else [])])
 
 
 class AcceleratedLinear(PeftLinear):
@@ -72,8 +78,20 @@ class AcceleratedLinear(PeftLinear):
                     )
         return super().forward(x, *args, **kwargs)
 
+    def lora_part(self) -> Part | str:
+        """Return the layer as one of a group (grouped.py), or why it runs by itself now."""
+        if self.disable_adapters or self.merged:
+            return "its adapter is merged or switched off"
+        parts = _parts(self)
+        if isinstance(parts, str):
+            return parts
+        base, A, B, dropout, name = parts
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        of_base = base._parameters["weight"], base._parameters["bias"]
+        return Part(*of_base, A.T, B.T, self.scaling[name], p, self.dropout_mask)
 
-def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
+
+def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = False) -> Report:
     """Run a PEFT model's LoRA linears on our operation, in place.
 
     Parameters, keys, adapters and configuration stay PEFT's: scaling (rsLoRA too), merging,
@@ -87,6 +105,7 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
         dropout_mask: how lora_dropout draws its mask in training: "torch" as PEFT does, so that
             under a seed a CPU run has PEFT's own masks and generator state; "hash" from a drawn
             seed, which is faster. Compiled code draws masks of its own either way, as PEFT's does.
+        groups: run q, k and v, and gated MLPs, as one operation each: `lora_ext.group_`.
 
     Returns:
         The layers accelerated, and those left with the reason; `print` it.
@@ -98,7 +117,9 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
     """
     check_dropout(0.0, dropout_mask)
     report = Report()
-    for name, layer in _tuner_layers(model).items():
+    layers = _tuner_layers(model)
+    ungroup_(model)
+    for name, layer in layers.items():
         why = None if type(layer) is AcceleratedLinear else _why_never(layer)
         parts = why or _parts(layer)
         if isinstance(parts, str):
@@ -107,6 +128,8 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch") -> Report:
         layer.__class__ = AcceleratedLinear
         layer.dropout_mask = dropout_mask
         report.accelerated.append(name)
+    if groups and report.accelerated:
+        report.groups = group_(model)
     return report
 
 
@@ -123,6 +146,7 @@ def restore(model: nn.Module) -> int:
 
     """
     layers = _tuner_layers(model)
+    ungroup_(model)
     ours = {n: m for n, m in layers.items() if isinstance(m, AcceleratedLinear)}
     for name, layer in ours.items():
         if type(layer) is not AcceleratedLinear:

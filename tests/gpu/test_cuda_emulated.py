@@ -39,7 +39,7 @@ def built(tmp_path_factory) -> dict[str, Path]:
     changed = folder / "changed/csrc"
     shutil.copytree(ROOT / "csrc/cuda", changed / "cuda")
     text = (changed / "cuda/tile.h").read_text()
-    assert text.count("row < factor.rows") == 1, "mend the test: tile.h has another mask"
+    assert text.count("row < factor.rows") == 1, "fix the test: tile.h has another mask"
     (changed / "cuda/tile.h").write_text(text.replace("row < factor.rows", "true"))
     targets = {
         "check_primitives": (PRIMITIVES, "-O1"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_ext import dropout
 from lora_ext.backends import BACKENDS
-from lora_ext.dropout import keep_mask, pack_bits
+from lora_ext.dropout import _draws_as_torch, keep_mask, pack_bits
 from tests.conftest import small_call
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,22 @@ def check_every_size() -> None:
                 assert torch.equal(drawn, pack_bits(mask)), (rows, cols, numbers, p)
         for given in layouts(mask := torch.rand(rows, cols) < 0.7):
             assert torch.equal(ops.pack_keep(given), pack_bits(mask)), (rows, cols, given.stride())
+        check_generator(rows, cols)
+
+
+def check_generator(rows: int, cols: int) -> None:
+    """Hold `draw_bernoulli` to `bernoulli_`, its bits and the state that it leaves."""
+    for words_before in (0, 1, 2, 623, 624, 625):
+        for p in (0.0, 0.05, 0.5, 1 / 3, 0.95, 1 - 2**-40, 1.0):
+            ours, theirs = torch.Generator(), torch.Generator()
+            for generator in (ours, theirs):
+                generator.manual_seed(words_before)
+                torch.empty(words_before).uniform_(generator=generator)
+            mask = torch.empty(rows, cols, dtype=torch.bool).bernoulli_(p, generator=theirs)
+            state = ours.get_state()
+            drawn = torch.ops.lora_ext.draw_bernoulli(state, rows, cols, p)
+            assert torch.equal(drawn, pack_bits(mask)), (rows, cols, words_before, p)
+            assert torch.equal(state, theirs.get_state()), (rows, cols, words_before, p)
 
 
 def layouts(mask: torch.Tensor) -> list[torch.Tensor]:
@@ -56,6 +73,28 @@ def test_every_instruction_set_gives_the_same_bits(isa):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_generators_draw_is_bernoullis(size):
+    """Where this PyTorch draws in another way, `dropout_mask="torch"` asks `bernoulli_` itself."""
+    if not _draws_as_torch():
+        pytest.skip("this PyTorch's bernoulli_ draws in another way than the kernel")
+    check_generator(*size)
+
+
+@pytest.mark.parametrize("way", ["kernel", "bernoulli_"])
+@pytest.mark.parametrize("lead", [(37,), (2, 3), ()], ids=str)
+def test_torch_mask_is_that_of_dropout_in_either_way(monkeypatch, way, lead):
+    if way == "bernoulli_":
+        monkeypatch.setattr(dropout, "_draws_as_torch", lambda: False)
+    x = torch.ones(*lead, 91)
+    torch.manual_seed(3)
+    want = torch.nn.functional.dropout(x, 0.3) != 0
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    assert torch.equal(dropout.draw_keep(x, 0.3, "torch"), pack_bits(want.view(-1, 91)))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_one_row_of_all_is_expanded():
@@ -93,6 +132,18 @@ def test_bits_do_not_depend_on_the_threads(threads):
         "nan": (
             lambda ops: ops.draw_keep(torch.ones(2).long(), 1, 2, float("nan")),
             "p must be fr",
+        ),
+        "state": (
+            lambda ops: ops.draw_bernoulli(torch.zeros(9, dtype=torch.uint8), 1, 2, 0.5),
+            "state must be a CPU generator's, 5016 bytes or more, got .9,.",
+        ),
+        "twister": (
+            lambda ops: ops.draw_bernoulli(torch.zeros(5056, dtype=torch.uint8), 1, 2, 0.5),
+            "state must be one of MT19937, got 0 words left",
+        ),
+        "state_p": (
+            lambda ops: ops.draw_bernoulli(torch.get_rng_state(), 1, 2, -0.1),
+            "p must be from 0 to 1, got -0.1",
         ),
         "mask": (lambda ops: ops.pack_keep(torch.ones(2).bool()), r"mask must have shape \(M, in"),
         "float": (lambda ops: ops.pack_keep(torch.ones(2, 2)), "mask must have dtype Bool or Byte"),

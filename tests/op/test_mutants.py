@@ -126,6 +126,24 @@ BACKEND_MUTANTS = {
         ),
     ),
     "mask_the_other_way_round": ("~unpack_bits", "unpack_bits"),
+    "mask_with_its_bits_in_the_other_order": (
+        "unpack_bits(keep, x.shape[1])",
+        "unpack_bits(keep.new_tensor([int(f'{b:08b}'[::-1], 2) for b in range(256)])[keep.int()],"
+        " x.shape[1])",
+    ),
+    "mask_off_by_a_row": (
+        "unpack_bits(keep, x.shape[1])",
+        "unpack_bits(keep.roll(1, 0), x.shape[1])",
+    ),
+    "mask_off_by_a_column": (
+        "unpack_bits(keep, x.shape[1])",
+        "unpack_bits(keep, x.shape[1]).roll(1, 1)",
+    ),
+    "mask_on_the_low_rank_output": (
+        f"{H}\n    {LOW}",
+        f"h = x @ A.to(x.dtype)\n    {LOW}\n"
+        "    low = low if keep is None else masked(low, keep.repeat(1, 99))",
+    ),
     "mask_of_first_row_for_all": (
         "unpack_bits(keep, x.shape[1])",
         "unpack_bits(keep, x.shape[1])[:1]",

@@ -24,6 +24,7 @@ from torch.utils.cpp_extension import include_paths
 
 from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
 from tests.conftest import linear_of
+from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
 
@@ -82,8 +83,8 @@ MUTANTS = {
     ),
     "scale_dropped_in_dx": (
         "cpu/backward.cpp",
-        "A_t.right(), call_.low.scale, keep_}",
-        "A_t.right(), 1, keep_}",
+        "A_t_->right(), call_.low.scale, keep_}",
+        "A_t_->right(), 1, keep_}",
         BACKWARD,
     ),
     "scale_dropped_in_dA": (
@@ -118,8 +119,8 @@ MUTANTS = {
     ),
     "dx_without_low_rank_part": (
         "cpu/backward.cpp",
-        "wide_product<T, A>(legs, Out<T>{to})",
-        "wide_product<T, A>({legs + 1, 1}, Out<T>{to})",
+        "wide_product<T, A>(legs, Out<T>{to, nullptr, add})",
+        "wide_product<T, A>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
         BACKWARD,
     ),
     "last_block_of_the_sums_alone": (
@@ -160,8 +161,8 @@ MUTANTS = {
     ),
     "first_tile_of_rows_for_all": (
         "cpu/product.h",
-        "cursors[i]->add_to(row, rows,",
-        "cursors[i]->add_to(0, rows,",
+        "cursors[i]->add_to(row, rows, sum",
+        "cursors[i]->add_to(0, rows, sum",
         FORWARD + BACKWARD,
     ),
     "first_rows_for_all_threads": (
@@ -220,8 +221,9 @@ MUTANTS = {
     ),
     "mask_of_dx_on_the_base_too": (
         "cpu/product.h",
-        "if (legs[i].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[i]",
-        "if (legs[0].keep.data != nullptr) {\n        blocks().storage<A>().keep(legs[0]",
+        "if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum",
+        "if (legs[0].keep.data != nullptr)\n"
+        "        blocks().storage<A>().keep(legs[0].keep.from(row, 0), {sum",
         FORWARD + BACKWARD,
     ),
     "mask_with_its_bits_reversed": (
@@ -262,9 +264,51 @@ MUTANTS = {
     ),
     "mask_of_first_rows_in_dx": (
         "cpu/product.h",
-        "legs[i].keep.from(row, 0), {sum",
-        "legs[i].keep, {sum",
+        "keep = legs[i].keep.from(row, 0);",
+        "keep = legs[i].keep;",
         FORWARD + BACKWARD,
+    ),
+    "group_dx_of_the_first_weight_alone": (
+        "cpu/backward.cpp",
+        "for (const Backward<T>& layer : layers) layer.add_base_leg(&legs);",
+        "layers[0].add_base_leg(&legs);",
+        BACKWARD,
+    ),
+    "group_dx_of_the_last_layer_alone": (
+        "cpu/backward.cpp",
+        "layers[i].dx(dx, i > 0)",
+        "layers[i].dx(dx, false)",
+        BACKWARD,
+    ),
+    "group_dx_without_the_mask_of_the_second": (
+        "cpu/product.h",
+        "blocks().storage<A>().keep(keep, {apart.get(), rows, cols, cols, 1});",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "group_panels_all_in_the_first_ones_place": (
+        "cpu/product.h",
+        "packed += words * round_up_to_panel<P>(width);",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "group_h_of_the_first_for_all": (
+        "cpu/forward.cpp",
+        "hidden->columns(col, R)",
+        "hidden->columns(0, R)",
+        FORWARD,
+    ),
+    "group_h_split_by_the_first_rank": (
+        "cpu/forward.cpp",
+        "col += R;",
+        "col += calls[0].R;",
+        FORWARD,
+    ),
+    "group_A_over_one_another": (
+        "cpu/forward.cpp",
+        "to += columns ? call.R * K : call.R;",
+        "",
+        FORWARD,
     ),
     "tail_of_dots_forgotten": (
         "cpu/few_rows_impl.h",
@@ -484,8 +528,13 @@ def print_verdict(library: str) -> None:
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
     linear = linear_of("cpp")
     why = refused(linear, cases)
+    why = why or refused_group("cpp")
     torch.set_num_threads(MANY_THREADS)
-    why = why or refused(linear, CASES_OF_MANY)
+    why = (
+        why
+        or refused(linear, CASES_OF_MANY)
+        or refused_group("cpp", names=["panels_for_all_threads"])
+    )
     print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 

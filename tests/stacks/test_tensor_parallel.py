@@ -8,12 +8,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LinearWithLoRA, explain, merge_, unmerge_
 from lora_ext.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.processes import run_cases
 from tests.stacks.test_distributed import FP64, STEPS, assert_equals, counted_calls, loss_of
-from tests.training import batches, make_models, train
+from tests.training import batches, make_models, one_backward, train
 
 MODELS = ("ours", "exact")
 
@@ -113,6 +114,69 @@ def a_layer_of_odd_sizes_agrees() -> None:
                 torch.testing.assert_close(layer(given), want)
 
 
+def dropout_trains_as_one_process() -> None:
+    """Both draws, x whole and split along the sequence: the masks are the unsplit layers' own."""
+    mesh = one_dimension()
+    world, rank = mesh.size(), mesh.get_rank()
+    data = [(x[:, :2], target[:, :2]) for x, target in batches()]
+
+    def split_step(model, x, target):
+        logits = model(x.to(FP64).chunk(world, dim=1)[rank])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss.backward()
+        return loss.detach()
+
+    for draw in ("hash", "torch"):
+        for sequence in (False, True):
+            runs = []
+            for is_split in (True, False):
+                model = make_models(FP64)["ours"]
+                for module in model.modules():
+                    if isinstance(module, LinearWithLoRA):
+                        module.lora.dropout, module.lora.dropout_mask = 0.3, draw
+                if is_split:
+                    split(model, mesh, sequence)
+                torch.manual_seed(8)
+                with counted_calls() as calls:
+                    step = split_step if is_split and sequence else one_backward
+                    runs.append((train(model, step, data), torch.get_rng_state()))
+                assert calls == [5 * STEPS]
+            assert_equals(runs[0][0], runs[1][0])
+            assert torch.equal(runs[0][1], runs[1][1])
+            assert not torch.equal(runs[1][0].losses, train(make_models(FP64)["ours"]).losses)
+
+
+def a_split_mask_is_the_whole_ones() -> None:
+    """Columns that two ranks can't share evenly, more than a byte and less; recomputed too."""
+    mesh = one_dimension()
+    for style in (LoRAColwiseParallel, LoRARowwiseParallel):
+        for K, draw, reentrant in (
+            (21, "hash", True),
+            (21, "torch", False),
+            (7, "hash", False),
+            (1, "hash", True),
+        ):
+            torch.manual_seed(5)
+            layer = LinearWithLoRA(nn.Linear(K, 9), 3, 1.5, dropout=0.4, dropout_mask=draw).double()
+            nn.init.normal_(layer.lora.B)
+            x = torch.randn(2, 5, K, dtype=FP64)
+            torch.manual_seed(6)
+            want = layer(x)
+            gradients = torch.autograd.grad(want.square().sum(), list(layer.parameters()))
+            styled = style(input_layouts=Replicate(), output_layouts=Replicate())
+            parallelize_module(layer, mesh, styled)
+            given = x.clone().requires_grad_()
+            torch.manual_seed(6)
+            y = checkpoint(layer, given, use_reentrant=reentrant)
+            torch.testing.assert_close(y, want)
+            torch.rand(3)
+            y.square().sum().backward()
+            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+                torch.testing.assert_close(parameter.grad.full_tensor(), gradient)
+            with pytest.raises(ValueError, match="x must be a plain tensor where dropout is on"):
+                layer.lora(DTensor.from_local(x, mesh, [Replicate()]))
+
+
 def what_cannot_be_split_raises() -> None:
     mesh = one_dimension()
     model = make_models(FP64)["ours"]
@@ -171,6 +235,8 @@ TWO = by_name(
     everything_trains_as_one_process,
     split_sequence_trains_as_one_process,
     a_layer_of_odd_sizes_agrees,
+    dropout_trains_as_one_process,
+    a_split_mask_is_the_whole_ones,
     what_cannot_be_split_raises,
 )
 FOUR = by_name(two_dimensions_train_as_one_process)

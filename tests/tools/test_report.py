@@ -29,8 +29,8 @@ def tables(text: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def run(capsys):
-    def run(status: int = 0) -> dict[str, dict[str, str]]:
-        assert report.main() == status
+    def run(*arguments: str, status: int = 0) -> dict[str, dict[str, str]]:
+        assert report.main(arguments) == status
         return tables(capsys.readouterr().out)
 
     return run
@@ -90,9 +90,19 @@ def test_extension_that_is_not_built_is_said(run, monkeypatch):
     assert run()["found"]["extension"] == "not built"
 
 
+def test_what_is_expected_has_to_run(run, monkeypatch):
+    run("--expect", "reference")
+    monkeypatch.setattr(BACKENDS["cpp"], "unsupported", lambda call: "does not load")
+    for arguments in ([], ["--expect", "cpp"]):  # what is installed is expected
+        verdict = run(*arguments, status=1)[""][""]
+        assert verdict == "backend 'cpp' is expected and can't run here: does not load"
+    with pytest.raises(SystemExit):
+        run("--expect", "mkl")
+
+
 @pytest.fixture
 def no_answers_kept():
-    """Ask anew about the CUDA library, and forget the answers."""
+    """Ask again about the CUDA library, and forget the answers."""
     caches = cpp.load_cuda, cpp._why_not_on
     for cache in caches:
         cache.cache_clear()
@@ -108,7 +118,7 @@ def test_cuda_library_that_is_not_there_says_how_to_build_it(monkeypatch, no_ans
     assert "LORA_EXT_BUILD=cuda pip install --no-build-isolation -e ." in why
 
 
-def test_cuda_library_beside_a_torch_for_the_cpu_is_named(monkeypatch, no_answers_kept):
+def test_cuda_library_next_to_a_torch_for_the_cpu_is_named(monkeypatch, no_answers_kept):
     monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin="_cuda.so"))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cpp.load_cuda() == (
@@ -116,11 +126,30 @@ def test_cuda_library_beside_a_torch_for_the_cpu_is_named(monkeypatch, no_answer
     )
 
 
+@pytest.mark.parametrize("built", ["12.8 for 8.0 9.0 and PTX", "13.0 for 8.0"])
+def test_cuda_library_of_another_major_version_is_named(monkeypatch, no_answers_kept, built):
+    extension = SimpleNamespace(build_info=lambda: {"cuda": built})
+    loaded = []
+    monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin="_cuda.so"))
+    monkeypatch.setattr(cpp, "import_module", lambda name: extension)
+    monkeypatch.setattr(cpp, "_not_loaded", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    why = cpp.load_cuda()
+    if built.startswith("13."):
+        assert why is None and loaded == ["_cuda.so"]
+        return
+    assert not loaded
+    assert why.startswith("the library lora_ext._cuda is built for CUDA 12.8, torch ")
+    assert f"torch {torch.__version__} for 13.2; with a CUDA torch" in why
+
+
 def test_cuda_library_that_does_not_load_says_why(monkeypatch, no_answers_kept, tmp_path):
     library = tmp_path / "_cuda.so"
     library.write_text("no library")
     monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin=str(library)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp, "_not_loaded", "not asked")
     assert re.match(
         r"the library lora_ext._cuda does not load \(.*_cuda.so: \w.*too short", cpp.load_cuda()
     )

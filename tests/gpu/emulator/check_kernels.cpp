@@ -2,6 +2,7 @@
 // size, so that the sanitizers see an access past it: check_kernels SEEDS. Each product is held
 // against sums in double, and its bits have to be the same under every order of threads. It ends at
 // the first problem that fails.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -80,12 +81,39 @@ class Values {
   size_t size_;
 };
 
+// Dropout's mask in memory of exactly its size, its rows `gap` bytes apart; bits past the end of a
+// row are ones.
+class Mask {
+ public:
+  Mask(int64_t rows, int64_t cols, int64_t gap)
+      : row_stride_((cols + 7) / 8 + gap), memory_(rows * row_stride_ - (rows ? gap : 0), 0xFF) {
+    static std::mt19937 random(2);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < cols; ++k) {
+        if (random() % 3 == 0) memory_[i * row_stride_ + k / 8] &= ~(1 << k % 8);
+      }
+    }
+    memory_.shrink_to_fit();
+  }
+  Bits bits() const { return {memory_.data(), row_stride_}; }
+  double operator()(int64_t i, int64_t k) const {
+    return memory_[i * row_stride_ + k / 8] >> k % 8 & 1;
+  }
+
+ private:
+  int64_t row_stride_;
+  std::vector<uint8_t> memory_;
+};
+
+enum class Base { kWeight, kOnto, kNone };
+
 struct Problem {
   int64_t M, K, N, R;
   int multiprocessors;
   Layout layout = Layout::kDense;
   bool adapter_is_float = false;
-  bool onto = false;
+  Base base = Base::kWeight;
+  int64_t gap = -1;  // dropout's mask has its rows so far apart; below 0 there is none
 };
 
 template <typename T>
@@ -123,6 +151,12 @@ class Exact {
       }
     }
   }
+  template <typename Kept>
+  void keep(const Kept& kept) {
+    for (int64_t i = 0; i < rows_ * cols_; ++i) {
+      if (!kept(i / cols_, i % cols_)) sum_[i] = all_[i] = 0;
+    }
+  }
   void add_matrix(const Values<T>& base) {
     for (int64_t i = 0; i < rows_ * cols_; ++i) {
       sum_[i] += base.get(i / cols_, i % cols_);
@@ -153,6 +187,10 @@ template <typename T>
 void check(const Problem& p, int seeds) {
   const auto [M, K, N, R] = std::tuple(p.M, p.K, p.N, p.R);
   const double alpha = 1.7;
+  const bool onto = p.base == Base::kOnto, masked = p.gap >= 0;
+  const Mask mask(masked ? M : 0, K, std::max<int64_t>(p.gap, 0));
+  const Bits keep = masked ? mask.bits() : Bits{};
+  const auto kept = [&](int64_t i, int64_t k) { return masked ? mask(i, k) : 1.0; };
   Values<T> x(M, K, p.layout), weight(N, K, p.layout), bias(1, N), dy(M, N, p.layout),
       A(K, R, p.layout, p.adapter_is_float), B(R, N, p.layout, p.adapter_is_float), base_y(M, N),
       base_dx(M, K);
@@ -173,7 +211,7 @@ void check(const Problem& p, int seeds) {
   for (int seed = 0; seed < seeds; ++seed) {
     emulator::set_seed(seed);
     std::unique_ptr<Results> r(results());
-    if (p.onto) {
+    if (onto) {
       for (int64_t i = 0; i < M; ++i) {
         for (int64_t j = 0; j < N; ++j) r->y.set(i, j, base_y.get(i, j));
         for (int64_t j = 0; j < K; ++j) r->dx.set(i, j, base_dx.get(i, j));
@@ -185,14 +223,14 @@ void check(const Problem& p, int seeds) {
                                std::memset(scratch.back().get(), 0xFF, bytes);
                                return scratch.back().get();
                              }};
-    forward_h(context, x.matrix, A.matrix, r->h.matrix);
-    forward_y(context, x.matrix, weight.matrix, {bias.matrix.data, 1}, r->h.matrix, B.matrix, alpha,
-              r->y.matrix, p.onto);
+    const Matrix base = p.base == Base::kNone ? Matrix() : weight.matrix;
+    const Bias base_bias = {p.base == Base::kNone ? nullptr : bias.matrix.data, 1};
+    forward_h(context, x.matrix, keep, A.matrix, r->h.matrix);
+    forward_y(context, x.matrix, base, base_bias, r->h.matrix, B.matrix, alpha, r->y.matrix, onto);
     backward_t(context, dy.matrix, B.matrix, r->t.matrix);
-    backward_dx(context, dy.matrix, weight.matrix, r->t.matrix, A.matrix, alpha, r->dx.matrix,
-                p.onto);
-    backward_adapter(context, x.matrix, r->t.matrix, alpha, r->dA.matrix);
-    backward_adapter(context, dy.matrix, r->h.matrix, alpha, r->dB.matrix.transposed());
+    backward_dx(context, dy.matrix, base, r->t.matrix, A.matrix, keep, alpha, r->dx.matrix, onto);
+    backward_adapter(context, x.matrix, keep, r->t.matrix, alpha, r->dA.matrix);
+    backward_adapter(context, dy.matrix, {}, r->h.matrix, alpha, r->dB.matrix.transposed());
     if (first != nullptr) {
       if (!(first->h == r->h && first->y == r->y && first->t == r->t && first->dx == r->dx &&
             first->dA == r->dA && first->dB == r->dB)) {
@@ -212,24 +250,25 @@ void check(const Problem& p, int seeds) {
     return [&](int64_t i, int64_t k) { return v.get(k, i); };
   };
   const auto one = [](int64_t, int64_t) { return 1.0; };
+  const auto kept_x = [&](int64_t i, int64_t k) { return kept(i, k) ? x.get(i, k) : 0; };
+  const auto kept_xT = [&](int64_t k, int64_t i) { return kept_x(i, k); };
   Exact<T> h(M, R), y(M, N), t(M, R), dx(M, K), dA(K, R), dB(R, N);
-  h.add(K, 1, as_is(x), turned(A));
+  h.add(K, 1, kept_x, turned(A));
   h.hold("h", first->h);
-  y.add(p.onto ? 0 : K, 1, as_is(x), as_is(weight));
+  const bool whole = p.base == Base::kWeight;
+  y.add(whole ? K : 0, 1, as_is(x), as_is(weight));
   y.add(R, alpha, as_is(first->h), turned(B));
-  if (p.onto) {
-    y.add_matrix(base_y);
-    dx.add_matrix(base_dx);
-  } else {
-    y.add(1, 1, one, turned(bias));
-  }
+  if (whole) y.add(1, 1, one, turned(bias));
+  if (onto) y.add_matrix(base_y);
   y.hold("y", first->y);
   t.add(N, 1, as_is(dy), as_is(B));
   t.hold("t", first->t);
-  dx.add(p.onto ? 0 : N, 1, as_is(dy), turned(weight));
   dx.add(R, alpha, as_is(first->t), as_is(A));
+  dx.keep(kept);
+  dx.add(whole ? N : 0, 1, as_is(dy), turned(weight));
+  if (onto) dx.add_matrix(base_dx);
   dx.hold("dx", first->dx);
-  dA.add(M, alpha, turned(x), turned(first->t));
+  dA.add(M, alpha, kept_xT, turned(first->t));
   dA.hold("dA", first->dA);
   dB.add(M, alpha, turned(first->h), turned(dy));
   dB.hold("dB", first->dB);
@@ -240,16 +279,20 @@ void check(const Problem& p, int seeds) {
 int main(int count, char** arguments) {
   const int seeds = count > 1 ? std::atoi(arguments[1]) : 1;
   const Problem halves[] = {
-      {37, 96, 88, 8, 100},                                // narrow tiles, tails, chunks of 8
-      {70, 45, 35, 5, 100, Layout::kPadded},               // chunks cut short
-      {19, 41, 33, 3, 100, Layout::kShifted},              // no chunk is aligned
-      {19, 24, 40, 17, 100, Layout::kTransposed, true},    // the other dimension is contiguous
-      {130, 136, 132, 16, 1},                              // wide tiles, a row past the first
-      {66, 8, 40, 100, 100, Layout::kDense, false, true},  // onto a base; R > K
-      {3, 560, 8, 2, 100, Layout::kDense, true},           // h in parts
-      {600, 8, 40, 3, 100},                                // a second group of tiles, cut short
+      {37, 96, 88, 8, 100},                              // narrow tiles, tails, chunks of 8
+      {70, 45, 35, 5, 100, Layout::kPadded},             // chunks cut short
+      {19, 41, 33, 3, 100, Layout::kShifted},            // no chunk is aligned
+      {19, 24, 40, 17, 100, Layout::kTransposed, true},  // the other dimension is contiguous
+      {130, 136, 132, 16, 1},                            // wide tiles, a row past the first
+      {66, 8, 40, 100, 100, Layout::kDense, false, Base::kOnto},  // onto a base; R > K
+      {3, 560, 8, 2, 100, Layout::kDense, true},                  // h in parts
+      {600, 8, 40, 3, 100},  // a second group of tiles, cut short
       {1, 1, 1, 1, 100},
       {0, 8, 8, 2, 100},
+      {37, 45, 24, 8, 100, Layout::kDense, false, Base::kNone, 0},      // masked; no base
+      {130, 136, 132, 16, 1, Layout::kPadded, true, Base::kWeight, 3},  // wide tiles; x in chunks
+      {3, 560, 8, 2, 100, Layout::kShifted, false, Base::kOnto, 0},     // h in parts
+      {300, 41, 8, 3, 100, Layout::kTransposed, false, Base::kWeight, 0},  // dA in parts
   };
   for (const Problem& p : halves) {
     check<Half>(p, seeds);
@@ -260,8 +303,10 @@ int main(int count, char** arguments) {
       {37, 50, 44, 8, 100},
       {67, 18, 70, 3, 100, Layout::kTransposed},
       {3, 560, 5, 2, 100, Layout::kPadded},
-      {66, 8, 40, 70, 100, Layout::kShifted, false, true},
+      {66, 8, 40, 70, 100, Layout::kShifted, false, Base::kOnto},
       {0, 8, 8, 2, 100},
+      {67, 45, 70, 3, 100, Layout::kDense, false, Base::kWeight, 1},
+      {300, 26, 9, 8, 100, Layout::kTransposed, false, Base::kNone, 0},
   };
   for (const Problem& p : others) {
     check<float>(p, seeds);

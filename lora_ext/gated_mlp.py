@@ -1,0 +1,244 @@
+"""lora_gated_mlp(): a gated MLP with adapters, its gradient by hand and little kept for it.
+
+    y = down(act(gate(x)) * up(x))
+
+Composed, autograd keeps gate(x), act(gate(x)), up(x) and their product. Here gate(x) and up(x) are
+kept, or x alone, and the rest is computed again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import grouped
+from .backends import reference
+from .call import Call, LowRank, Weight
+from .functional import rows_of, with_shape
+from .grouped import Group, Part, backward, forward, lora_linears, parts_of, prepared, with_masks
+
+_ATEN = torch.ops.aten
+
+
+class Act(NamedTuple):
+    """An activation: its value as a new tensor, and dg = act'(g) * da, written into `out`."""
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor, Tensor], Any]  # (da, g, out); out may be da
+
+
+def _gelu(approximate: str) -> Act:
+    backward = _ATEN.gelu_backward.grad_input
+    return Act(
+        lambda g: F.gelu(g, approximate=approximate),
+        lambda da, g, out: backward(da, g, approximate=approximate, grad_input=out),
+    )
+
+
+ACTS = {
+    "silu": Act(F.silu, lambda da, g, out: _ATEN.silu_backward.grad_input(da, g, grad_input=out)),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu2": Act(
+        lambda g: F.relu(g).square(),
+        lambda da, g, out: torch.mul(da, F.relu(g).mul_(2), out=out),
+    ),
+}
+
+
+def lora_gated_mlp(
+    x: Tensor,
+    gate: nn.Module,
+    up: nn.Module | None,
+    down: nn.Module,
+    act: str,
+    *,
+    recompute: str = "act",
+) -> Tensor:
+    """Run a gated MLP, its linears adapted or not: `down(act(gate(x)) * up(x))`.
+
+    Differentiable any number of times. Each layer draws its own dropout, in the order gate, up,
+    down. Where a layer must be called (hooks, a quantised base), or none has an adapter, all are
+    called and PyTorch keeps what it needs.
+
+    Args:
+        x: (..., in_features).
+        gate: LinearWithLoRA or nn.Linear to (..., hidden).
+        up: likewise; None where `gate` is to (..., 2 * hidden), gate first, and holds both.
+        down: likewise, from (..., hidden).
+        act: "silu", "gelu", "gelu_tanh", or "relu2", the square of relu.
+        recompute: "act" keeps gate(x) and up(x) for the backward, and computes the activation
+            again; "all" keeps x alone, and computes these again too.
+
+    Returns:
+        y, (..., out_features of `down`).
+
+    Raises:
+        TypeError: a layer that is no module; and what a layer's own call raises.
+        ValueError: an unknown `act` or `recompute`; and what a layer's own call raises.
+
+    Source:
+        Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+
+    """
+    for name, layer in (("gate", gate), ("up", up), ("down", down)):
+        if not isinstance(layer, nn.Module) and (name != "up" or layer is not None):
+            raise TypeError(f"{name} must be a module, got {type(layer).__name__}")
+    if act not in ACTS:
+        raise ValueError(f"act must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
+    if recompute not in ("act", "all"):
+        raise ValueError(f"recompute must be 'act' or 'all', got {recompute!r}")
+    first = [gate] if up is None else [gate, up]
+    parts = parts_of([*first, down], x)
+    y = parts if isinstance(parts, str) else run(x, parts[:-1], parts[-1], act, recompute)
+    return composed(x, first, down, act) if isinstance(y, str) else y
+
+
+def composed(x: Tensor, first: Sequence[nn.Module], down: nn.Module, act: str) -> Tensor:
+    """Call the layers; of gate and up, or of one that holds both."""
+    ys: Any = lora_linears(x, first)
+    gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
+    return down(ACTS[act].value(gate) * up)
+
+
+def run(
+    x: Tensor,
+    first: Sequence[Part],
+    down: Part,
+    act: str,
+    recompute: str = "act",
+    backend: str | None = None,
+) -> Tensor | str:
+    """Run the parts, of gate and up or of one that holds both; or say why not, before any draw."""
+    one = prepared(x, first, backend)
+    if isinstance(one, str):
+        return one
+    N = [call.weight.data.shape[0] for call in one.calls]
+    hidden = N[0] if len(N) == 2 else N[0] // 2
+    if N not in ([hidden, hidden], [2 * hidden]):
+        return f"gate and up have {N} features"
+    # Of no rows: the product that it will get is not made yet.
+    two = prepared(one.x.new_empty(0, hidden), [down], backend)
+    if isinstance(two, str):
+        return f"down: {two}"
+    if one.name is None and two.name is None:
+        return "none of its layers has an adapter"
+    tensors = grouped.tensors_of(one) + grouped.tensors_of(two)
+    x = one.x
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return _GatedMLP.apply(x, one, two, act, recompute == "all", *tensors)
+    y, *_ = _values(x, one, two, act)
+    return with_shape(y, x.shape)
+
+
+def _values(x: Tensor, one: Group, two: Group, act: str):
+    """Return y as a matrix, the results of gate and up, all h, and the groups with their masks."""
+    one = with_masks(one, x)
+    ys, hs = forward(one)
+    hidden = _product(ys, act)
+    two = with_masks(two, with_shape(hidden, x.shape))
+    (y,), last_h = forward(two)
+    return y, ys, [*hs, *last_h], [*one.calls, *two.calls]
+
+
+def _product(ys: Sequence[Tensor], act: str) -> Tensor:
+    """Return act(gate) * up in new memory."""
+    gate, up = ys if len(ys) == 2 else ys[0].chunk(2, 1)
+    return ACTS[act].value(gate).mul_(up)
+
+
+def _gradients(d_hidden: Tensor, ys: Sequence[Tensor], act: str) -> list[Tensor]:
+    """Return the gradients of gate's and up's results; `d_hidden` is written over."""
+    if len(ys) == 2:
+        gate, up = ys
+        d_up, d_gate, results = ACTS[act].value(gate), d_hidden, None
+        d_up.mul_(d_hidden)
+        results = [d_gate, d_up]
+    else:
+        results = [torch.empty_like(ys[0])]
+        (gate, up), (d_gate, d_up) = ys[0].chunk(2, 1), results[0].chunk(2, 1)
+        torch.mul(ACTS[act].value(gate), d_hidden, out=d_up)
+    ACTS[act].derivative(d_hidden.mul_(up), gate, d_gate)
+    return results
+
+
+class _GatedMLP(torch.autograd.Function):
+    """Keeps x, gate(x) and up(x), or of these x alone, and each layer's h and mask bits."""
+
+    @staticmethod
+    def forward(ctx, x, one, two, act, keeps_x_alone, *tensors):
+        y, ys, hs, calls = _values(x, one, two, act)
+        kept = [] if keeps_x_alone else ys
+        keeps = [call.low.keep for call in calls]
+        scales = [call.low.scale for call in calls]
+        ctx.save_for_backward(x, *tensors, *hs, *keeps, *kept)
+        ctx.call = (scales, one.name, two.name, act)
+        ctx.panels = [*one.panels, *two.panels]
+        return with_shape(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        scales, name, last_name, act = ctx.call
+        count = len(scales)
+        x, *saved = ctx.saved_tensors
+        tensors, saved = saved[: 4 * count], saved[4 * count :]
+        hs, keeps, ys = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        lows = [LowRank(*tensors[4 * i + 2 : 4 * i + 4], scales[i], keeps[i]) for i in range(count)]
+        need_dx, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():  # under create_graph alone
+            return _differentiable(ctx, dy, x, tensors, lows, act)
+        rows = rows_of(x)
+        calls = [
+            Call(rows, Weight(tensors[4 * i]), tensors[4 * i + 1], low)
+            for i, low in enumerate(lows)
+        ]
+        if not ys:
+            first = Group(x, calls[:-1], name, ctx.panels[:-1], [])
+            ys, _ = forward(first)
+        *first_calls, last = (_with_panels(c, p) for c, p in zip(calls, ctx.panels, strict=True))
+        needs_of = [(need_dx, *needs[4 * i : 4 * i + 4]) for i in range(count)]
+        reaches = any(map(any, needs_of[:-1]))  # what comes before `down`
+        hidden = _product(ys, act) if needs_of[-1][1] or needs_of[-1][3] else None
+        layer = (0, rows_of(dy), last._replace(x=hidden), hs[-1], (reaches, *needs_of[-1][1:]))
+        d_hidden, (of_down,) = backward([layer], last_name)
+        del hidden, layer
+        if not reaches:
+            return None, None, None, None, None, *[None] * (4 * (count - 1)), *of_down
+        dys = _gradients(d_hidden, ys, act)
+        layers = list(zip(range(len(dys)), dys, first_calls, hs, needs_of, strict=False))
+        dx, of_layers = backward(layers, name)
+        dx = None if dx is None else with_shape(dx, x.shape)
+        return dx, None, None, None, None, *(g for own in (*of_layers, of_down) for g in own)
+
+
+def _with_panels(call: Call, panels: Any) -> Call:
+    return call if panels is None else call._replace(weight=panels.backward)
+
+
+def _differentiable(ctx, dy, x, tensors, lows, act):
+    """Return the gradients with a graph of their own: those of the same, composed."""
+
+    def one(rows, i):
+        weight, bias = tensors[4 * i : 4 * i + 2]
+        if lows[i].A is None:
+            return F.linear(rows, weight, bias)
+        return reference.forward(Call(rows, Weight(weight), bias, lows[i]))[0]
+
+    with torch.enable_grad():
+        ys = [one(rows_of(x), i) for i in range(len(lows) - 1)]
+        gate, up = ys if len(ys) == 2 else ys[0].chunk(2, 1)
+        y = with_shape(one(ACTS[act].value(gate) * up, len(lows) - 1), x.shape)
+        given = [x, *tensors]
+        wanted = [
+            i for i, need in enumerate([ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]) if need
+        ]
+        found = torch.autograd.grad(
+            y, [given[i] for i in wanted], dy, create_graph=True, allow_unused=True
+        )
+    gradients: list[Tensor | None] = [None] * len(given)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients[0], None, None, None, None, *gradients[1:]

@@ -1,0 +1,268 @@
+"""lora_gated_mlp: the error rule, what it keeps, what it falls back on, and mutants."""
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_ext import LinearWithLoRA, gated_mlp, lora_gated_mlp
+from lora_ext.gated_mlp import ACTS
+from lora_ext.testing import compare
+from tests.op.test_mutants import changed
+
+K, HIDDEN, ALPHA = 40, 57, 1.5
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+PLAIN_ACTS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu2": lambda g: F.relu(g) ** 2,
+}
+
+
+def adapted(K: int, N: int, rank: int, dropout: float, bias: bool) -> LinearWithLoRA:
+    drawn = {"dropout": dropout, "dropout_mask": "torch"}
+    layer = LinearWithLoRA(nn.Linear(K, N, bias=bias), rank, ALPHA, **drawn)
+    nn.init.normal_(layer.lora.B, std=0.3)
+    return layer
+
+
+def layers_of(kind: str, dropout: float = 0.0) -> list[nn.Module | None]:
+    """Return gate, up and down."""
+    down = adapted(HIDDEN, K, 3, dropout, bias=False)
+    if kind == "fused":
+        return [adapted(K, 2 * HIDDEN, 4, dropout, bias=True), None, down]
+    gate = adapted(K, HIDDEN, 4, dropout, bias=True)
+    if kind == "some":  # up and down without an adapter
+        return [gate, nn.Linear(K, HIDDEN), nn.Linear(HIDDEN, K)]
+    return [gate, adapted(K, HIDDEN, 2, dropout, bias=False), down]
+
+
+def plain_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what PEFT computes, by PyTorch's own operations."""
+    if isinstance(layer, nn.Linear):
+        return layer(x)
+    lora = layer.lora
+    seen = F.dropout(x, lora.dropout) if lora.dropout and lora.training else x
+    return layer.linear(x) + lora.alpha * (seen @ lora.A @ lora.B)
+
+
+def plain_mlp(x: Tensor, gate, up, down, act: str) -> Tensor:
+    first = plain_layer(gate, x)
+    g, u = first.chunk(2, -1) if up is None else (first, plain_layer(up, x))
+    return plain_layer(down, PLAIN_ACTS[act](g) * u)
+
+
+def results(mlp, x: Tensor, layers) -> dict[str, Tensor]:
+    """Return y and all gradients of the sum of y's squares."""
+    torch.manual_seed(7)
+    x = x.detach().requires_grad_()
+    y = mlp(x, *layers)
+    named = {f"d{i}.{n}": p for i, m in enumerate(layers) if m for n, p in m.named_parameters()}
+    grads = torch.autograd.grad(y.square().sum(), [x, *named.values()])
+    return {"y": y.detach()} | dict(zip(["dx", *named], grads, strict=True))
+
+
+def broken(act: str, kind: str, dtype, dropout=0.0, recompute="act", module=gated_mlp):
+    """Return a line for each result that breaks the error rule."""
+    torch.manual_seed(1)
+    exact_layers = [layer and layer.double() for layer in layers_of(kind, dropout)]
+    layers = [layer and copy.deepcopy(layer).to(dtype) for layer in exact_layers]
+    exact_layers = [layer and copy.deepcopy(layer).double() for layer in layers]
+    x = torch.randn(3, 11, K).to(dtype)
+
+    def ours(x, *layers):
+        y = module.lora_gated_mlp(x, *layers, act, recompute=recompute)
+        assert "GatedMLP" in type(y.grad_fn).__name__
+        return y
+
+    plain, exact = (
+        results(lambda x, *layers: plain_mlp(x, *layers, act), data, of)
+        for data, of in ((x, layers), (x.double(), exact_layers))
+    )
+    # In float64 the oracle is the plain layer itself, whose roundings no term counts.
+    eps, lines = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps, []
+    for name, got in results(ours, x, layers).items():
+        assert got.dtype == dtype and got.shape == exact[name].shape
+        found = compare(name, got, plain[name], exact[name], lambda n, e=exact[name]: eps * n(e))
+        lines += [str(error) for error in found if error.broken]
+    return lines
+
+
+@pytest.mark.parametrize("recompute", ["act", "all"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["each", "fused", "some"])
+@pytest.mark.parametrize("act", ACTS)
+def test_mlp_keeps_the_error_rule(act, kind, dtype, dropout, recompute):
+    assert broken(act, kind, dtype, dropout, recompute) == []
+
+
+def refused(module: ModuleType) -> bool:
+    cases = [("each", 0.0, "act"), ("each", 0.3, "all"), ("fused", 0.0, "act")]
+    return any(broken("silu", k, torch.float32, p, r, module) for k, p, r in cases)
+
+
+MUTANTS = {
+    "derivative_of_another_activation": ("_ATEN.silu_backward", "_ATEN.sigmoid_backward"),
+    "up_forgotten_in_the_gates_gradient": ("(d_hidden.mul_(up), gate", "(d_hidden, gate"),
+    "activation_forgotten_in_ups_gradient": ("d_up.mul_(d_hidden)", "d_up.copy_(d_hidden)"),
+    "gate_and_up_swapped": ("results = [d_gate, d_up]", "results = [d_up, d_gate]"),
+    "halves_swapped": ("(gate, up), (d_gate, d_up) =", "(gate, up), (d_up, d_gate) ="),
+    "product_without_the_activation": ("ACTS[act].value(gate).mul_(up)", "gate.mul(up)"),
+    "mask_not_kept": ("scales[i], keeps[i])", "scales[i], None)"),
+    "gradients_of_down_first": ("(*of_layers, of_down)", "(of_down, *of_layers)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_mlp_is_refused(name):
+    try:
+        assert refused(changed("gated_mlp.py", MUTANTS[name]))
+    except RuntimeError as error:
+        assert "_GatedMLPBackward returned" in str(error)
+
+
+def test_right_mlp_is_accepted():
+    assert not refused(changed("gated_mlp.py"))
+
+
+def kept_elements(forward, x: Tensor, layers) -> int:
+    """Return how many elements a forward keeps beside x and the parameters."""
+    tensors = [x, *(p for layer in layers if layer for p in layer.parameters())]
+    known = {t.untyped_storage().data_ptr() for t in tensors}
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # alive, so that its address is not used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values()) // x.element_size()
+
+
+@pytest.mark.parametrize("kind", ["each", "fused"])
+def test_what_is_kept(kind):
+    layers = layers_of(kind)
+    x = torch.randn(64, K, requires_grad=True)
+    ranks = sum(layer.lora.rank for layer in layers if layer)
+    keeps = {
+        r: kept_elements(lambda r=r: lora_gated_mlp(x, *layers, "silu", recompute=r), x, layers)
+        for r in ("act", "all")
+    }
+    assert keeps["all"] <= 64 * ranks
+    assert 64 * 2 * HIDDEN <= keeps["act"] <= 64 * (2 * HIDDEN + ranks)
+    composed = kept_elements(lambda: plain_mlp(x, *layers, "silu"), x, layers)
+    assert keeps["act"] <= 0.52 * composed
+
+
+@pytest.mark.parametrize("recompute", ["act", "all"])
+def test_backward_twice_gives_the_same_bits_and_writes_into_nothing_kept(recompute):
+    layers = layers_of("each", 0.3)
+    x = torch.randn(9, K, requires_grad=True)
+    y = lora_gated_mlp(x, *layers, "gelu", recompute=recompute)
+    wrt = [x, *(p for layer in layers for p in layer.parameters())]
+    dy = torch.randn_like(y)
+    before = dy.clone()
+    runs = [torch.autograd.grad(y, wrt, dy, retain_graph=True) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+    assert torch.equal(dy, before)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["each", "fused", "some"])
+def test_second_derivatives(kind, act):
+    layers = [layer and layer.double() for layer in layers_of(kind, 0.3)]
+    x = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
+    wrt = [x, *(p for layer in layers if layer for p in layer.parameters())]
+    found = []
+    for mlp in (lora_gated_mlp, plain_mlp):
+        torch.manual_seed(2)
+        first = torch.autograd.grad(mlp(x, *layers, act).square().sum(), wrt, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wrt)
+        found.append([*first, *second])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def frozen_bases(layers):
+    for layer in layers:
+        layer.linear.requires_grad_(False)
+    return [p for layer in layers for p in layer.lora.parameters()]
+
+
+def down_alone(layers):
+    for layer in layers[:2]:
+        layer.requires_grad_(False)
+    return list(layers[2].parameters())
+
+
+def biases(layers):
+    for layer in layers:
+        layer.requires_grad_(False)
+    return [layers[0].linear.bias.requires_grad_()]
+
+
+def one_A(layers):
+    for layer in layers:
+        layer.requires_grad_(False)
+    return [layers[1].lora.A.requires_grad_(), layers[2].lora.B.requires_grad_()]
+
+
+@pytest.mark.parametrize(
+    "trained", [frozen_bases, down_alone, biases, one_A], ids=lambda f: f.__name__
+)
+def test_gradients_of_some_alone(trained):
+    layers = layers_of("each")
+    parameters = trained(layers)
+    x = torch.randn(9, K)
+    got, want = (
+        torch.autograd.grad(mlp(x, *layers, "silu").square().sum(), parameters)
+        for mlp in (lora_gated_mlp, plain_mlp)
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_and_no_grad():
+    layers = layers_of("each")
+    x = torch.randn(9, K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, plain = lora_gated_mlp(x, *layers, "silu"), plain_mlp(x, *layers, "silu")
+    assert y.dtype == torch.bfloat16 == plain.dtype
+    torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        y = lora_gated_mlp(x.repeat(200, 1), *layers, "silu")
+        torch.testing.assert_close(y[:9], plain_mlp(x, *layers, "silu"), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_with_hooks_are_called():
+    layers = layers_of("each", 0.3)
+    calls = []
+    layers[1].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(9, K, requires_grad=True)
+    torch.manual_seed(2)
+    y = lora_gated_mlp(x, *layers, "silu")
+    torch.manual_seed(2)
+    torch.testing.assert_close(y, plain_mlp(x, *layers, "silu"), rtol=1e-4, atol=1e-4)
+    assert calls == [1] and "GatedMLP" not in type(y.grad_fn).__name__
+
+
+def test_arguments_are_checked():
+    gate, up, down = layers_of("each")
+    x = torch.ones(1, K)
+    with pytest.raises(ValueError, match="act must be one of 'silu', .*, got 'tanh'"):
+        lora_gated_mlp(x, gate, up, down, "tanh")
+    with pytest.raises(ValueError, match="recompute must be 'act' or 'all', got 'none'"):
+        lora_gated_mlp(x, gate, up, down, "silu", recompute="none")
+    with pytest.raises(TypeError, match="down must be a module, got NoneType"):
+        lora_gated_mlp(x, gate, up, None, "silu")
+    with pytest.raises(ValueError, match=r"x must have shape \(..., 40\), got \(1, 39\)"):
+        lora_gated_mlp(x[:, 1:], gate, up, down, "silu")
