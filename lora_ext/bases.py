@@ -12,6 +12,7 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 from .integrations.bitsandbytes import codes_of
+from .quantised_linear import QuantisedLinear
 
 
 def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
@@ -28,7 +29,7 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
 
     """
     if type(module) is not nn.Linear:
-        if x is not None and (codes := codes_of(module, x)) is not None:
+        if x is not None and (codes := _codes_of(module, x)) is not None:
             return hooks_of(module.__dict__, 0) or codes
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
@@ -40,6 +41,12 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
     return why or Weight(cast(Tensor, weight))
+
+
+def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:
+    if type(module) is QuantisedLinear:
+        return module.codes()
+    return codes_of(module, x)
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
