@@ -12,6 +12,7 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 from .integrations.bitsandbytes import codes_of
+from .quantised_linear import QuantisedLinear
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
@@ -34,7 +35,7 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
     """
     stored_as_in_out = False
     if type(module) is not nn.Linear:
-        if x is not None and (codes := codes_of(module, x)) is not None:
+        if x is not None and (codes := _codes_of(module, x)) is not None:
             return hooks_of(module.__dict__, 0) or codes
         stored_as_in_out = kind is Parameter and is_conv1d(module)
     if type(module) is not nn.Linear and not stored_as_in_out:
@@ -67,6 +68,12 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a linear whose weight is (in, out): GPT-2's."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == _CONV1D
+
+
+def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:
+    if type(module) is QuantisedLinear:
+        return module.codes()
+    return codes_of(module, x)
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
