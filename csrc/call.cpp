@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 #include "tensor_utils.h"
 
@@ -58,6 +59,7 @@ class Checks {
     check_memory(name, first);
   }
 
+  ScalarType dtype() const { return dtype_; }
   bool on_cpu() const { return type_ == aoti_torch_device_type_cpu(); }
 
   void dtype(const char* name, const Operand& operand) const {
@@ -106,15 +108,56 @@ void check_given(const char* name, const std::optional<Tensor>& tensor, const ch
 
 Format format_of(const std::string& name, const Checks& checks) {
   if (name == "plain") return Format::kPlain;
-  STD_TORCH_CHECK(name == "panels", "format must be plain or panels, got ", name);
-  STD_TORCH_CHECK(checks.on_cpu(),
-                  "format must be plain for tensors that are not on cpu, got panels");
-  return Format::kPanels;
+  constexpr std::pair<const char*, Format> on_cpu[] = {{"panels", Format::kPanels},
+                                                       {"nf4", Format::kNf4},
+                                                       {"fp4", Format::kFp4},
+                                                       {"int8", Format::kInt8}};
+  for (const auto& [known, format] : on_cpu) {
+    if (name != known) continue;
+    STD_TORCH_CHECK(checks.on_cpu(), "format must be plain for tensors that are not on cpu, got ",
+                    name);
+    return format;
+  }
+  STD_TORCH_CHECK(false, "format must be plain, panels, nf4, fp4 or int8, got ", name);
+}
+
+void check_is(const char* name, const Operand& operand, ScalarType dtype) {
+  STD_TORCH_CHECK(operand.dtype == dtype, name, " must have dtype ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(operand.dtype));
+}
+
+// Codes and their scales, from end to end in memory.
+void check_codes(const Checks& checks, const Weight& weight, int64_t N, int64_t K) {
+  const auto& [data, format, scale] = weight;
+  STD_TORCH_CHECK(scale,
+                  "weight_scale must be a tensor where format is nf4, fp4 or int8, got None");
+  STD_TORCH_CHECK(
+      checks.dtype() != ScalarType::Double,
+      "x must have dtype float32, bfloat16 or float16 where the weight is of codes, got ",
+      torch::headeronly::toString(checks.dtype()));
+  check_is("weight", data, format == Format::kInt8 ? ScalarType::Char : ScalarType::Byte);
+  check_is("weight_scale", scale, ScalarType::Float);
+  checks.place("weight_scale", scale);
+  if (format == Format::kInt8) {
+    check_shape("weight", data, {N, K});
+    check_shape("weight_scale", scale, {N});
+  } else {
+    check_shape("weight", data, {(N * K + 1) / 2, 1});
+    block_bits_of(weight, N * K);
+  }
+  STD_TORCH_CHECK((data.stride(1) == 1 || data.size(1) < 2) &&
+                      (data.stride(0) == data.size(1) || data.size(0) < 2),
+                  "weight must be contiguous where it is of codes, got strides ",
+                  text_of(data.strides, 2));
+  STD_TORCH_CHECK(scale.stride(0) == 1 || scale.size(0) < 2,
+                  "weight_scale must be contiguous, got stride ", scale.stride(0));
 }
 
 // The weight but for the size of panels, which the CPU kernels know.
 void check_weight(const Checks& checks, const Weight& weight, int64_t N, int64_t K) {
   checks.place("weight", weight.data);
+  if (is_of_codes(weight.format)) return check_codes(checks, weight, N, K);
   if (weight.format == Format::kPanels) return;
   check_shape("weight", weight.data, {N, K});
   checks.dtype("weight", weight.data);
@@ -201,6 +244,20 @@ Operand::Operand(const std::optional<Tensor>& given) {
   if (given.has_value()) *this = Operand(*given);
 }
 
+int64_t block_bits_of(const Weight& weight, int64_t elements) {
+  const Operand& scale = weight.scale;
+  STD_TORCH_CHECK(scale.dim == 1, "weight_scale must have shape (blocks,), got ",
+                  text_of(scale.sizes, scale.dim));
+  // Half as many elements in a block make another number of blocks, until there is one.
+  for (int64_t bits = 5; bits < 40; ++bits) {
+    const int64_t blocks = (elements + (int64_t{1} << bits) - 1) >> bits;
+    if (blocks == scale.size(0)) return bits;
+    if (blocks < scale.size(0)) break;
+  }
+  STD_TORCH_CHECK(false, "weight_scale must have one value a block of a power of two of the ",
+                  elements, " elements, from 32 on, got shape ", text_of(scale.sizes, scale.dim));
+}
+
 void check_memory(const char* name, const Operand& operand) {
   int64_t first, held, reach = 1;
   for (int64_t i = 0; i < operand.dim; ++i) {
@@ -226,12 +283,13 @@ static double scale_of_sums(double scale, const Operand& like) {
 
 Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B,
-                   double scale, const std::string& format, const std::optional<Tensor>& keep) {
+                   double scale, const std::string& format, const std::optional<Tensor>& keep,
+                   const std::optional<Tensor>& weight_scale) {
   Call call;
   call.x = Operand(x);
   check_dim("x", call.x, 2, "(M, in_features)");
   const Checks checks("x", call.x);
-  call.weight = {Operand(weight), format_of(format, checks)};
+  call.weight = {Operand(weight), format_of(format, checks), Operand(weight_scale)};
   call.bias = Operand(bias);
   call.low = {Operand(A), Operand(B), scale_of_sums(scale, call.x), Operand(keep)};
   const bool plain = weight.has_value() && call.weight.format == Format::kPlain;
@@ -265,7 +323,8 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
                             const std::optional<Tensor>& weight, const std::optional<Tensor>& A,
                             const std::optional<Tensor>& B, const std::optional<Tensor>& h,
                             double scale, const std::vector<bool>& needs, const std::string& format,
-                            const std::optional<Tensor>& keep) {
+                            const std::optional<Tensor>& keep,
+                            const std::optional<Tensor>& weight_scale) {
   BackwardCall call;
   call.needs = {needs.at(0), needs.at(1), needs.at(2), needs.at(3), needs.at(4)};
   call.dy = Operand(dy);
@@ -281,6 +340,7 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
   read_x(checks, x, &call);
   if (call.needs.dx && weight.has_value()) {
     call.weight.data = Operand(weight);
+    call.weight.scale = Operand(weight_scale);
     check_weight(checks, call.weight, call.N, call.K);
   }
   if (call.needs.dB) {

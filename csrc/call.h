@@ -41,11 +41,19 @@ struct Operand {
 enum class Format {
   kPlain,   // (N, K)
   kPanels,  // what pack_weight made of it: of weight.T for the forward, of weight for dx. CPU alone
+  kNf4,  // frozen, of 4 bits: (ceil(N * K / 2), 1) bytes as bitsandbytes lays them out. CPU alone
+  kFp4,
+  kInt8,  // frozen, (N, K) int8. CPU alone
 };
+
+constexpr bool is_of_codes(Format format) { return format >= Format::kNf4; }
 
 struct Weight {
   Operand data;
   Format format = Format::kPlain;
+  // Of codes, float: of 4 bits one a block, which is a power of two of elements from 32 on, from
+  // end to end; of int8 one a row, (N,).
+  Operand scale;
 };
 
 struct LowRank {
@@ -77,12 +85,17 @@ struct BackwardCall : Call {
 // dtypes, devices and format fit and each tensor's memory holds what its sizes and strides reach.
 Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, const Tensor& A, const Tensor& B,
-                   double scale, const std::string& format, const std::optional<Tensor>& keep);
+                   double scale, const std::string& format, const std::optional<Tensor>& keep,
+                   const std::optional<Tensor>& weight_scale);
 BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
                             const std::optional<Tensor>& weight, const std::optional<Tensor>& A,
                             const std::optional<Tensor>& B, const std::optional<Tensor>& h,
                             double scale, const std::vector<bool>& needs, const std::string& format,
-                            const std::optional<Tensor>& keep);
+                            const std::optional<Tensor>& keep,
+                            const std::optional<Tensor>& weight_scale);
+
+// The elements in a block of a weight of 4-bit codes, as a power of two.
+int64_t block_bits_of(const Weight& weight, int64_t elements);
 
 // Throw unless a list has an element for each of `count` layers.
 void check_count(const char* name, size_t got, size_t count);

@@ -9,19 +9,21 @@ namespace lora_ext {
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const Tensor& A,
                                       const Tensor& B, double scale, const std::string& format,
-                                      const std::optional<Tensor>& keep);
+                                      const std::optional<Tensor>& keep,
+                                      const std::optional<Tensor>& weight_scale);
 // dx, dweight, dbias, dA and dB.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& needs, const std::string& format,
-    const std::optional<Tensor>& keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale);
 // The same for layers of one x, a list an operand: a y each, and their h side by side.
 std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
     const Tensor& x, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& As,
     const std::vector<Tensor>& Bs, const std::vector<double>& scales,
-    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps);
+    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps,
+    const std::vector<std::optional<Tensor>>& weight_scales);
 // dx, the sum over layers, and for each dweight, dbias, dA and dB. `needs` asks in that order.
 std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optional<Tensor>& x,
                                 const std::vector<std::optional<Tensor>>& weights,
@@ -30,11 +32,12 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::optional<Tensor>>& hs,
                                 const std::vector<double>& scales, const std::vector<bool>& needs,
                                 const std::vector<std::string>& formats,
-                                const std::vector<std::optional<Tensor>>& keeps);
+                                const std::vector<std::optional<Tensor>>& keeps,
+                                const std::vector<std::optional<Tensor>>& weight_scales);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
-// Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the state of PyTorch's CPU generator,
-// which goes on by the draw, or of a mask of bytes.
+// Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the
+// state of PyTorch's CPU generator, which goes on by the draw, or of a mask of bytes.
 Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t first_column);
 Tensor draw_bernoulli(const Tensor& state, int64_t rows, int64_t cols, double p);
 Tensor pack_keep(const Tensor& mask);

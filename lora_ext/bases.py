@@ -11,9 +11,10 @@ from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
 from .call import Weight
+from .integrations.bitsandbytes import codes_of
 
 
-def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
+def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
     """Return a linear's weight for the kernels, or why the module must be called instead.
 
     What may be attached to a module (hooks, a parametrization, a forward of its own, a subclass's)
@@ -22,9 +23,13 @@ def base_of(module: nn.Module, *, kind: type = Parameter) -> Weight | str:
     Args:
         module: any module.
         kind: the class its weight and bias must have: DTensor once a parallel style has split it.
+        x: the input, from readers that take a weight of codes too (codes.py): what is quantised
+            may be read for one x and must be called for another.
 
     """
     if type(module) is not nn.Linear:
+        if x is not None and (codes := codes_of(module, x)) is not None:
+            return hooks_of(module.__dict__, 0) or codes
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]

@@ -14,13 +14,17 @@ class Weight(NamedTuple):
     """The base layer's weight and how it is stored.
 
     Attributes:
-        data: (N, K) for "plain"; for "panels" what `pack_weight` made for this direction.
-        format: "plain" or "panels".
+        data: (N, K) for "plain", and int8 for "int8"; for "panels" what `pack_weight` made for this
+            direction; for "nf4" and "fp4" bitsandbytes' bytes, (ceil(N * K / 2), 1) uint8.
+        format: "plain", "panels", or one of codes.FORMATS, which are frozen.
+        scale: of codes what they are multiplied by, float32: one a row for "int8", (N,), else one
+            a block, (blocks,): see codes.py.
 
     """
 
     data: Tensor
     format: str = "plain"
+    scale: Tensor | None = None
 
 
 class LowRank(NamedTuple):

@@ -1,10 +1,12 @@
 """explain(): which backend a layer runs on an input, and why the others don't."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from .backends import choose, unsupported_reasons
-from .bases import why_not_now
+from .bases import base_of, why_not_now
 from .call import Call, LowRank, Weight
 from .checks import check_arguments
 from .functional import cast_by_autocast
@@ -33,18 +35,22 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         raise TypeError(f"layer must be a LinearWithLoRA, got {type(layer).__name__}")
     weight = layer.weight
     if x is None:
-        like = weight if isinstance(weight, Tensor) else layer.lora.A  # quantised: no tensor
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()  # else quantised
+        like = weight if plain else layer.lora.A
         x = torch.empty(1, layer.in_features, dtype=like.dtype, device=like.device)
     if layer._unmerged_weight:
         return "runs linear(x): the adapter is merged into its weight"
     if layer._parallel is not None:
         return layer._parallel.explain(layer, x)
-    if (why := why_composed(layer.linear, layer.lora) or why_not_now(x)) is not None:
+    codes, why = None, why_composed(layer.linear, layer.lora) or why_not_now(x)
+    if why is not None and (codes := layer._codes(x)) is None:
+        told = base_of(layer.linear, x=x)  # of a quantised linear, what keeps it from being read
+        why = f"linear {told}" if type(told) is str and why.startswith("linear ") else why
         if layer.backend is not None:
             return f"raises: backend {layer.backend!r} can't run this layer: {why}"
         return f"runs linear(x) + lora(x), composed: {why}"
     try:
-        call = _call_of(layer, x)
+        call = _call_of(layer, x, codes)
         chosen = choose(layer.backend, call)
     except (TypeError, ValueError) as error:
         return f"raises: {error}"
@@ -59,9 +65,9 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     return "\n".join([first, *other_backends(call, chosen)])
 
 
-def _call_of(layer: LinearWithLoRA, x: Tensor) -> Call:
+def _call_of(layer: LinearWithLoRA, x: Tensor, codes: Weight | None) -> Call:
     """Return the call that the layer would make, its mask not drawn; raise what that raises."""
-    weight, bias, lora = layer.weight, layer.bias, layer.lora
+    weight, bias, lora = layer.weight if codes is None else None, layer.bias, layer.lora
     A, B = lora.A, lora.B
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)  # type: ignore[assignment]
@@ -70,7 +76,7 @@ def _call_of(layer: LinearWithLoRA, x: Tensor) -> Call:
     if lora.dropout and lora.training:
         rows = x.numel() // max(x.shape[-1], 1)
         keep = torch.empty(rows, -(-x.shape[-1] // 8), dtype=torch.uint8, device=x.device)
-    return Call(x, Weight(weight), bias, LowRank(A, B, lora.scale, keep))
+    return Call(x, codes or Weight(cast(Tensor, weight)), bias, LowRank(A, B, lora.scale, keep))
 
 
 def other_backends(call: Call, chosen: str) -> list[str]:

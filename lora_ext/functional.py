@@ -1,7 +1,7 @@
 """lora_linear(): argument checks, autocast, choice of backend, and the one autograd Function."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def lora_linear(
 
 def adapted(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Weight | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -79,15 +79,20 @@ def adapted(
     backend: str | None = None,
     dropout: float = 0.0,
     mask: str = "hash",
-    panels: "Panels | None" = None,
+    panels: "Panels | Codes | None" = None,
 ) -> Tensor:
     """Return what lora_linear does; `weight` None is the low-rank part alone.
 
+    A weight of codes comes as a Weight. Of 4 bits, y has x's dtype in autocast too, which is how
+    bitsandbytes' linears give it.
     `mask` is the draw of dropout, see `dropout.draw_keep`. `panels` is the weight laid out once,
     fresh (panels.py). A backend that reads no panels, and autocast where it casts the weight, take
     the weight itself.
     """
-    given = weight
+    codes, dtype, given = None, None, weight
+    if isinstance(weight, Weight):
+        codes, weight = weight, None
+        dtype = None if codes.format == "int8" else x.dtype
     try:
         # Not for meta: PyTorch raises when asked about a device that has no autocast.
         if not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
@@ -99,12 +104,14 @@ def adapted(
         if dropout:
             check_dropout(dropout, mask)
             scale, keep = scale * scale_of(dropout), draw_keep(x, dropout, mask)
-        base = None if weight is None else Weight(weight)
+        base = codes if weight is None else Weight(weight)
         call = Call(x, base, bias, LowRank(A, B, scale, keep))
         name = choose(backend, call)
         if name != "cpp" and not fit(x, weight, bias, A, B, scale):  # csrc/call.cpp checks itself
             check_arguments(x, weight, bias, A, B, scale)
-        if name != "cpp" or weight is not given:
+        if codes is not None:
+            panels = Codes(codes, codes)
+        elif name != "cpp" or weight is not given:
             panels = None
         if torch.is_grad_enabled() and (
             x.requires_grad
@@ -114,15 +121,24 @@ def adapted(
             or (bias is not None and bias.requires_grad)
         ):
             y = _LoRALinear.apply(x, weight, bias, A, B, scale, keep, name, panels)
-            return y if isinstance(y, Tensor) else y[0]
+            y = y if isinstance(y, Tensor) else y[0]
+            return y if dtype is None else y.to(dtype)
         if panels is not None or x.dim() != 2:
             base = call.weight if panels is None else panels.forward
             call = Call(rows_of(x), base, bias, call.low)
         y, _ = BACKENDS[name].forward(call)
-        return with_shape(y, x.shape)
+        y = with_shape(y, x.shape)
+        return y if dtype is None else y.to(dtype)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         _raise_what_does_not_fit(x, weight, bias, A, B, scale)
         raise
+
+
+class Codes(NamedTuple):
+    """A weight of codes, for both directions; as `Panels` has one for each."""
+
+    forward: Weight
+    backward: Weight
 
 
 def _raise_what_does_not_fit(*arguments: Any) -> None:
@@ -143,7 +159,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, keep, name, panels):
-        base = None if weight is None else Weight(weight) if panels is None else panels.forward
+        base = panels.forward if panels is not None else None if weight is None else Weight(weight)
         y, h = BACKENDS[name].forward(Call(rows_of(x), base, bias, LowRank(A, B, scale, keep)))
         need_dx, need_dweight, _, need_dA, need_dB = ctx.needs_input_grad[:5]
         keeps_x = need_dA or need_dweight
@@ -190,14 +206,15 @@ def _differentiable_gradients(
     `dh` comes, and dy may be absent, where a second derivative goes through an h that is a result.
     """
     x, weight, _, _, h, keep = ctx.saved_tensors
-    x_shape, A, B, scale, _, _ = ctx.call
+    x_shape, A, B, scale, _, layout = ctx.call
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]
     dx = dweight = dbias = dA = dB = None
     if dy is not None:
         rows = None if x is None else rows_of(x)
         if need_dB and rows is not None:  # h again, with its graph
             h = reference.masked(rows, keep) @ A.to(rows.dtype)
-        base = None if weight is None else Weight(weight)
+        codes = None if layout is None or layout.scale is None else layout
+        base = codes if weight is None else Weight(weight)
         call = Call(rows, base, None, LowRank(A, B, scale, keep))
         dx, dweight, dbias, dA, dB = reference.backward(rows_of(dy), call, h, needs)
     if dh is not None:  # h = (keep * x) @ A, of an A that needs no gradient

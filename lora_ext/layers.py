@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from .backends import NAMES
 from .bases import base_of, hooks_of, why_not_now
+from .call import Weight
 from .checks import (
     HALF,
     SCALINGS,
@@ -181,16 +182,31 @@ class LinearWithLoRA(nn.Module):
         if self._parallel is not None:
             return self._parallel(self, x)
         why = why_composed(linear, lora) or why_not_now(x)
-        if why is None:
+        codes = None if why is None else self._codes(x)
+        if why is None or codes is not None:
             base, low = linear._parameters, lora._parameters
             dropout = lora.dropout if lora.training else 0.0
             panels = None if self._panels is None else self._fresh_panels()
             weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
             drawn = (dropout, lora.dropout_mask)
+            if codes is not None:
+                weight = codes
             return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
         return self._composed(x)
+
+    def _codes(self, x: Tensor) -> Weight | None:
+        """Return a quantised linear's weight, where it and x may be read; None if not."""
+        lora: LoRALayer = self.lora
+        codes = base_of(self.linear, x=x)
+        if isinstance(codes, str) or codes.scale is None or why_not_now(x) is not None:
+            return None
+        A = lora._parameters.get("A")
+        fits = torch.is_autocast_enabled("cpu") or (
+            A is not None and (A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF))
+        )
+        return codes if fits and _why_low(lora, Parameter) is None else None
 
     def _composed(self, x: Tensor) -> Tensor:
         """Call the linear, and add what the low-rank part gives."""
@@ -256,6 +272,10 @@ def why_composed(linear: nn.Module, lora: LoRALayer, *, kind: type = Parameter) 
     """
     if type(base := base_of(linear, kind=kind)) is str:
         return f"linear {base}"
+    return _why_low(lora, kind)
+
+
+def _why_low(lora: nn.Module, kind: type) -> str | None:
     if type(lora) is not LoRALayer:
         return f"lora is a {type(lora).__name__}, not a LoRALayer"
     own = lora.__dict__

@@ -16,29 +16,31 @@ from torch import Tensor
 SCHEMAS = {
     "linear_fwd": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, float scale, *,"
-        ' str format="plain", Tensor? keep=None) -> (Tensor y, Tensor h)'
+        ' str format="plain", Tensor? keep=None, Tensor? weight_scale=None) -> (Tensor y, Tensor h)'
     ),
     # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for has no elements.
     "linear_bwd": (
         "(Tensor dy, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? h, float scale,"
-        ' bool[5] needs, *, str format="plain", Tensor? keep=None)'
+        ' bool[5] needs, *, str format="plain", Tensor? keep=None, Tensor? weight_scale=None)'
         " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
     ),
 }
 
 
-def fwd_fake(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
+def fwd_fake(
+    x, weight, bias, A, B, scale, *, format="plain", keep=None, weight_scale=None
+) -> tuple[Tensor, Tensor]:
     """Shapes of linear_fwd: y (M, N) and h (M, R)."""
-    _require_device_of(x, weight=weight, bias=bias, A=A, B=B, keep=keep)
+    _require_device_of(x, weight=weight, bias=bias, A=A, B=B, keep=keep, weight_scale=weight_scale)
     M = x.shape[0]
     return x.new_empty(M, B.shape[1]), x.new_empty(M, A.shape[1])
 
 
 def bwd_fake(
-    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
+    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None, weight_scale=None
 ) -> tuple[Tensor, ...]:
     """Shapes of linear_bwd: a gradient has the shape of its argument, or no elements."""
-    _require_device_of(dy, x=x, weight=weight, A=A, B=B, h=h, keep=keep)
+    _require_device_of(dy, x=x, weight=weight, A=A, B=B, h=h, keep=keep, weight_scale=weight_scale)
     M, N = dy.shape
     dx = dy.new_empty(M, A.shape[0]) if needs[0] else dy.new_empty(0)
     dweight = dy.new_empty(N, x.shape[1]) if needs[1] else dy.new_empty(0)
@@ -88,7 +90,7 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps):
+def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps, weight_scales):
     results = [
         fwd_fake(x, *operands, 1.0, keep=keep)
         for *operands, keep in zip(weights, biases, As, Bs, keeps, strict=True)
@@ -96,7 +98,7 @@ def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps):
     return [y for y, _ in results], x.new_empty(x.shape[0], sum(A.shape[1] for A in As))
 
 
-def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps):
+def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps, weight_scales):
     gradients: list[Tensor] = []
     layers = zip(dys, weights, As, Bs, hs, keeps, strict=True)
     for i, (dy, weight, A, B, h, keep) in enumerate(layers):
@@ -126,12 +128,14 @@ LIBRARY = define("lora_ext")
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
-        " float[] scales, str[] formats, Tensor?[] keeps) -> (Tensor[] ys, Tensor h)",
+        " float[] scales, str[] formats, Tensor?[] keeps, Tensor?[] weight_scales)"
+        " -> (Tensor[] ys, Tensor h)",
         _linears_fwd_fake,
     ),
     (
         "linears_bwd(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor?[] As, Tensor?[] Bs,"
-        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps) -> Tensor[]",
+        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps,"
+        " Tensor?[] weight_scales) -> Tensor[]",
         _linears_bwd_fake,
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),

@@ -54,12 +54,12 @@ class Backend:
         """`lora_linear` with this backend asked for by name; skips what it refuses."""
         asked = linear_of(self.name)
 
-        def linear(x, weight, bias, A, B, alpha, *, keep=None):
-            base = None if weight is None else Weight(weight)
+        def linear(x, weight, bias, A, B, alpha, *, keep=None, codes=None):
+            base = codes or (None if weight is None else Weight(weight))
             call = Call(x, base, bias, LowRank(A, B, alpha, keep))
             if (reason := BACKENDS[self.name].unsupported(call)) is not None:
                 pytest.skip(f"{self.name} {reason}")  # test_backends.py holds what it may refuse
-            return asked(x, weight, bias, A, B, alpha, keep=keep)
+            return asked(x, weight, bias, A, B, alpha, keep=keep, codes=codes)
 
         return linear
 
@@ -67,15 +67,17 @@ class Backend:
 def linear_of(backend: str, module: ModuleType = functional) -> Linear:
     """Return `lora_linear` by one backend, as lora_ext.testing calls it.
 
-    With `keep` that is the mask that dropout draws, and without a weight the low-rank part alone.
+    With `keep` that is the mask that dropout draws, and without a weight the low-rank part alone;
+    with `codes` these are the weight.
     `module` is functional.py, or a changed copy of it.
     """
 
-    def linear(x, weight, bias, A, B, alpha, *, keep=None):
+    def linear(x, weight, bias, A, B, alpha, *, keep=None, codes=None):
+        weight = weight if codes is None else codes
         if keep is not None:
             with mock.patch.object(module, "draw_keep", lambda *_: keep):  # 1 / (1 - p) is 2
                 return module.adapted(x, weight, bias, A, B, alpha / 2, backend, 0.5)
-        if weight is None:
+        if weight is None or codes is not None:
             return module.adapted(x, weight, bias, A, B, alpha, backend)
         return module.lora_linear(x, weight, bias, A, B, alpha, backend=backend)
 

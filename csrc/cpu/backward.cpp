@@ -235,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& needs, const std::string& format,
-    const std::optional<Tensor>& keep) {
-  const BackwardCall call = check_backward(dy, x, weight, A, B, h, scale, needs, format, keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale) {
+  const BackwardCall call =
+      check_backward(dy, x, weight, A, B, h, scale, needs, format, keep, weight_scale);
   const NoGradGuard no_grad;
   const Gradients out(call);
   cpu::with_storage_type("dy", call.dy.dtype,
@@ -251,7 +252,8 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::optional<Tensor>>& hs,
                                 const std::vector<double>& scales, const std::vector<bool>& needs,
                                 const std::vector<std::string>& formats,
-                                const std::vector<std::optional<Tensor>>& keeps) {
+                                const std::vector<std::optional<Tensor>>& keeps,
+                                const std::vector<std::optional<Tensor>>& weight_scales) {
   const size_t count = dys.size();
   STD_TORCH_CHECK(count > 0 && count <= cpu::kMostLegs / 2, "dys must have 1 to ",
                   cpu::kMostLegs / 2, " elements, got ", count);
@@ -265,6 +267,7 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                   needs.size());
   check_count("formats", formats.size(), count);
   check_count("keeps", keeps.size(), count);
+  check_count("weight_scales", weight_scales.size(), count);
   std::vector<BackwardCall> calls;
   std::vector<Gradients> out;
   const NoGradGuard no_grad;
@@ -272,7 +275,7 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
     const std::vector<bool> own = {needs[0], needs[1 + 4 * i], needs[2 + 4 * i], needs[3 + 4 * i],
                                    needs[4 + 4 * i]};
     calls.push_back(check_backward(dys[i], x, weights[i], As[i], Bs[i], hs[i], scales[i], own,
-                                   formats[i], keeps[i]));
+                                   formats[i], keeps[i], weight_scales[i]));
     BackwardCall all_but_dx = calls.back();
     all_but_dx.needs.dx = false;
     out.emplace_back(all_but_dx);

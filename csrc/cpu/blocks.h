@@ -94,6 +94,23 @@ struct Bits {
   }
 };
 
+// A frozen weight of codes. Of 4 bits, the first of a byte its upper half: each stands for
+// values[code] times the scale of its block, 1 << block_bits elements, and blocks run on from one
+// row to the next. Without values, signed bytes, which their row's scale multiplies. What a code
+// stands for is rounded to the dtype T of x before it meets x.
+struct Codes {
+  const uint8_t* data = nullptr;
+  const float* scale = nullptr;
+  const float* values = nullptr;
+  int64_t block_bits = 0;  // at least 5
+  int64_t width = 0;       // elements in a row
+};
+
+// Some rows and columns of it.
+struct Region {
+  int64_t row, col, rows, cols;
+};
+
 // T is the storage dtype, A = Acc<T> the arithmetic.
 template <typename T, typename A = Acc<T>>
 struct StorageOps {
@@ -114,6 +131,12 @@ struct StorageOps {
   void (*combine_rows)(View<const A> left, View<const T> right, A* out, int64_t ld);
   // y (dense rows) += scale * a @ b, where y is read and written once and rounded at the end
   void (*update)(View<const A> a, Panels<const A> b, A scale, View<T> y);
+  // dst (dense rows of `ld`) = a region of a weight of codes. Null for double, as is dot_codes
+  void (*decode)(const Codes& codes, Region region, A* dst, int64_t ld);
+  // out (left.rows, rows; dense rows of `ld`) = left @ rows of a weight of codes from `row` on,
+  // transposed; left has dense rows. For few of them: the codes are read once for 8
+  void (*dot_codes)(View<const A> left, const Codes& codes, int64_t row, int64_t rows, A* out,
+                    int64_t ld);
 };
 
 // What a product is added to: nothing; a matrix of dense rows, such as the result itself; or, with

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cpu/blocks.h"
+#include "cpu/codes_impl.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
@@ -188,15 +189,20 @@ void keep(Bits bits, View<T> values) {
 }
 
 template <typename T>
-constexpr StorageOps<T> kStorageOps = {&load<T>, &pack<T>,         &store<T>, &keep<T>,
-                                       &dot<T>,  &combine_rows<T>, &update<T>};
+constexpr StorageOps<T> storage_ops() {
+  StorageOps<T> ops = {&load<T>,         &pack<T>,   &store<T>, &keep<T>, &dot<T>,
+                       &combine_rows<T>, &update<T>, nullptr,   nullptr};
+  if constexpr (std::is_same_v<Acc<T>, float>)
+    ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;
+  return ops;
+}
 
 constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
   return {name,
-          kStorageOps<float>,
-          kStorageOps<double>,
-          kStorageOps<BFloat16>,
-          kStorageOps<Float16>,
+          storage_ops<float>(),
+          storage_ops<double>(),
+          storage_ops<BFloat16>(),
+          storage_ops<Float16>(),
           {&multiply<float>},
           {&multiply<double>},
           {&draw_bits, &pack_bits, &twist, &bernoulli},

@@ -111,6 +111,16 @@ class Right {
     }
   }
 
+  // A weight of codes, of which T is x's dtype: with `transposed` its transpose.
+  template <typename T>
+  static Right of_codes(const Codes& codes, int64_t depth, int64_t cols, bool transposed, T) {
+    Right right({}, depth, cols, false);
+    right.is_ready_ = false;
+    right.codes_ = codes;
+    right.fill_codes_ = transposed ? &decode_transposed<T> : &decode<T>;
+    return right;
+  }
+
   int64_t depth() const { return depth_; }
   int64_t cols() const { return cols_; }
   bool is_ready() const { return is_ready_; }
@@ -124,12 +134,16 @@ class Right {
     part.cols_ = cols;
     if (is_ready_) part.ready_ = ready_.from(0, col);
     part.data_ += col * col_stride_ * element_;
+    part.first_col_ += col;
     part.keep_ = keep_.from(0, col);
     return part;
   }
 
   // Packed panels of words_of(depth) rows = rows k to k + depth of columns `col` to `col` + `cols`.
   void fill(int64_t k, int64_t depth, int64_t col, int64_t cols, P* panels) const {
+    if (fill_codes_ != nullptr) {
+      return fill_codes_(codes_, {k, first_col_ + col, depth, cols}, panels);
+    }
     fill_({address(k, col), depth, cols, row_stride_, col_stride_}, keep_.from(k, col), panels);
   }
 
@@ -153,6 +167,32 @@ class Right {
     }
   }
 
+  // Panels of weight.T, whose columns are the weight's rows: a panel of these at a time.
+  template <typename T>
+  static void decode_transposed(const Codes& codes, Region part, P* panels) {
+    const Scratch<P> rows(kPanel<P> * part.rows);
+    for (int64_t j = 0; j < part.cols; j += kPanel<P>, panels += part.rows * kPanel<P>) {
+      const int64_t n = std::min(kPanel<P>, part.cols - j);
+      blocks().storage<T>().decode(codes, {part.col + j, part.row, n, part.rows}, rows.get(),
+                                   part.rows);
+      blocks().storage<P>().pack({rows.get(), part.rows, n, 1, part.rows}, panels);
+    }
+  }
+
+  // Panels of the weight: a row at a time, spread over them.
+  template <typename T>
+  static void decode(const Codes& codes, Region part, P* panels) {
+    const int64_t width = round_up_to_panel<P>(part.cols);
+    const Scratch<P> row(width);
+    std::fill(row.get() + part.cols, row.get() + width, P{});
+    for (int64_t p = 0; p < part.rows; ++p) {
+      blocks().storage<T>().decode(codes, {part.row + p, part.col, 1, part.cols}, row.get(), width);
+      for (int64_t j = 0; j < width; j += kPanel<P>) {
+        std::copy_n(row.get() + j, kPanel<P>, panels + j * part.rows + p * kPanel<P>);
+      }
+    }
+  }
+
   Panels<const P> ready_;
   bool is_ready_, far_;
   int64_t depth_, cols_;
@@ -160,6 +200,9 @@ class Right {
   int64_t row_stride_ = 0, col_stride_ = 0, element_ = sizeof(P);
   Bits keep_;
   void (*fill_)(View<const char>, Bits, P*) = nullptr;
+  Codes codes_;
+  int64_t first_col_ = 0;
+  void (*fill_codes_)(const Codes&, Region, P*) = nullptr;
 };
 
 // Fill `panels` with columns of a right factor, by several threads where that is worth it.

@@ -44,6 +44,7 @@ class Forward {
   Way base_way() const {
     const Weight& weight = call_.weight;
     if (!weight.data) return Way::kStrips;
+    if (is_of_codes(weight.format)) return way_of_codes(call_.M);
     const bool panels = weight.format == Format::kPanels;
     const bool dense = !panels && has_dense_rows(matrix<T>(weight.data));
     return way_of(routes<T>(), Product::kY, {call_.M, call_.K, call_.R, panels, dense});
@@ -89,13 +90,19 @@ class Forward {
     const Packed<A> B = B_factor();
     const Leg<A> low = low_leg(B);
     const Out<T> y = {y_view_, bias_};
-    const View<const T> weight = matrix<T>(call_.weight.data);
+    const bool of_codes = is_of_codes(call_.weight.format);
+    const Codes codes = of_codes ? codes_of(call_.weight, N, K) : Codes{};
+    const View<const T> weight = of_codes ? View<const T>{} : matrix<T>(call_.weight.data);
     Scratch<A> copy;
     const View<const A> x = widened(matrix<T>(call_.x), &copy);
     const int64_t part = even_part(N, kStripCols, 32, 16, num_threads());
     for_each_part(N, part, [&](int64_t col, int64_t cols) {
       const Scratch<A> sum(M * cols);
-      blocks().storage<T>().dot(x, weight.block(col, 0, cols, K), sum.get(), cols, false);
+      if (of_codes) {
+        blocks().storage<T>().dot_codes(x, codes, col, cols, sum.get(), cols);
+      } else {
+        blocks().storage<T>().dot(x, weight.block(col, 0, cols, K), sum.get(), cols, false);
+      }
       product<A>(low.block(0, M, col, cols), Out<A>{{sum.get(), M, cols, cols, 1}, nullptr, true});
       const Out<T> to = y.block(0, M, col, cols);
       blocks().storage<T>().store(sum.get(), cols, A(1), to.bias, false, to.to);
@@ -213,8 +220,9 @@ void forward_of_group(std::span<const Call> calls, const std::vector<Tensor>& ys
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const Tensor& A,
                                       const Tensor& B, double scale, const std::string& format,
-                                      const std::optional<Tensor>& keep) {
-  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep);
+                                      const std::optional<Tensor>& keep,
+                                      const std::optional<Tensor>& weight_scale) {
+  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep, weight_scale);
   const NoGradGuard no_grad;
   const Tensor y = empty(x, {call.M, call.N}), h = empty(x, {call.M, call.R});
   cpu::with_storage_type("x", call.x.dtype,
@@ -226,7 +234,8 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
     const Tensor& x, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& As,
     const std::vector<Tensor>& Bs, const std::vector<double>& scales,
-    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps) {
+    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps,
+    const std::vector<std::optional<Tensor>>& weight_scales) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights must have an element, got none");
   check_count("biases", biases.size(), count);
@@ -235,12 +244,13 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
   check_count("scales", scales.size(), count);
   check_count("formats", formats.size(), count);
   check_count("keeps", keeps.size(), count);
+  check_count("weight_scales", weight_scales.size(), count);
   const std::vector<std::optional<Tensor>> bases(weights.begin(), weights.end());
   std::vector<Call> calls;
   int64_t R = 0;
   for (size_t i = 0; i < count; ++i) {
-    calls.push_back(
-        check_forward(x, bases[i], biases[i], As[i], Bs[i], scales[i], formats[i], keeps[i]));
+    calls.push_back(check_forward(x, bases[i], biases[i], As[i], Bs[i], scales[i], formats[i],
+                                  keeps[i], weight_scales[i]));
     R += calls.back().R;
   }
   const NoGradGuard no_grad;

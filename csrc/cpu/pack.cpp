@@ -27,6 +27,13 @@ Right<Acc<T>> weight_factor(const Weight& weight, int64_t depth, int64_t cols, b
     const View<const T> plain = matrix<T>(weight.data);
     return Right<P>(transposed ? plain.transposed() : plain, uses);
   }
+  if constexpr (std::is_same_v<P, float>) {
+    if (is_of_codes(weight.format)) {
+      return Right<P>::of_codes(
+          transposed ? codes_of(weight, cols, depth) : codes_of(weight, depth, cols), depth, cols,
+          transposed, T{});
+    }
+  }
   const Operand& panels = weight.data;
   const int64_t size = size_of_panels<P>(depth, cols);
   STD_TORCH_CHECK(panels.dtype == dtype_of_panels<P>() && panels.dim == 1 &&

@@ -113,6 +113,9 @@ void with_storage_type(const char* name, ScalarType dtype, const F& f) {
   }
 }
 
+// A weight of codes as the block operations take it.
+Codes codes_of(const Weight& weight, int64_t N, int64_t K);
+
 // The weight as a right factor (depth, cols), by a left one of `uses` rows: weight.T with
 // `transposed`, or weight. Throws unless panels are what pack_weight makes of one of that size and
 // dtype.

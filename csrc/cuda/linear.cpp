@@ -98,8 +98,9 @@ Bits bits_of(const Operand& keep) {
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                                       const std::optional<Tensor>& bias, const Tensor& A,
                                       const Tensor& B, double scale, const std::string& format,
-                                      const std::optional<Tensor>& keep) {
-  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep);
+                                      const std::optional<Tensor>& keep,
+                                      const std::optional<Tensor>& weight_scale) {
+  const Call call = check_forward(x, weight, bias, A, B, scale, format, keep, weight_scale);
   const NoGradGuard no_grad;
   cuda::Launch launch("x", call.x);
   const Tensor y = empty(x, {call.M, call.N}), h = empty(x, {call.M, call.R});
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tenso
   cuda::forward_h(launch.context(), x_view, cuda::bits_of(call.low.keep), launch.matrix(call.low.A),
                   h_view);
   cuda::forward_y(launch.context(), x_view, launch.matrix(call.weight.data), bias_view, h_view,
-                  launch.matrix(call.low.B), scale, launch.result(y), onto);
+                  launch.matrix(call.low.B), call.low.scale, launch.result(y), onto);
   return {y, h};
 }
 
@@ -120,8 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& A, const std::optional<Tensor>& B, const std::optional<Tensor>& h,
     double scale, const std::vector<bool>& asked, const std::string& format,
-    const std::optional<Tensor>& keep) {
-  const BackwardCall call = check_backward(dy, x, weight, A, B, h, scale, asked, format, keep);
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& weight_scale) {
+  const BackwardCall call =
+      check_backward(dy, x, weight, A, B, h, scale, asked, format, keep, weight_scale);
   const Needs& needs = call.needs;
   const NoGradGuard no_grad;
   cuda::Launch launch("dy", call.dy);
@@ -135,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     torch::stable::sum_out(dbias, dy, rows);
   }
   if (needs.dB) {
-    cuda::backward_adapter(launch.context(), dy_view, {}, launch.matrix(call.h), scale,
+    cuda::backward_adapter(launch.context(), dy_view, {}, launch.matrix(call.h), call.low.scale,
                            launch.result(out.dB).transposed());
   }
   if (!needs.dx && !needs.dA) return out.tuple();
@@ -143,14 +145,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
   const cuda::Matrix t_view = launch.result(t);
   cuda::backward_t(launch.context(), dy_view, launch.matrix(call.low.B), t_view);
   if (needs.dA) {
-    cuda::backward_adapter(launch.context(), launch.matrix(call.x), keep_view, t_view, scale,
-                           launch.result(out.dA));
+    cuda::backward_adapter(launch.context(), launch.matrix(call.x), keep_view, t_view,
+                           call.low.scale, launch.result(out.dA));
   }
   if (needs.dx) {
     const bool onto = weight.has_value() && launch.base_by_torch(call.M);
     if (onto) cuda::mm_out(dy, *weight, out.dx);
     cuda::backward_dx(launch.context(), dy_view, launch.matrix(call.weight.data), t_view,
-                      launch.matrix(call.low.A), keep_view, scale, launch.result(out.dx), onto);
+                      launch.matrix(call.low.A), keep_view, call.low.scale, launch.result(out.dx),
+                      onto);
   }
   return out.tuple();
 }

@@ -55,6 +55,7 @@ def unsupported(call: Call) -> str | None:
         and type(B) in _PLAIN
         and (bias is None or (type(bias) in _PLAIN and bias.layout is torch.strided))
         and x.layout is data.layout is A.layout is B.layout is torch.strided
+        and (weight is None or weight.scale is None or x.dtype is not torch.float64)
     ):
         return None
     if x.is_cpu and _not_loaded is not None:
@@ -68,7 +69,18 @@ def unsupported(call: Call) -> str | None:
             return f"takes plain tensors, {name} is a {type(tensor).__name__}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"takes strided tensors, {name} is {tensor.layout}"
+    if x.is_cpu and weight is not None:
+        return f"has no kernel for float64 over a weight in format {weight.format!r}"
+    if (why := why_no_cuda_kernel(call)) is not None:
+        return why
     return _why_not_on(x.device)
+
+
+def why_no_cuda_kernel(call: Call) -> str | None:
+    """Say what of a call the CUDA kernels, unlike the CPU's, do not read."""
+    if call.weight is None or call.weight.format == "plain":
+        return None
+    return f"has no CUDA kernel for a weight in format {call.weight.format!r}"
 
 
 @functools.cache
@@ -130,8 +142,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, (A, B, scale, keep) = call
     if weight is not None and keep is None and weight.format == "plain":  # defaults cost nothing
         return _FWD(x, weight.data, bias, A, B, scale)
-    data, format = (None, "plain") if weight is None else weight
-    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep)
+    data, format, codes = (None, "plain", None) if weight is None else weight
+    return _FWD(x, data, bias, A, B, scale, format=format, keep=keep, weight_scale=codes)
 
 
 def backward(
@@ -139,11 +151,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
-    data, format = (None, "plain") if weight is None else weight
+    data, format, codes = (None, "plain", None) if weight is None else weight
     if keep is None and format == "plain":
         gradients = _BWD(dy, x, data, A, B, h, scale, needs)
     else:
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs, format=format, keep=keep)
+        given = {"format": format, "keep": keep, "weight_scale": codes}
+        gradients = _BWD(dy, x, data, A, B, h, scale, needs, **given)
     dx, dweight, dbias, dA, dB = gradients
     return (
         dx if needs[0] else None,
@@ -158,9 +171,9 @@ def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], Sequence[Tensor]
     """Return y (M, N) and h (M, R) of each call; all have the same x, and a weight."""
     x, *_ = calls[0]
     weights, biases, lows = list(zip(*calls, strict=True))[1:]
-    data, formats = zip(*weights, strict=True)
+    data, formats, codes = zip(*weights, strict=True)
     As, Bs, scales, keeps = zip(*lows, strict=True)
-    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps)
+    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps, codes)
     return ys, h.split([A.shape[1] for A in As], 1)
 
 
@@ -183,6 +196,7 @@ def backward_group(
         [needs[0][0], *(need for own in needs for need in own[1:])],
         ["plain" if weight is None else weight.format for weight in weights],
         [low.keep for low in lows],
+        [None if weight is None else weight.scale for weight in weights],
     )
     results = []
     for i, (_, *others) in enumerate(needs):

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Weight
+from ..codes import dequantised
 from ..dropout import unpack_bits
 from ..ops import is_transposed
 
 
 def unsupported(call: Call) -> str | None:
     """Answer None for whatever PyTorch can multiply."""
-    if call.weight is not None and call.weight.format != "plain":
-        return f"takes a plain weight, not one in format {call.weight.format!r}"
+    if call.weight is not None and call.weight.format == "panels":
+        return "takes no weight in panels"
     return None
 
 
@@ -26,7 +27,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, (A, B, scale, keep) = call
     h = masked(x, keep) @ A.to(x.dtype)
     low = scale * (h @ B.to(x.dtype))
-    return low if weight is None else F.linear(x, weight.data, bias) + low, h
+    return low if weight is None else F.linear(x, matrix_of(weight, A, B, x), bias) + low, h
 
 
 def backward(
@@ -43,7 +44,7 @@ def backward(
         t = dy @ B.to(dy.dtype).T  # (M, R)
     if need_dx:
         dx = masked(scale * (t @ A.to(dy.dtype).T), keep)
-        dx = dx if weight is None else dy @ weight.data + dx
+        dx = dx if weight is None else dy @ matrix_of(weight, A, B, dy) + dx
     if need_dA:
         dA = scale * product_like(A, masked(x, keep).T, t).to(A.dtype)
     dweight = dy.T @ x if need_dweight else None
@@ -52,6 +53,13 @@ def backward(
     if need_dB and h is not None:
         dB = scale * product_like(B, h.T, dy).to(B.dtype)
     return dx, dweight, dbias, dA, dB
+
+
+def matrix_of(weight: Weight, A: Tensor, B: Tensor, like: Tensor) -> Tensor:
+    """Return the weight, (N, K), in the dtype of `like` where codes stand for it."""
+    if weight.format == "plain":
+        return weight.data
+    return dequantised(weight, B.shape[1], A.shape[0], like.dtype)
 
 
 def masked(x: Tensor, keep: Tensor | None) -> Tensor:

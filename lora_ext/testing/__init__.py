@@ -19,12 +19,13 @@ Three subjects: `plain` has the layer as people write it by hand, `cases` the pr
 rule. Nothing but torch and the standard library is imported.
 """
 
-from .backend import NEEDS, check_backend, make_call, run_backend
+from .backend import NEEDS, check_backend, make_call, possible, run_backend
 from .cases import (
     DTYPES,
     LAYOUTS,
     MASKED,
     NAMES,
+    OF_CODES,
     SHAPES,
     TAILS,
     WITHOUT_BASE,
@@ -57,6 +58,7 @@ __all__ = [
     "NORMS",
     "SHAPES",
     "TAILS",
+    "OF_CODES",
     "WITHOUT_BASE",
     "Case",
     "Error",
@@ -76,6 +78,7 @@ __all__ = [
     "make_call",
     "make_inputs",
     "plain_linear",
+    "possible",
     "replace_linear_with_lora",
     "run_backend",
 ]

@@ -21,9 +21,9 @@ NEEDS += [(True, False, False, True, True), (False, False, False, True, True)]
 def make_call(inputs: Inputs, alpha: float) -> Call:
     """Return the `Call` of these inputs, x as a matrix (M, K)."""
     x, A, B = (_given(inputs, name) for name in "xAB")
-    weight = inputs["weight"]
+    weight, codes = inputs["weight"], inputs.get("codes")
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    base = None if weight is None else Weight(weight)
+    base = codes if codes is not None else None if weight is None else Weight(weight)
     return Call(rows, base, inputs["bias"], LowRank(A, B, alpha, inputs.get("keep")))
 
 
@@ -87,9 +87,8 @@ def check_backend(backend: ModuleType, cases: Iterable[Case] | None = None) -> d
 
 def _check_case(backend: ModuleType, case: Case, needs: tuple[bool, ...]) -> None:
     want = expected(case)
-    given = [want.inputs[name] is not None for name in NAMES]
-    needs = tuple(need and has for need, has in zip(needs, given, strict=True))
-    before = {n: t.clone() for n, t in want.inputs.items() if t is not None}
+    needs = possible(needs, want.inputs)
+    before = {n: t.clone() for n, t in want.inputs.items() if isinstance(t, Tensor)}
     first, second = (run_backend(backend, want.inputs, case.alpha, needs) for _ in range(2))
     lines = broken_rules(first, want)
     for name, t in before.items():
@@ -100,6 +99,13 @@ def _check_case(backend: ModuleType, case: Case, needs: tuple[bool, ...]) -> Non
             lines.append(f"{name} has other bits at a second call")
     if lines:
         raise AssertionError(f"{case}, needs {needs}:\n" + "\n".join(lines))
+
+
+def possible(needs: tuple[bool, ...], inputs: Inputs) -> tuple[bool, ...]:
+    """Return the needs of what is there, and is not frozen as a weight of codes is."""
+    frozen = ("weight",) if "codes" in inputs else ()
+    has = [inputs[name] is not None and name not in frozen for name in NAMES]
+    return tuple(need and given for need, given in zip(needs, has, strict=True))
 
 
 def _given(inputs: Inputs, name: str) -> Tensor:

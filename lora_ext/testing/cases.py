@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..codes import FORMATS, dequantised, quantised
 from ..dropout import pack_bits
 
 NAMES = ("x", "weight", "bias", "A", "B")
@@ -32,6 +34,8 @@ class Case:
         alpha: factor of the low-rank part, 1 / (1 - dropout) included.
         dropout: share of the elements of x that the low-rank part does not see; at 0 no mask.
         base: whether there is a weight; without one the low-rank part stands alone.
+        format: of the weight, "plain" or one of codes.FORMATS.
+        block: elements in a block of 4-bit codes.
 
     """
 
@@ -46,6 +50,8 @@ class Case:
     alpha: float = 1.7
     dropout: float = 0.0
     base: bool = True
+    format: str = "plain"
+    block: int = 64
 
     def __str__(self) -> str:
         """As a test id: M37-K96-N160-R8-bf16."""
@@ -63,6 +69,8 @@ class Case:
             parts.append(f"alpha{self.alpha:g}")
         if self.dropout:
             parts.append(f"drop{self.dropout:g}")
+        if self.format != "plain":
+            parts.append(self.format + (f"x{self.block}" if self.block != 64 else ""))
         return "-".join(parts)
 
     @property
@@ -101,6 +109,25 @@ MASKED = [
 ]
 MASKED += [Case((1,), 96, 160, 8, dropout=0.3), Case((0,), 96, 160, 8, dropout=0.3)]
 MASKED += [Case((400,), 264, 136, 16, dropout=0.1)]  # more than a block of each kind
+# Rows of whole blocks, which go straight from codes to sums where they meet few of x; blocks that
+# run on into the next row; rows that begin within a byte; a row shorter than a block, and than a
+# vector; more than a block of each kind.
+OF_CODES = [
+    case.but(format=format)
+    for format in FORMATS
+    for case in (
+        *(Case((M,), 128, 70, 8) for M in (1, 3, 6, 13, 37)),
+        Case((5,), 192, 9, 4, block=32),
+        Case((11,), 96, 160, 8, dropout=0.3),
+        Case((3,), 91, 157, 8),
+        Case((3, 14), 91, 157, 8, bias=False),
+        Case((2,), 30, 5, 3, block=128),
+        Case((), 7, 3, 1),
+        Case((1,), 4160, 33, 8, block=32),
+        Case((0,), 64, 32, 4),
+        Case((400,), 404, 264, 16, dropout=0.1),
+    )
+]
 WITHOUT_BASE = [case.but(base=False) for case in (TAILS, Case((0,), 96, 160, 8), MASKED[0])]
 
 # A layout: the tensor that it lays out in another way, and how; the values stay.
@@ -132,15 +159,18 @@ def every_case() -> list[Case]:
     """Return what `check_backend` runs: every shape in every dtype, and each layout in two."""
     shapes = [*SHAPES, *MASKED, *WITHOUT_BASE]
     cases = [c.but(dtype=dtype, adapter_dtype=ab) for c in shapes for dtype, ab in DTYPES]
+    of_codes = [(FP32, None), (BF16, FP32), (FP16, None)]
+    cases += [c.but(dtype=dtype, adapter_dtype=ab) for c in OF_CODES for dtype, ab in of_codes]
     laid_out = [c.but(layout=name) for c in (TAILS, MASKED[0]) for name in LAYOUTS]
     return cases + [c.but(dtype=dtype) for c in laid_out for dtype in (FP32, BF16)]
 
 
-def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
+def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
     """Return x, weight, bias, A, B and dy; each part of y has a variance of about 1.
 
     On torch's default device, the same values on each. With dropout also `keep`, its mask as bits:
-    (M, ceil(K / 8)) uint8.
+    (M, ceil(K / 8)) uint8; of a weight of codes also `codes`, the Weight, and as `weight` what
+    these stand for.
     """
     g = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device()
@@ -151,7 +181,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
 
     K, N, R = case.K, case.N, case.R
     adapter = case.adapter_dtype or case.dtype
-    inputs: dict[str, Tensor | None] = {
+    inputs: dict[str, Any] = {
         "x": randn(*case.lead, K),
         "weight": randn(N, K, scale=K**-0.5) if case.base else None,
         "bias": randn(N) if case.base and case.bias else None,
@@ -159,6 +189,9 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
         "B": randn(R, N, scale=R**-0.5, dtype=adapter),  # never zero: it would hide dA and dx
         "dy": randn(*case.lead, N),
     }
+    if case.format != "plain":
+        codes = inputs["codes"] = quantised(inputs["weight"], case.format, case.block)
+        inputs["weight"] = dequantised(codes, N, K, case.dtype)
     if case.dropout:
         kept = torch.rand(case.M, K, generator=g, device="cpu") >= case.dropout
         inputs["keep"] = pack_bits(kept).to(device)

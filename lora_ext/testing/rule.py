@@ -22,19 +22,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..call import Weight
 from ..dropout import unpack_bits
 from .cases import NAMES, Case, make_inputs
 from .plain import LinearWithLoRA
 
-# Called like `lora_linear`: (x, weight, bias, A, B, alpha), and `keep` by name where there is one.
+# Called like `lora_linear`: (x, weight, bias, A, B, alpha), and by name `keep` and `codes`, the
+# weight's, where there are.
 Linear = Callable[..., Tensor]
-Inputs = dict[str, Tensor | None]
+Inputs = dict[str, Any]
 Norm = Callable[[Tensor], float]
 
 NORMS: dict[str, Norm] = {
@@ -94,10 +96,12 @@ def plain_linear(
     alpha: float,
     *,
     keep: Tensor | None = None,
+    codes: Weight | None = None,
 ) -> Tensor:
     """Run the plain layer on these tensors; A and B in x's dtype.
 
     With `keep` its low-rank part gets keep * x, without a weight it is the low-rank part alone.
+    `weight` is what `codes` stand for.
     """
     K, R = A.shape
     with torch.device("meta"):
@@ -118,9 +122,14 @@ def gradients(
     linear: Linear, inputs: Inputs, alpha: float, of: Sequence[str] = NAMES
 ) -> dict[str, Tensor]:
     """Return y and the gradients of the inputs named in `of`, as `linear` computes them."""
-    leaves = {n: t.detach().requires_grad_(n in of) for n in NAMES if (t := inputs[n]) is not None}
-    masked = {} if inputs.get("keep") is None else {"keep": inputs["keep"]}
-    y = linear(*(leaves.get(n) for n in NAMES), alpha, **masked)
+    frozen = ("weight",) if "codes" in inputs else ()
+    leaves = {
+        n: t.detach().requires_grad_(n in of and n not in frozen)
+        for n in NAMES
+        if (t := inputs[n]) is not None
+    }
+    more = {n: inputs[n] for n in ("keep", "codes") if inputs.get(n) is not None}
+    y = linear(*(leaves.get(n) for n in NAMES), alpha, **more)
     wanted = {n: t for n, t in leaves.items() if t.requires_grad}
     grads = torch.autograd.grad(y, list(wanted.values()), inputs["dy"]) if wanted else ()
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
@@ -151,9 +160,12 @@ def expect(
         device: where the float64 products run.
 
     """
-    exact = {n: None if t is None else t.detach().to(device) for n, t in inputs.items()}
-    exact = {n: t.double() if t is not None and n != "keep" else t for n, t in exact.items()}
-    magnitude = {n: t.abs() if t is not None and n != "keep" else t for n, t in exact.items()}
+    as_given = ("keep", "codes")
+    exact = {
+        n: t if t is None or n == "codes" else t.detach().to(device) for n, t in inputs.items()
+    }
+    exact = {n: t if t is None or n in as_given else t.double() for n, t in exact.items()}
+    magnitude = {n: t if t is None or n in as_given else t.abs() for n, t in exact.items()}
     return Expected(
         inputs,
         _plain_results(exact, alpha, of),

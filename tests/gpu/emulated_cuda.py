@@ -90,8 +90,11 @@ def pytest_configure() -> None:
     """Once conftest.py is there, add the variant to what the tests run over."""
     if platform.machine() != "x86_64":
         pytest.exit(NEEDS_X86, 0)
+    from lora_ext.backends import cpp
     from tests.conftest import VARIANTS, Backend
 
+    on_cpu = cpp.unsupported
+    cpp.unsupported = lambda call: on_cpu(call) or cpp.why_no_cuda_kernel(call)
     VARIANTS["cpp"] = [Backend("cpp", "hopper", hopper)]
 
 

@@ -1,6 +1,7 @@
 """Every backend against the oracle: forward and backward, shapes each for a reason."""
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora_ext.testing import (
     MASKED,
     NAMES,
     NEEDS,
+    OF_CODES,
     SHAPES,
     TAILS,
     WITHOUT_BASE,
@@ -24,6 +26,7 @@ from lora_ext.testing import (
     gradients,
     make_call,
     make_inputs,
+    possible,
     run_backend,
 )
 from tests.conftest import Backend
@@ -127,9 +130,17 @@ def test_a_mask_or_no_base_keeps_the_error_rule(backend: Backend, case):
     check(backend.linear, case)
 
 
+@in_each_dtype(*OF_CODES, dtypes=[(FP32, None), (BF16, None), (BF16, FP32), (torch.float16, None)])
+def test_a_weight_of_codes_keeps_the_error_rule(backend: Backend, case):
+    check(backend.linear, case)
+
+
 def may_refuse(backend: Backend, case: Case) -> bool:
     """Whether a backend has no kernel for a case: all that it may leave to the next one."""
-    return backend.name == "triton" and (case.dtype == FP64 or not case.base)
+    if backend.name == "triton":
+        return case.dtype == FP64 or not case.base or case.format != "plain"
+    on_cuda = torch.get_default_device().type == "cuda" or "LORA_EXT_EMULATED" in os.environ
+    return backend.name == "cpp" and on_cuda and case.format != "plain"
 
 
 def test_backend_refuses_what_it_has_no_kernel_for_alone(backend: Backend):
@@ -140,14 +151,13 @@ def test_backend_refuses_what_it_has_no_kernel_for_alone(backend: Backend):
 
 
 @pytest.mark.parametrize("needs", [(False,) * 5, *NEEDS, (True,) * 5], ids=named)
-@pytest.mark.parametrize("case", [TAILS, MASKED[0], WITHOUT_BASE[0]], ids=str)
+@pytest.mark.parametrize("case", [TAILS, MASKED[0], WITHOUT_BASE[0], OF_CODES[2]], ids=str)
 def test_backend_functions_keep_their_contract(backend: Backend, case, needs):
     """What backends/__init__.py promises of the three functions, None for what is not read."""
     want = expected(case)
     if may_refuse(backend, case):
         pytest.skip(f"{backend} refuses it, which another test holds")
-    given = [want.inputs[name] is not None for name in NAMES]
-    needs = tuple(need and has for need, has in zip(needs, given, strict=True))
+    needs = possible(needs, want.inputs)
     got = run_backend(BACKENDS[backend.name], want.inputs, case.alpha, needs)
     assert broken_rules(got, want) == []
 

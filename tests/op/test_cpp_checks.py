@@ -26,6 +26,19 @@ def bits(*shape):
     return torch.zeros(*shape, dtype=torch.uint8)
 
 
+def of_codes(format):
+    if format == "int8":
+        given = {"weight": t(N, K, dtype=torch.int8), "weight_scale": t(N)}
+    else:
+        given = {"weight": bits(N * K // 2, 1), "weight_scale": t(2)}
+    return given | {"format": format}
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def forward(**given):
     arguments = {"x": t(M, K), "weight": t(N, K), "bias": t(N), "A": t(K, R), "B": t(R, N)}
     return torch.ops.lora_ext.linear_fwd.default(**arguments | {"scale": 1.0} | given)
@@ -63,7 +76,58 @@ FORWARD = {
         "x must have dtype float32, float64, bfloat16 or float16, got Int",
     ),
     "bias_alone": ({"weight": None}, "bias must be None where weight is None"),
-    "format": ({"format": "int3"}, "format must be plain or panels, got int3"),
+    "format": ({"format": "int3"}, "format must be plain, panels, nf4, fp4 or int8, got int3"),
+    "codes_float64": (
+        of_codes("nf4") | {n: t(*s, dtype=F64) for n, s in {"x": (M, K), "bias": (N,)}.items()},
+        "x must have dtype float32, bfloat16 or float16 where the weight is of codes, got Double",
+    ),
+    "codes_scale": (
+        of_codes("nf4") | {"weight_scale": None},
+        "weight_scale must be a tensor where format is nf4, fp4 or int8, got None",
+    ),
+    "codes": (of_codes("fp4") | {"weight": bits(61, 1)}, "must have shape (60, 1), got (61, 1)"),
+    "codes_dtype": (
+        of_codes("nf4") | {"weight": t(60, 1)},
+        "weight must have dtype Byte, got Float",
+    ),
+    "int8": (of_codes("int8") | {"weight": bits(N, K)}, "weight must have dtype Char, got Byte"),
+    "int8_shape": (
+        of_codes("int8") | {"weight": t(N, 11, dtype=torch.int8)},
+        "weight must have shape (10, 12), got (10, 11)",
+    ),
+    "codes_rows": (
+        of_codes("int8") | {"weight": t(N, 2 * K, dtype=torch.int8)[:, ::2]},
+        "weight must be contiguous where it is of codes, got strides (24, 2)",
+    ),
+    "int8_scale": (
+        of_codes("int8") | {"weight_scale": t(9)},
+        "weight_scale must have shape (10,), got (9,)",
+    ),
+    "blocks": (
+        of_codes("nf4") | {"weight_scale": t(5)},
+        "weight_scale must have one value a block of a power of two of the 120 elements, from 32 "
+        "on, got shape (5,)",
+    ),
+    "blocks_dim": (
+        of_codes("nf4") | {"weight_scale": t(2, 1)},
+        "weight_scale must have shape (blocks,), got (2, 1)",
+    ),
+    "scale_dtype": (
+        of_codes("nf4") | {"weight_scale": t(2, dtype=F64)},
+        "weight_scale must have dtype Float, got Double",
+    ),
+    "scale_rows": (
+        of_codes("nf4") | {"weight_scale": t(4)[::2]},
+        "weight_scale must be contiguous, got stride 2",
+    ),
+    "codes_freed": (
+        of_codes("nf4") | {"weight": freed(bits(60, 1))},
+        "weight's memory must hold the 60 bytes",
+    ),
+    "scale_freed": (
+        of_codes("nf4") | {"weight_scale": freed(t(2))},
+        "weight_scale's memory must hold the 8 bytes",
+    ),
     "panels": ({"format": "panels"}, "weight must be the panels that pack_weight makes"),
     "keep": ({"keep": bits(M, 1)}, "keep must have shape (5, 2), got (5, 1)"),
     "keep_dtype": ({"keep": t(M, 2)}, "keep must have dtype Byte, got Float"),

@@ -61,10 +61,10 @@ def through(backend: ModuleType):
 
 
 H = "h = masked(x, keep) @ A.to(x.dtype)"
-Y = "F.linear(x, weight.data, bias) + low, h"
+Y = "F.linear(x, matrix_of(weight, A, B, x), bias) + low, h"
 LOW = "low = scale * (h @ B.to(x.dtype))"
 DX_LOW = "dx = masked(scale * (t @ A.to(dy.dtype).T), keep)"
-DX = "dx = dx if weight is None else dy @ weight.data + dx"
+DX = "dx = dx if weight is None else dy @ matrix_of(weight, A, B, dy) + dx"
 DA = "scale * product_like(A, masked(x, keep).T, t)"
 DB = "scale * product_like(B, h.T, dy)"
 BACKEND_MUTANTS = {
@@ -76,13 +76,16 @@ BACKEND_MUTANTS = {
     "one_percent_in_dx": (DX_LOW, DX_LOW.replace("scale *", "1.01 * scale *")),
     "one_percent_in_dA": (DA, "1.01 * " + DA),
     "one_percent_in_dB": (DB, "1.01 * " + DB),
-    "low_rank_part_forgotten": (Y, "F.linear(x, weight.data, bias), h"),
-    "dx_without_low_rank_part": (DX, DX.replace("data + dx", "data")),
+    "low_rank_part_forgotten": (Y, "F.linear(x, matrix_of(weight, A, B, x), bias), h"),
+    "dx_without_low_rank_part": (DX, DX.replace("dy) + dx", "dy)")),
     "dx_without_base": (DX, "pass"),
-    "bias_forgotten": ("F.linear(x, weight.data, bias)", "F.linear(x, weight.data)"),
+    "bias_forgotten": (
+        "F.linear(x, matrix_of(weight, A, B, x), bias)",
+        "F.linear(x, matrix_of(weight, A, B, x))",
+    ),
     "weight_transposed": (
-        "dy @ weight.data +",
-        "dy @ (weight.data.T if dy.shape[1] == A.shape[0] else weight.data) +",
+        "dy @ matrix_of(weight, A, B, dy) +",
+        "dy @ (weight.data.T if dy.shape[1] == A.shape[0] else matrix_of(weight, A, B, dy)) +",
     ),
     "A_and_B_swapped": (H, H.replace("A.to", "(B.T if B.T.shape == A.shape else A).to")),
     "dbias_forgotten": ("dy.sum(0) if need_dbias", "dy.new_zeros(dy.shape[1]) if need_dbias"),
@@ -117,7 +120,10 @@ BACKEND_MUTANTS = {
     "mask_forgotten_in_dA": (DA, DA.replace("masked(x, keep)", "x")),
     "mask_of_the_base_too": (
         DX,
-        DX.replace("dy @ weight.data + dx", "masked(dy @ weight.data + dx, keep)"),
+        DX.replace(
+            "dy @ matrix_of(weight, A, B, dy) + dx",
+            "masked(dy @ matrix_of(weight, A, B, dy) + dx, keep)",
+        ),
     ),
     "mask_the_other_way_round": ("~unpack_bits", "unpack_bits"),
     "mask_with_its_bits_in_the_other_order": (

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from lora_ext.testing import LAYOUTS, SHAPES, TAILS, Case
+from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
 from tests.conftest import linear_of
 from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
@@ -36,7 +36,14 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
-SOURCES += ["cpu/pack", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2", "cpu/blocks_avx512"]
+SOURCES += [
+    "cpu/pack",
+    "cpu/codes",
+    "cpu/keep",
+    "cpu/blocks_baseline",
+    "cpu/blocks_avx2",
+    "cpu/blocks_avx512",
+]
 SOURCES += ["cpu/blocks_avx512_bf16"]
 FORWARD, BACKWARD, BLOCKS = ["cpu/forward"], ["cpu/backward"], ["cpu/blocks_avx2"]
 TORCH_HEADERS = [
@@ -50,6 +57,7 @@ LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
 CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
 CPP_CASES += [LONG.but(dropout=0.3), LONG.but(dropout=0.3, dtype=torch.bfloat16, R=24)]
+CPP_CASES += [*OF_CODES[:14], *(case.but(dtype=torch.bfloat16) for case in OF_CODES[-14:])]
 CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is far
 # By more threads than pack a weight each, which are a part of the operands' order.
 MANY_THREADS, CASES_OF_MANY = 6, [LONG, LONG.but(dropout=0.3), FEW_ROWS.but(K=800)]
@@ -339,6 +347,67 @@ MUTANTS = {
         "scale * sum;",
         BLOCKS,
     ),
+    "halves_of_a_byte_swapped": (
+        "cpu/codes_impl.h",
+        "_mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4)",
+        "_mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0)",
+        BLOCKS,
+    ),
+    "halves_of_a_last_byte_swapped": (
+        "cpu/codes_impl.h",
+        "code = at % 2 == 0 ?",
+        "code = at % 2 != 0 ?",
+        BLOCKS,
+    ),
+    "upper_eight_values_lost": ("cpu/codes_impl.h", "(__m256)(code << 28)", "__m256{}", BLOCKS),
+    "block_off_by_one": (
+        "cpu/codes_impl.h",
+        "block = at >> codes.block_bits,",
+        "block = (at > 0 ? at - 1 : at) >> codes.block_bits,",
+        BLOCKS,
+    ),
+    "scale_of_the_neighbour_block": (
+        "cpu/codes_impl.h",
+        "scale = codes.scale[block];",
+        "scale = codes.scale[block > 0 ? block - 1 : block];",
+        BLOCKS,
+    ),
+    "scale_of_the_neighbour_block_in_dots": (
+        "cpu/codes_impl.h",
+        "codes.scale[scale]",
+        "codes.scale[scale > 0 ? scale - 1 : scale]",
+        BLOCKS,
+    ),
+    "blocks_of_each_row_its_own": (
+        "cpu/codes_impl.h",
+        "decode_nibbles<T>(codes, at, region.cols, dst);",
+        "decode_nibbles<T>(codes, region.col + row * (codes.width / 2 * 2), region.cols, dst);",
+        BLOCKS,
+    ),
+    "codes_of_first_columns": (
+        "cpu/factors.h",
+        "part.first_col_ += col;",
+        "",
+        FORWARD + BACKWARD,
+    ),
+    "codes_of_first_steps": (
+        "cpu/factors.h",
+        "{part.col + j, part.row, n, part.rows}",
+        "{part.col + j, 0, n, part.rows}",
+        ["cpu/pack"],
+    ),
+    "last_columns_of_dots_alone": (
+        "cpu/codes_impl.h",
+        "{out + i * ld, ld, 1, k > 0}",
+        "{out + i * ld, ld, 1, false}",
+        BLOCKS,
+    ),
+    "codes_of_fp4_for_nf4": (
+        "cpu/codes.cpp",
+        "Format::kNf4 ? kNf4Values",
+        "Format::kInt8 ? kNf4Values",
+        ["cpu/codes"],
+    ),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
         "round = 1; round < kRows",
@@ -408,6 +477,7 @@ def lowered_avx512(target: Path) -> Path:
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
     change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
+    change(target / "cpu/codes_impl.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
     return target
 
 

@@ -133,7 +133,9 @@ def backward(dy: Tensor, call: Call, h: Tensor | None, needs: _Needs) -> tuple[T
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-def _forward(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tuple[Tensor, Tensor]:
+def _forward(
+    x, weight, bias, A, B, scale, *, format="plain", keep=None, weight_scale=None
+) -> tuple[Tensor, Tensor]:
     """Kernel of the operator linear_fwd."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.forward(Call(x, Weight(weight), bias, LowRank(A, B, scale, keep)))
@@ -145,7 +147,7 @@ def _forward(x, weight, bias, A, B, scale, *, format="plain", keep=None) -> tupl
 
 
 def _backward(
-    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None
+    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None, weight_scale=None
 ) -> tuple[Tensor | None, ...]:
     """Kernel of the operator linear_bwd."""
     need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
