@@ -22,7 +22,8 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
     const Tensor& x, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& As,
     const std::vector<Tensor>& Bs, const std::vector<double>& scales,
-    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps);
+    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps,
+    const std::vector<std::optional<Tensor>>& weight_scales);
 // dx, the sum over layers, and for each dweight, dbias, dA and dB. `needs` asks in that order.
 std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optional<Tensor>& x,
                                 const std::vector<std::optional<Tensor>>& weights,
@@ -31,7 +32,8 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::optional<Tensor>>& hs,
                                 const std::vector<double>& scales, const std::vector<bool>& needs,
                                 const std::vector<std::string>& formats,
-                                const std::vector<std::optional<Tensor>>& keeps);
+                                const std::vector<std::optional<Tensor>>& keeps,
+                                const std::vector<std::optional<Tensor>>& weight_scales);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
 // Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the

@@ -90,7 +90,7 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 
-def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps):
+def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps, weight_scales):
     results = [
         fwd_fake(x, *operands, 1.0, keep=keep)
         for *operands, keep in zip(weights, biases, As, Bs, keeps, strict=True)
@@ -98,7 +98,7 @@ def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps):
     return [y for y, _ in results], x.new_empty(x.shape[0], sum(A.shape[1] for A in As))
 
 
-def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps):
+def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps, weight_scales):
     gradients: list[Tensor] = []
     layers = zip(dys, weights, As, Bs, hs, keeps, strict=True)
     for i, (dy, weight, A, B, h, keep) in enumerate(layers):
@@ -128,12 +128,14 @@ LIBRARY = define("lora_ext")
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
-        " float[] scales, str[] formats, Tensor?[] keeps) -> (Tensor[] ys, Tensor h)",
+        " float[] scales, str[] formats, Tensor?[] keeps, Tensor?[] weight_scales)"
+        " -> (Tensor[] ys, Tensor h)",
         _linears_fwd_fake,
     ),
     (
         "linears_bwd(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor?[] As, Tensor?[] Bs,"
-        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps) -> Tensor[]",
+        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps,"
+        " Tensor?[] weight_scales) -> Tensor[]",
         _linears_bwd_fake,
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),

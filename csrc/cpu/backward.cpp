@@ -252,7 +252,8 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::optional<Tensor>>& hs,
                                 const std::vector<double>& scales, const std::vector<bool>& needs,
                                 const std::vector<std::string>& formats,
-                                const std::vector<std::optional<Tensor>>& keeps) {
+                                const std::vector<std::optional<Tensor>>& keeps,
+                                const std::vector<std::optional<Tensor>>& weight_scales) {
   const size_t count = dys.size();
   STD_TORCH_CHECK(count > 0 && count <= cpu::kMostLegs / 2, "dys must have 1 to ",
                   cpu::kMostLegs / 2, " elements, got ", count);
@@ -266,6 +267,7 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                   needs.size());
   check_count("formats", formats.size(), count);
   check_count("keeps", keeps.size(), count);
+  check_count("weight_scales", weight_scales.size(), count);
   std::vector<BackwardCall> calls;
   std::vector<Gradients> out;
   const NoGradGuard no_grad;
@@ -273,7 +275,7 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
     const std::vector<bool> own = {needs[0], needs[1 + 4 * i], needs[2 + 4 * i], needs[3 + 4 * i],
                                    needs[4 + 4 * i]};
     calls.push_back(check_backward(dys[i], x, weights[i], As[i], Bs[i], hs[i], scales[i], own,
-                                   formats[i], keeps[i], std::nullopt));
+                                   formats[i], keeps[i], weight_scales[i]));
     BackwardCall all_but_dx = calls.back();
     all_but_dx.needs.dx = false;
     out.emplace_back(all_but_dx);

@@ -234,7 +234,8 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
     const Tensor& x, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& As,
     const std::vector<Tensor>& Bs, const std::vector<double>& scales,
-    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps) {
+    const std::vector<std::string>& formats, const std::vector<std::optional<Tensor>>& keeps,
+    const std::vector<std::optional<Tensor>>& weight_scales) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights must have an element, got none");
   check_count("biases", biases.size(), count);
@@ -243,12 +244,13 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
   check_count("scales", scales.size(), count);
   check_count("formats", formats.size(), count);
   check_count("keeps", keeps.size(), count);
+  check_count("weight_scales", weight_scales.size(), count);
   const std::vector<std::optional<Tensor>> bases(weights.begin(), weights.end());
   std::vector<Call> calls;
   int64_t R = 0;
   for (size_t i = 0; i < count; ++i) {
     calls.push_back(check_forward(x, bases[i], biases[i], As[i], Bs[i], scales[i], formats[i],
-                                  keeps[i], std::nullopt));
+                                  keeps[i], weight_scales[i]));
     R += calls.back().R;
   }
   const NoGradGuard no_grad;

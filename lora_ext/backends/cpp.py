@@ -178,9 +178,9 @@ def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], Sequence[Tensor]
     """Return y (M, N) and h (M, R) of each call; all have the same x, and a weight."""
     x, *_ = calls[0]
     weights, biases, lows = list(zip(*calls, strict=True))[1:]
-    data, formats, _ = zip(*weights, strict=True)  # a group has no weight of codes
+    data, formats, codes = zip(*weights, strict=True)
     As, Bs, scales, keeps = zip(*lows, strict=True)
-    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps)
+    ys, h = _FWD_GROUP(x, data, biases, As, Bs, scales, formats, keeps, codes)
     return ys, h.split([A.shape[1] for A in As], 1)
 
 
@@ -203,6 +203,7 @@ def backward_group(
         [needs[0][0], *(need for own in needs for need in own[1:])],
         ["plain" if weight is None else weight.format for weight in weights],
         [low.keep for low in lows],
+        [None if weight is None else weight.scale for weight in weights],
     )
     results = []
     for i, (_, *others) in enumerate(needs):

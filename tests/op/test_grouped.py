@@ -98,12 +98,14 @@ def test_operators_of_one_layer_have_the_single_ones_bits(dtype, lead, dropout):
     x, weight, bias, A, B, dy = (inputs[n] for n in ("x", "weight", "bias", "A", "B", "dy"))
     keep, ops = inputs.get("keep"), torch.ops.lora_ext
     y, h = ops.linear_fwd(x, weight, bias, A, B, 1.5, keep=keep)
-    (same_y,), same_h = ops.linears_fwd(x, [weight], [bias], [A], [B], [1.5], ["plain"], [keep])
+    (same_y,), same_h = ops.linears_fwd(
+        x, [weight], [bias], [A], [B], [1.5], ["plain"], [keep], [None]
+    )
     assert torch.equal(y, same_y) and torch.equal(h, same_h)
     needs = [True] * 5
     want = ops.linear_bwd(dy, x, weight, A, B, h, 1.5, needs, keep=keep)
     got = ops.linears_bwd(
-        [dy], x, [weight], [A], [B], [h], [1.5], needs, ["plain"], [keep]
+        [dy], x, [weight], [A], [B], [h], [1.5], needs, ["plain"], [keep], [None]
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -249,24 +251,47 @@ def test_operator_refuses_lists_of_other_lengths():
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     A, B = torch.ones(3, 1), torch.ones(1, 4)
     with pytest.raises(RuntimeError, match="Bs must have 1 elements, one a layer, got 2"):
-        torch.ops.lora_ext.linears_fwd(x, [weight], [None], [A], [B, B], [1.0], ["plain"], [None])
+        torch.ops.lora_ext.linears_fwd(
+            x, [weight], [None], [A], [B, B], [1.0], ["plain"], [None], [None]
+        )
     other = torch.ones(5, 4)
     with pytest.raises(RuntimeError, match="layers of one x"):
         torch.ops.lora_ext.linears_bwd(
             [torch.ones(2, 4), other], None, [None] * 2, [A] * 2, [B] * 2, [None] * 2,
-            [1.0] * 2, [True] + [False] * 8, ["plain"] * 2, [None] * 2,
+            [1.0] * 2, [True] + [False] * 8, ["plain"] * 2, [None] * 2, [None] * 2,
         )  # fmt: skip
 
 
 def test_operators_have_shape_rules():
     x = torch.randn(5, ODD.K)
     W, A, B = torch.randn(7, ODD.K), torch.randn(ODD.K, 2), torch.randn(2, 7)
-    two = ([W, W], [None, None], [A, A], [B, B], [1.0, 2.0], ["plain"] * 2, [None, None])
+    two = (
+        [W, W],
+        [None, None],
+        [A, A],
+        [B, B],
+        [1.0, 2.0],
+        ["plain"] * 2,
+        [None, None],
+        [None] * 2,
+    )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lora_ext.linears_fwd.default, (x, *two), test_utils=tests)
     dys, hs = [torch.randn(5, 7)] * 2, [x @ A] * 2
     needs = [True] * 9
-    arguments = (dys, x, [W, W], [A, A], [B, B], hs, [1.0, 2.0], needs, ["plain"] * 2, [None] * 2)
+    arguments = (
+        dys,
+        x,
+        [W, W],
+        [A, A],
+        [B, B],
+        hs,
+        [1.0, 2.0],
+        needs,
+        ["plain"] * 2,
+        [None] * 2,
+        [None] * 2,
+    )
     torch.library.opcheck(
         torch.ops.lora_ext.linears_bwd.default, arguments, test_utils=tests
     )  # fmt: skip
