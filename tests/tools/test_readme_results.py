@@ -59,7 +59,7 @@ def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
     old = made_run(SHAPES)
     new, bf16, step = (made_run(SHAPES, "fwd_bwd" if i == 2 else "fwd") for i in range(3))
     for run in (new, bf16, step):
-        run["header"] |= {"device": "Some(R) CPU 7 Processor", "instruction_set": "AVX512"}
+        run["header"] |= {"device": "Some(R) CPU 7 Processor", "instruction_set": "AVX512 avx512_bf16"}
         run["header"]["threads"] = 2
     for row in bf16["rows"]:
         row["dtype"] = "bf16"
@@ -71,12 +71,12 @@ def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
     assert readme.means(kept).splitlines()[3:8] == [
         "| machine | dtype | forward, 1 thread | forward, 2 threads | training step, 2 threads |",
         "| --- | --- | ---: | ---: | ---: |",
-        "| Some CPU 7, AVX512 | fp32 | - | 1.33 (1.50) | 0.67 (3.00) |",
-        "| Some CPU 7, AVX512 | bf16 | - | 0.67 (3.00) | - |",
+        "| Some CPU 7, AVX-512 (bf16) | fp32 | - | 1.33 (1.50) | 0.67 (3.00) |",
+        "| Some CPU 7, AVX-512 (bf16) | bf16 | - | 0.67 (3.00) | - |",
         "| a CPU, AVX2 | fp32 | 0.67 (3.00) | - | - |",
     ]
     heads = [line for line in readme.tables(kept).splitlines() if line.startswith("#")]
-    assert heads == ["### Machines side by side", "### Some CPU 7, AVX512", "### a CPU, AVX2"]
+    assert heads == ["### Machines side by side", "### Some CPU 7, AVX-512 (bf16)", "### a CPU, AVX2"]
 
 
 def test_a_page_without_marks_is_refused():
