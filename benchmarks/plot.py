@@ -40,7 +40,9 @@ def machine_of(run: dict[str, Any]) -> str:
     """Return what a run was timed on: the processor, and its instruction set where that is kept."""
     header = run["header"]
     name = re.sub(r"\((R|TM)\)| Processor$", "", header["device"])
-    return ", ".join(filter(None, [name, header.get("instruction_set")]))
+    level, *more = header.get("instruction_set", "").replace("AVX512", "AVX-512").split() or [""]
+    features = ", ".join(feature.removeprefix("avx512_") for feature in more)
+    return ", ".join(filter(None, [name, f"{level} ({features})" if features else level]))
 
 
 def sweep(run: dict[str, Any], size: str) -> Cells | None:
@@ -135,9 +137,9 @@ def draw_means(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_yticks(range(len(lines)), [f"{machine}\n{dtype}" for machine, dtype in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.set_xlabel("plain layer's time over ours, one thread: geometric mean, range of shapes")
+    axes.set_xlabel("plain layer's time over ours, one thread: mean, range")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles, loc="lower right", frameon=False)
+    axes.legend(handles.values(), handles, loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     figure.savefig(path, dpi=110)

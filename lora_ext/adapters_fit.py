@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bases import is_linear, sizes_of
 from .checks import HALF, Touched, check_hyperparameters
+from .conv1d import is_linear, sizes_of
 from .files import quoted
 from .inject import linears
 from .layers import LinearWithLoRA, lora_layers

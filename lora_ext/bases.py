@@ -11,10 +11,9 @@ from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
 from .call import Weight
+from .conv1d import is_conv1d
 from .integrations.bitsandbytes import codes_of
 from .quantised_linear import QuantisedLinear
-
-_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
 def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
@@ -50,24 +49,6 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
     why = hooks_of(own, 0)
     data: Any = weight
     return why or Weight(data.T if stored_as_in_out else data)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear, a subclass of it, or a Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def sizes_of(linear: Any) -> tuple[int, int]:
-    """Return the in and out features of a linear layer."""
-    if is_conv1d(linear):
-        return linear.nx, linear.nf
-    return linear.in_features, linear.out_features
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear whose weight is (in, out): GPT-2's."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == _CONV1D
 
 
 def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import UninitializedParameter
 
-from .bases import is_conv1d
+from .conv1d import is_conv1d
 
 HALF = (torch.bfloat16, torch.float16)
 SCALINGS = {

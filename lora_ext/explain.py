@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .backends import choose, unsupported_reasons
-from .bases import base_of, is_conv1d, why_not_now
+from .bases import base_of, why_not_now
 from .call import Call, LowRank, Weight
 from .checks import check_arguments
+from .conv1d import is_conv1d
 from .functional import cast_by_autocast
 from .layers import LinearWithLoRA, why_composed
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .bases import is_conv1d, is_linear
 from .checks import Touched, check_dropout, check_hyperparameters
+from .conv1d import is_conv1d, is_linear
 from .layers import LinearWithLoRA, lora_layers, why_composed
 
 

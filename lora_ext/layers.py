@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .backends import NAMES
-from .bases import base_of, hooks_of, sizes_of, why_not_now
+from .bases import base_of, hooks_of, why_not_now
 from .call import Weight
 from .called import add_low_rank, call_base
 from .checks import (
@@ -21,6 +21,7 @@ from .checks import (
     check_hyperparameters,
     check_linear,
 )
+from .conv1d import sizes_of
 from .functional import adapted, lora_delta
 from .panels import Panels
 

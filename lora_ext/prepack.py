@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .backends import cpp
-from .bases import is_conv1d
 from .checks import lines_by_reason
+from .conv1d import is_conv1d
 from .inject import require_lora_layers
 from .layers import LinearWithLoRA, why_composed
 from .panels import Panels

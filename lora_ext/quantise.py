@@ -65,7 +65,7 @@ def quantise_(model: nn.Module, format: str = "nf4", *, block_size: int = 64) ->
         raise ValueError(f"block_size must be a power of two from 32 to 4096, got {block_size!r}")
     report, made = Report(), {}
     for path, parent in list(model.named_modules()):
-        for attribute, child in list(parent.named_children()):
+        for attribute, child in list(parent._modules.items()):
             name = f"{path}.{attribute}" if path else attribute
             if not isinstance(child, nn.Linear) or isinstance(child, QuantisedLinear):
                 continue

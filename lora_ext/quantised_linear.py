@@ -45,7 +45,7 @@ class QuantisedLinear(nn.Linear):
             data, _, scale = quantised(linear.weight, format, block_size)
             self.scale = cast(Tensor, scale)
         self.weight = Parameter(data, requires_grad=False)
-        self.bias = linear.bias
+        self.register_parameter("bias", linear.bias)
 
     def codes(self) -> Weight:
         """Return the weight for the kernels."""
@@ -102,16 +102,16 @@ class QuantisedLinear(nn.Linear):
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         wanted = "SCB" if self.format == "int8" else "weight.absmax"
         told = f"weight.quant_state.bitsandbytes__{self.format}"
-        needed = [wanted] if self.format == "int8" else [wanted, told]
+        needed = ["weight", wanted] if self.format == "int8" else ["weight", wanted, told]
         missing = [name for name in needed if name not in own]
-        if missing:
+        if missing:  # a plain linear's, say: its weight may not be cast to codes
             missing_keys += [prefix + name for name in missing]
-        else:
-            try:
-                self._load_scale(own, told)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}weight is not one of this layer: {error}")
-                return
+            return
+        try:
+            self._load_scale(own, told)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix}weight is not one of this layer: {error}")
+            return
         others: list[str] = []
         args = (local_metadata, strict, missing_keys, others, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -125,6 +125,10 @@ class QuantisedLinear(nn.Linear):
             ValueError: they are of another shape, and nothing is changed.
 
         """
+        weight, mine = own["weight"], self.weight
+        if weight.dtype != mine.dtype or weight.shape != mine.shape:
+            expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (mine, weight))
+            raise ValueError(f"weight must be {expected}, got {got}")
         if self.format == "int8":
             scale = own["SCB"].float()
             if scale.shape != (self.out_features,):

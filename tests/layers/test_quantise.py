@@ -97,17 +97,12 @@ def test_checkpoint_of_bitsandbytes_loads(format, nested):
     theirs = of_bitsandbytes(format, plain, 128, nested)
     ours = QuantisedLinear(linear(), format)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    if format != "int8":
-        import bitsandbytes as bnb
-
-        want = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
-        want = want if K % 128 == 0 else None
-        assert ours.block_size == 128
+    assert ours.block_size == (64 if format == "int8" else 128)
     same = QuantisedLinear(plain, format, 128)
     assert torch.equal(ours.weight, same.weight) and torch.equal(ours.bias, same.bias)
     if nested and format != "int8":
         torch.testing.assert_close(ours.scale, same.scale, rtol=0.02, atol=0.01)
-        state = theirs.weight.quant_state
+        state, bnb = theirs.weight.quant_state, pytest.importorskip("bitsandbytes")
         scale = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
         assert torch.equal(ours.scale, scale)
     else:
@@ -132,7 +127,7 @@ def test_state_that_does_not_fit_is_refused(format):
     with pytest.raises(RuntimeError, match="Missing key"):
         ours.load_state_dict(linear().state_dict())
     other = QuantisedLinear(nn.Linear(K, 10), format).state_dict()
-    with pytest.raises(RuntimeError, match=r"weight is not one of this layer: (SCB|shape) must"):
+    with pytest.raises(RuntimeError, match="weight is not one of this layer: weight must be "):
         ours.load_state_dict(other)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         ours.load_state_dict(ours.state_dict() | {"more": torch.ones(1)})
@@ -190,7 +185,7 @@ def test_what_is_left_is_told_and_shared_linears_stay_shared():
     report = quantise_(model)
     assert model["a"] is model["b"] and type(model["a"]) is QuantisedLinear
     assert report.left == {"c": "has a weight of torch.float64", "d": "has hooks"}
-    assert "quantised 1 linears" in str(report) and "left 2" in str(report)
+    assert "quantised 2 linears" in str(report) and "left 2" in str(report)
     assert quantise_(model).quantised == []  # again: nothing to do
     assert "format='nf4', block_size=64" in repr(model["a"])
 
