@@ -45,7 +45,10 @@ def build(
     libraries = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch -ltorch_cpu -lc10"
     rules = [
         "rule compile",
-        f"  command = c++ -x c++ {FLAGS} $flags -I{EMULATOR} -I$csrc {torch_flags} -c $in -o $out",
+        f"  command = c++ -x c++ {FLAGS} $flags -I{EMULATOR} -I$csrc {torch_flags} -MMD -MF $out.d "
+        "-c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule program",
         "  command = c++ $flags $in -o $out",
         "rule library",
