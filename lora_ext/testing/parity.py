@@ -77,8 +77,9 @@ def every_parity() -> Iterator[Parity]:
         yield Parity("LoRA", base, dropout=0.3)
         yield Parity("LoRA", base, autocast=True)
         yield Parity("several adapters", base)
-    yield Parity("DoRA", "bitsandbytes nf4")
-    yield Parity("DoRA", "bitsandbytes nf4", dropout=0.3)
+        if NEEDS[base] != "transformers":
+            yield Parity("DoRA", base)
+            yield Parity("DoRA", base, dropout=0.3)
 
 
 def why_skipped(case: Parity) -> str | None:

@@ -30,7 +30,7 @@ def models(*case):
     return make_models(Parity(*case))
 
 
-@pytest.mark.parametrize("case", every_parity(), ids=str)
+@pytest.mark.parametrize("case", list(every_parity()), ids=str)
 def test_ours_is_as_close_to_float64_as_pefts_own(case):
     if why := why_skipped(case):
         pytest.skip(why)
