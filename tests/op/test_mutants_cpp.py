@@ -362,8 +362,8 @@ MUTANTS = {
     "upper_eight_values_lost": ("cpu/codes_impl.h", "(__m256)(code << 28)", "__m256{}", BLOCKS),
     "block_off_by_one": (
         "cpu/codes_impl.h",
-        "block = at >> codes.block_bits,",
-        "block = (at > 0 ? at - 1 : at) >> codes.block_bits,",
+        "after = (block + 1) << codes.block_bits;",
+        "after = ((block + 1) << codes.block_bits) + 1;",
         BLOCKS,
     ),
     "scale_of_the_neighbour_block": (
