@@ -1,9 +1,9 @@
 """Build the extension modules; everything else is in pyproject.toml.
 
 LORA_EXT_BUILD=auto (default) builds lora_ext._C, the CPU kernels, and lora_ext._cuda where torch is
-a CUDA build and a toolkit of the same major version is there; cpu builds _C alone; cuda demands
-both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute capabilities, CXX the
-compiler.
+a CUDA build, a toolkit of the same major version is there and compiles it; cpu builds _C alone;
+cuda demands both; none makes a pure-Python package. TORCH_CUDA_ARCH_LIST names the compute
+capabilities, CXX the compiler.
 """
 
 import functools
@@ -54,11 +54,15 @@ def build_arguments() -> dict:
     print(f"lora_ext: building the CUDA kernels by {nvcc} for {names}")
     extensions = [cpu_extension(f"{release(nvcc)} for {names}"), cuda_extension(nvcc)]
     kernels = functools.partial(compile_kernels, nvcc, capabilities, ptx)
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": builder(kernels)}}
+    build_ext = builder(kernels, required=choice == "cuda")
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_ext}}
 
 
-def builder(kernels: Callable[[Path], Path] | None = None) -> type:
-    """Return the command build_ext; kernels(folder) makes the object file of the CUDA kernels."""
+def builder(kernels: Callable[[Path], Path] | None = None, required: bool = False) -> type:
+    """Return the command build_ext; kernels(folder) makes the object file of the CUDA kernels.
+
+    Where that fails, and unless they are required, the CPU's are built alone.
+    """
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
@@ -70,11 +74,23 @@ def builder(kernels: Callable[[Path], Path] | None = None) -> type:
                 self.build_temp = f"build/temp-torch-{torch.__version__}-{python}"
             super().finalize_options()
 
+        def build_extensions(self) -> None:
+            for ext in [e for e in self.extensions if e.name == "lora_ext._cuda"]:
+                folder = Path(self.build_temp, ext.name).resolve()
+                try:  # before _C, which tells what it was built with
+                    ext.extra_objects = [str(kernels(folder))]
+                except (OSError, subprocess.CalledProcessError) as error:
+                    if required:
+                        raise
+                    print(f"lora_ext: the CUDA kernels are not built: {error}", flush=True)
+                    self.extensions.remove(ext)
+                    for other in self.extensions:
+                        other.define_macros = [*other.define_macros[:-1], built_cuda("none")]
+            super().build_extensions()
+
         def build_extension(self, ext: Extension) -> None:
             # A folder each: both compile call.cpp, with macros of their own.
             of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
-            if ext.name == "lora_ext._cuda":
-                ext.extra_objects = [str(kernels(Path(self.build_temp).resolve()))]
             super().build_extension(ext)
             self.build_temp = of_all
 
@@ -83,8 +99,12 @@ def builder(kernels: Callable[[Path], Path] | None = None) -> type:
 
 def cpu_extension(cuda: str) -> Extension:
     """Return lora_ext._C, which tells with what CUDA the other one was built."""
-    macros = [("LORA_EXT_BUILT_CUDA", f'"{cuda}"')]
-    return extension("lora_ext._C", [*find("*.cpp"), *find("cpu/*.cpp")], macros)
+    return extension("lora_ext._C", [*find("*.cpp"), *find("cpu/*.cpp")], [built_cuda(cuda)])
+
+
+def built_cuda(cuda: str) -> tuple[str, str]:
+    """Return the macro by which lora_ext._C tells that."""
+    return "LORA_EXT_BUILT_CUDA", f'"{cuda}"'
 
 
 def cuda_extension(nvcc: str) -> Extension:

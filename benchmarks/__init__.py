@@ -8,12 +8,14 @@ import argparse
 import math
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora_ext.codes import dequantised, quantised
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("fwd", "fwd_bwd")
@@ -92,7 +94,8 @@ class Case:
     """The inputs of one shape, on one device, shared by all providers.
 
     x (M, K), dy (M, N), weight (N, K), bias (N,) are of one dtype, A (K, R) and B (R, N) of that
-    one or wider. In mode "fwd_bwd" x, A and B require a gradient; weight and bias are frozen.
+    one or wider. In mode "fwd_bwd" x, A and B require a gradient; weight and bias are frozen. Of a
+    base of codes, `weight` is what they stand for and `unquantised` what they were made of.
     """
 
     shape: Shape
@@ -105,6 +108,8 @@ class Case:
     B: Tensor
     alpha: float = ALPHA
     dropout: float = 0.0
+    base: str = "plain"
+    unquantised: Tensor | None = None
 
     @property
     def training(self) -> bool:
@@ -120,6 +125,7 @@ def make_case(
     *,
     adapter_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
+    base: str = "plain",
 ) -> Case:
     """Draw the inputs so that y, its low-rank part and every gradient are of order 1 per term.
 
@@ -132,6 +138,7 @@ def make_case(
         mode: of MODES.
         adapter_dtype: of A and B; None takes `dtype`, so that none does more arithmetic.
         dropout: probability of a zero in the low-rank part's x.
+        base: format of the weight: "plain" or one of codes.FORMATS.
 
     """
     M, K, N, R = shape
@@ -143,7 +150,7 @@ def make_case(
         values = torch.randn(*size, generator=generator, device=device)
         return (values * scale).to(dtype).requires_grad_(grad)
 
-    return Case(
+    case = Case(
         shape=shape,
         mode=mode,
         x=normal(M, K, grad=learns),
@@ -154,6 +161,11 @@ def make_case(
         B=normal(R, N, scale=R**-0.5, grad=learns, dtype=adapters),
         dropout=dropout,
     )
+    if base == "plain":
+        return case
+    codes = quantised(case.weight, base)
+    weight = dequantised(codes, N, K, dtype)
+    return replace(case, base=base, weight=weight, unquantised=case.weight)
 
 
 def flops(shape: Shape, mode: str, *, lora: bool = True) -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lora_ext import testing
+from lora_ext.codes import FORMATS
 
 from . import (
     DTYPES,
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     header = make_header(args.device, f"python -m benchmarks.bench_linear {shlex.join(argv)}")
-    header |= {name: value for name in ("dropout", "adapters") if (value := getattr(args, name))}
+    header |= {
+        name: value for name in ("dropout", "adapters", "base") if (value := getattr(args, name))
+    }
     console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
     rows, not_timed = _run_all(args, header)
@@ -180,6 +183,7 @@ def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row
                 args.seconds,
                 dropout=args.dropout,
                 adapter_dtype=DTYPES[args.adapters or args.dtype],
+                base=args.base or "plain",
             )
             rows += timed
             not_timed += refused
@@ -199,6 +203,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--mode", choices=MODES, default="fwd", help="fwd runs without autograd (default)")
     add("--dropout", type=float, default=0.0, metavar="P", help="on the low-rank part (default 0)")
     add("--adapters", choices=("fp32",), help="dtype of A and B (default: that of the base)")
+    add("--base", choices=FORMATS, help="a weight of codes, in bitsandbytes' linear (CPU)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--grid", choices=tuple(GRIDS["cpu"]), default="standard")
     which.add_argument("--shape", type=shape, metavar="M,K,N,R", help="this shape alone")
@@ -223,6 +228,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
+    if args.device == "cuda" and args.base:
+        parser.error("argument --base: codes are multiplied by on cpu")
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: must be from 0 to below 1, got {args.dropout}")
     args.shapes = [args.shape] if args.shape else list(GRIDS[args.device][args.grid])

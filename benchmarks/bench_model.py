@@ -1,7 +1,7 @@
 """Time a whole fine-tuning step of a model: plain LoRA layer, its torch.compile, peft, and ours.
 
 Forward, loss, backward and AdamW, in float32 on the CPU. All start from the same adapters; their
-losses over three steps must agree before a time is printed.
+losses over three steps must agree before a time is printed, with --dropout under the same masks.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import lora_ext
 from lora_ext import testing
 
 from . import names_of, positive, writable
-from .providers import Unavailable, needed
+from .providers import PlainLoRALayer, Unavailable, needed
 from .report import make_header, wide_console
 from .timing import measure, peak_mib, saved_mib
 
@@ -118,6 +118,11 @@ class Step:
         self.held = tuple(model.parameters())
         self._optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE)
 
+    def draw_by_hash(self) -> None:
+        """Have our own layers draw their masks the fast way from here on."""
+        for _, layer in lora_ext.layers.lora_layers(self._model):
+            layer.lora.dropout_mask = "hash"
+
     def __call__(self) -> float:
         """Take a step."""
         loss = self._loss(self._model)
@@ -127,16 +132,23 @@ class Step:
         return loss.item()
 
 
-def with_lora(replace: Callable[[nn.Module, int, float], Any], *, compiled: bool = False):
+def with_lora(replace: Callable[..., Any], *, compiled: bool = False):
     """Return a provider: the linears replaced, and where asked each step compiled."""
 
-    def build(work: Work) -> Step:
+    def build(work: Work, dropout: float = 0.0) -> Step:
         model = _frozen_copy(work.model)
         adapters = list(_adapters(model, work.adapted))
+        if compiled and dropout:
+            raise Unavailable("compiled code draws masks of its own, so its losses can't be held")
         replace(model.get_submodule(work.adapted), RANK, ALPHA)
         for name, A, B in adapters:
-            lora = model.get_submodule(name).lora
+            lora: Any = model.get_submodule(name).lora
             lora.A.data, lora.B.data = A, B
+            if isinstance(lora, testing.LoRALayer):
+                lora.__class__ = PlainLoRALayer
+            else:
+                lora.train().dropout_mask = "torch"  # the plain layer's masks, to be checked
+            lora.dropout = dropout
         if not compiled:
             return Step(work, model)
         torch.compiler.reset()
@@ -145,45 +157,64 @@ def with_lora(replace: Callable[[nn.Module, int, float], Any], *, compiled: bool
     return build
 
 
-def peft_step(work: Work) -> Step:
+def peft_step(work: Work, dropout: float = 0.0) -> Step:
     """Return the step of peft's LoRA on the same linears."""
+    return Step(work, _peft_model(work, dropout))
+
+
+def accelerated_step(work: Work, dropout: float = 0.0) -> Step:
+    """Return that step once `accelerate` has been called, with peft's own masks."""
+    model = _peft_model(work, dropout)
+    from lora_ext.integrations.peft import accelerate
+
+    accelerate(model)
+    return Step(work, model)
+
+
+def _peft_model(work: Work, dropout: float) -> nn.Module:
     peft = needed("peft")
     model = _frozen_copy(work.model)
     adapters = list(_adapters(model, work.adapted))
     names = [name for name, _, _ in adapters]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA * RANK, target_modules=names)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA * RANK, target_modules=names, lora_dropout=dropout
+    )
     peft.inject_adapter_in_model(config, model)
     for name, A, B in adapters:
         layer = model.get_submodule(name)
+        layer.lora_dropout.train()
         layer.lora_A["default"].weight.data = A.T.contiguous()
         layer.lora_B["default"].weight.data = B.T.contiguous()
-    return Step(work, model)
+    return model
 
 
 MODELS = {"minilm": minilm, "gpt2": gpt2, "llama-block": llama_block, "tiny": tiny}
-PROVIDERS: dict[str, Callable[[Work], Step]] = {
+PROVIDERS: dict[str, Callable[..., Step]] = {
     "plain": with_lora(testing.replace_linear_with_lora),
     "compile": with_lora(testing.replace_linear_with_lora, compiled=True),
     "peft": peft_step,
+    "accelerated": accelerated_step,
     "lora_ext": with_lora(lora_ext.replace_linear_with_lora),
 }
 
 
 def run(
-    name: str, providers: Sequence[str], budget_s: float, console: Console
+    name: str, providers: Sequence[str], budget_s: float, console: Console, dropout: float = 0.0
 ) -> tuple[list[Row], bool]:
     """Check and time a step of the model called `name`; return the rows, and whether all agreed."""
     work = MODELS[name]()
-    work.model.eval()  # no dropout: a compiled one draws other numbers
+    work.model.eval()  # no dropout but LoRA's: a compiled one draws other numbers
     steps: dict[str, Step] = {}
     losses: dict[str, list[float]] = {}
     for provider in dict.fromkeys(("plain", *providers)):
         try:
-            steps[provider] = PROVIDERS[provider](work)
+            steps[provider] = PROVIDERS[provider](work, dropout)
         except Unavailable as reason:
             console.print(f"not timed: {provider}: {reason}", highlight=False)
             continue
+        torch.manual_seed(0)
         losses[provider] = [steps[provider]() for _ in range(CHECKED_STEPS)]
+        steps[provider].draw_by_hash()
     wrong = {p: why for p in losses if (why := _difference(losses["plain"], losses[p]))}
     for provider, why in wrong.items():
         console.print(f"not timed: {provider}: {why}", style="red", highlight=False)
@@ -242,20 +273,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=list(PROVIDERS),
         metavar="NAME,...",
     )
+    add("--dropout", type=float, default=0.0, metavar="P", help="LoRA's own (default 0)")
     add("--threads", type=positive(int), metavar="N", help="default: torch's choice")
     add("--seconds", type=positive(float), default=30.0, help="a model (default 30)")
     add("--json", type=writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
+    if not 0 <= args.dropout < 1:
+        parser.error(f"argument --dropout: must be from 0 to below 1, got {args.dropout}")
     if args.threads:
         torch.set_num_threads(args.threads)
     header = make_header("cpu", f"python -m benchmarks.bench_model {shlex.join(argv)}".rstrip())
+    header |= {"dropout": args.dropout} if args.dropout else {}
     console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
     rows: list[Row] = []
     right = True
     for name in args.model or real:
         try:
-            timed, agreed = run(name, args.providers, args.seconds, console)
+            timed, agreed = run(name, args.providers, args.seconds, console, args.dropout)
         except (Unavailable, ImportError) as reason:
             console.print(f"not timed: {name}: {reason}", highlight=False)
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import Shape, flops, writable
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, ratio
+from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
 
 Cells = dict[Shape, dict[str, Row]]
 # Told apart on white by most kinds of colour vision, and by their markers.
@@ -40,7 +40,9 @@ def machine_of(run: dict[str, Any]) -> str:
     """Return what a run was timed on: the processor, and its instruction set where that is kept."""
     header = run["header"]
     name = re.sub(r"\((R|TM)\)| Processor$", "", header["device"])
-    return ", ".join(filter(None, [name, header.get("instruction_set")]))
+    level, *more = header.get("instruction_set", "").replace("AVX512", "AVX-512").split() or [""]
+    features = ", ".join(feature.removeprefix("avx512_") for feature in more)
+    return ", ".join(filter(None, [name, f"{level} ({features})" if features else level]))
 
 
 def sweep(run: dict[str, Any], size: str) -> Cells | None:
@@ -102,6 +104,45 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> list[str]:
     figure.supxlabel(caption(runs), fontsize=7, color="#555555", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     return list(panels)
+
+
+def draw_means(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG with a line for each machine and dtype: geometric means, and the range of shapes.
+
+    Args:
+        runs: of one grid, with the plain layer and ours in them; those of one thread are drawn.
+        path: of the PNG.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = [run for run in runs if run["header"]["threads"] == 1]
+    lines = list(dict.fromkeys((machine_of(run), run["rows"][0]["dtype"]) for run in runs))
+    figure = Figure(figsize=(7.5, 1.2 + 0.55 * len(lines)), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    modes = {"fwd": ("forward", COLORS[OURS], -0.15), "fwd_bwd": ("training step", "#d1702c", 0.15)}
+    for run in runs:
+        row = run["rows"][0]
+        cells = by_shape(run["rows"]).values()
+        gains = [gain for cell in cells if (gain := ratio(cell, PLAIN, OURS)) is not None]
+        label, color, shift = modes[row["mode"]]
+        at, mean = lines.index((machine_of(run), row["dtype"])) + shift, geometric_mean(gains) or 0
+        axes.plot([min(gains), max(gains)], [at, at], color=color, linewidth=2, alpha=0.35)
+        axes.plot(mean, at, "o", color=color, label=label)
+        axes.annotate(f"{mean:.2f}x", (mean, at), (0, 6), textcoords="offset points", fontsize=7)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(range(len(lines)), [f"{machine}\n{dtype}" for machine, dtype in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel("plain layer's time over ours, one thread: mean, range")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles, loc="upper right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    figure.savefig(path, dpi=110)
 
 
 def caption(runs: Iterable[dict[str, Any]]) -> str:

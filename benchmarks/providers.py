@@ -70,7 +70,7 @@ class Step(NamedTuple):
         return {n.removesuffix(".T"): t.T if n.endswith(".T") else t for n, t in pairs}
 
 
-class _LoRALayer(testing.LoRALayer):
+class PlainLoRALayer(testing.LoRALayer):
     """The plain layer with what people add by hand: dropout, and adapters of another dtype."""
 
     dropout = 0.0
@@ -150,7 +150,7 @@ def _peft(case: Case) -> Step:
         target_modules=["0"],
     )
     model = peft.get_peft_model(
-        nn.Sequential(_frozen_linear(case)), config, autocast_adapter_dtype=False
+        nn.Sequential(_quantised_linear(case)), config, autocast_adapter_dtype=False
     )
     layer = model.base_model.model[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -184,10 +184,18 @@ def _torch_draw(case: Case) -> Step:
     return _adapted(case, "torch")[0]._replace(mask=torch_mask)
 
 
-def _adapted(case: Case, draw: str = "hash") -> tuple[Step, lora_ext.LinearWithLoRA]:
+def _lora_ext_plain(case: Case) -> Step:
+    if case.base == "plain":
+        raise Unavailable("lora_ext_plain is lora_ext over what codes stand for: give --base")
+    return _adapted(case, base=_frozen_linear(case))[0]
+
+
+def _adapted(
+    case: Case, draw: str = "hash", base: nn.Module | None = None
+) -> tuple[Step, lora_ext.LinearWithLoRA]:
     drawn = {"dropout": case.dropout, "dropout_mask": draw}
     layer = lora_ext.LinearWithLoRA(
-        _frozen_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
+        base or _quantised_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
     )
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
@@ -269,7 +277,7 @@ def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tenso
 def _plain_layer(case: Case) -> testing.LinearWithLoRA:
     layer = testing.LinearWithLoRA(_frozen_linear(case), case.shape.R, case.alpha)
     if case.dropout or case.A.dtype != case.x.dtype:
-        layer.lora = _LoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
+        layer.lora = PlainLoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
         layer.lora.dropout = case.dropout
     layer.lora.A, layer.lora.B = (nn.Parameter(t.detach()) for t in (case.A, case.B))
     return layer
@@ -282,6 +290,22 @@ def _frozen_linear(case: Case) -> nn.Linear:
     return linear
 
 
+def _quantised_linear(case: Case) -> nn.Module:
+    """Return the frozen base as bitsandbytes' linear where the case has codes, in training."""
+    if case.unquantised is None:
+        return _frozen_linear(case)
+    nn_of = needed("bitsandbytes").nn
+    if case.base == "int8":
+        linear = nn_of.Linear8bitLt(case.shape.K, case.shape.N, has_fp16_weights=False)
+    else:
+        kind = {"quant_type": case.base, "compress_statistics": False}
+        linear = nn_of.Linear4bit(case.shape.K, case.shape.N, **kind)
+    linear.load_state_dict({"weight": case.unquantised, "bias": case.bias})
+    linear = linear.to("cpu").requires_grad_(False)
+    linear.bias.data = case.bias
+    return linear
+
+
 PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "linear": _linear,
     "reference": _reference,
@@ -290,6 +314,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "peft": _peft,
     "loralib": _loralib,
     "lora_ext": _lora_ext,
+    "lora_ext_plain": _lora_ext_plain,
     "torch_draw": _torch_draw,
     "prepacked": _prepacked,
 }

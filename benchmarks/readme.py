@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from . import GRIDS, Shape
-from .plot import draw, machine_of, name_of
+from .plot import draw, draw_means, machine_of, name_of
 from .providers import DEFAULT
 from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = RESULTS / "cpu.png"
+PICTURE, SUMMARY = RESULTS / "cpu.png", RESULTS / "speedup.png"
 BEGIN, END = "<!-- results: made by `make readme-results` -->", "<!-- results end -->"
 # Files that were written before a run's header had its instruction set, by how their names begin.
 INSTRUCTION_SETS = {"cpu-zen3-": "AVX2"}
@@ -29,16 +29,21 @@ Kept = Sequence[tuple[Path, Run]]
 
 
 def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
-    """Return the runs of bench_linear kept there, float32 first, each with its file."""
+    """Return the runs of bench_linear kept there, float32 first, each with its file.
+
+    Those under dropout are no part of the tables.
+    """
     files = sorted(path for device in GRIDS for path in folder.glob(f"{device}-*.json"))
-    found = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
+    read = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
+    found = [(path, run) for path, run in read if "dropout" not in run["header"]]
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
 def model_runs(folder: Path = RESULTS / "models") -> list[Run]:
-    """Return the runs of bench_model kept there."""
+    """Return the runs of bench_model kept there but for those under dropout."""
     files = sorted(folder.glob("*.json"))
-    return [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
+    read = [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
+    return [run for run in read if "dropout" not in run["header"]]
 
 
 def means(kept: Kept) -> str:
@@ -142,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in made().items():
         path.write_text(text)
     draw([run for _, run in runs()], PICTURE)
+    draw_means(_main(runs()), SUMMARY)
     return 0
 
 

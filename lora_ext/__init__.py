@@ -11,11 +11,14 @@ from .grouped import lora_linears
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
 from .layers import LinearWithLoRA, LoRALayer
 from .prepack import prepack_, unpack_
+from .quantise import quantise_
+from .quantised_linear import QuantisedLinear
 
 __all__ = [
     "__version__",
     "LinearWithLoRA",
     "LoRALayer",
+    "QuantisedLinear",
     "explain",
     "group_",
     "load_adapter",
@@ -27,6 +30,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge_",
     "prepack_",
+    "quantise_",
     "replace_linear_with_lora",
     "save_adapter",
     "save_peft_adapter",

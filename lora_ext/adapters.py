@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .adapters_fit import install, join, state_of
+from .checks import Touched
 from .files import Draft, quoted, read_tensors, to_bytes
 from .inject import require_lora_layers, require_module
 from .layers import LinearWithLoRA
@@ -84,7 +85,7 @@ def save_adapter(
         draft.publish()
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Touched:
     """Load adapters from a file of `save_adapter` into a model, in place.
 
     A linear of the name that is still plain becomes a LinearWithLoRA with the file's rank, alpha,
@@ -95,6 +96,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: the model that was saved, adapted or not yet.
         path: the file to read; pickle is never used.
 
+    Returns:
+        The names of the layers whose adapters were loaded; `print` it.
+
     Raises:
         TypeError: `model` is no nn.Module.
         FileNotFoundError: no file there.
@@ -104,7 +108,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     """
     require_module(model)
-    install(model, *_read(Path(path)))
+    return install(model, *_read(Path(path)))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,21 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .checks import HALF, check_hyperparameters
+from .checks import HALF, Touched, check_hyperparameters
+from .conv1d import is_linear, sizes_of
 from .files import quoted
 from .inject import linears
 from .layers import LinearWithLoRA, lora_layers
 
-_LINEARS = (LinearWithLoRA, nn.Linear)
 
-
-def install(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def install(
+    model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Touched:
     """Load tensors into a model's adapters, new ones where its linears are plain.
 
     Args:
         model: the model. After an error it is as it was.
         tensors: what `save_adapter` writes, by keys of the model's future state_dict.
         metadata: `rank`, `alpha`, `scaling` and `modules_to_save` as JSON, see there.
+
+    Returns:
+        The names of the layers that were loaded.
 
     Raises:
         ValueError: something does not fit the model.
@@ -45,6 +49,7 @@ def install(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for parent, attribute, _, linear in list(linears(model)):  # a shared one in all its places
         if linear in fresh:
             setattr(parent, attribute, fresh[linear])
+    return Touched("loaded adapters into", layers)
 
 
 def _adapted_layers(
@@ -62,9 +67,10 @@ def _adapted_layers(
     layers: dict[str, LinearWithLoRA] = {}
     fresh: dict[nn.Module, LinearWithLoRA] = {}
     for key, name in zip(keys, names, strict=True):
-        module = module_named(model, name)
+        module: Any = module_named(model, name)
         # A model that is itself an nn.Linear can't be replaced in place.
-        if not isinstance(module, LinearWithLoRA if module is model else _LINEARS):
+        replaceable = module is not None and module is not model and is_linear(module)
+        if not (replaceable or isinstance(module, LinearWithLoRA)):
             got = "no such module" if module is None else f"a {type(module).__name__}"
             shown = quoted(name) or "model"
             raise ValueError(f"{shown} must be a linear layer, the model has {got}")
@@ -74,7 +80,7 @@ def _adapted_layers(
         except (TypeError, ValueError, OverflowError) as error:
             why = f"{quoted(repr(name), 70)} is damaged: {quoted(str(error), 130)}"
             raise ValueError(f"the adapter file's entry for {why}") from None
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, LinearWithLoRA):
             if module not in fresh:
                 _check_factor(key, tensors[key], module, want[0])
                 fresh[module] = _new_layer(module, want, tensors[key].dtype)
@@ -95,9 +101,9 @@ def _check_layer(name: str, layer: LinearWithLoRA, want: tuple[Any, ...]) -> Non
         raise ValueError(f"{name} is merged: call unmerge_(model) before loading")
 
 
-def _check_factor(key: str, A: Tensor, linear: nn.Linear, rank: int) -> None:
+def _check_factor(key: str, A: Tensor, linear: Any, rank: int) -> None:
     """Check A before a layer is made to hold it: its rank and dtype come from a file."""
-    if (want := (linear.in_features, rank)) != A.shape:
+    if (want := (sizes_of(linear)[0], rank)) != A.shape:
         raise ValueError(_differs(key, "shape", want, tuple(A.shape)))
     base = linear.weight.dtype
     if not base.is_floating_point and A.dtype in (torch.float32, torch.float64, *HALF):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters_fit import install, module_named
-from .checks import HALF
+from .checks import HALF, Touched
 from .files import Draft, one_at_a_time, publish_both, quoted, read_tensors, to_bytes
 from .inject import require_lora_layers, require_module
 from .layers import LinearWithLoRA
@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
+    "fan_in_fan_out": (False, True, None),  # how the base is stored: its module says so too
     "modules_to_save": ([], None),
     "trainable_token_indices": ({}, [], None),
     "target_parameters": ([], None),
@@ -102,7 +102,7 @@ def save_peft_adapter(
             publish_both(first, second)
 
 
-def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Touched:
     """Load a LoRA adapter that PEFT saved into a model, in place.
 
     Linears that are still plain become LinearWithLoRA layers with scaling "alpha/rank", or
@@ -113,6 +113,9 @@ def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: the base model, adapted or not yet; names as in the model that PEFT was given.
         folder: a folder with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The names of the layers whose adapters were loaded; `print` it.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -144,7 +147,7 @@ def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     metadata["scaling"] = json.dumps(
         "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
     )
-    install(model, ours, metadata)
+    return install(model, ours, metadata)
 
 
 def _config_of(model: nn.Module, layers: Mapping[str, LinearWithLoRA]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from torch.nn import Parameter
 from torch.nn.modules import module as every_module
 
 from .call import Weight
+from .conv1d import is_conv1d
 from .integrations.bitsandbytes import codes_of
+from .quantised_linear import QuantisedLinear
 
 
 def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = None) -> Weight | str:
@@ -26,10 +28,16 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         x: the input, from readers that take a weight of codes too (codes.py): what is quantised
             may be read for one x and must be called for another.
 
+    Returns:
+        The weight as (out, in), whichever way it is stored; or the reason.
+
     """
+    stored_as_in_out = False
     if type(module) is not nn.Linear:
-        if x is not None and (codes := codes_of(module, x)) is not None:
+        if x is not None and (codes := _codes_of(module, x)) is not None:
             return hooks_of(module.__dict__, 0) or codes
+        stored_as_in_out = kind is Parameter and is_conv1d(module)
+    if type(module) is not nn.Linear and not stored_as_in_out:
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
@@ -39,7 +47,14 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
     why = hooks_of(own, 0)
-    return why or Weight(cast(Tensor, weight))
+    data: Any = weight
+    return why or Weight(data.T if stored_as_in_out else data)
+
+
+def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:
+    if type(module) is QuantisedLinear:
+        return module.codes()
+    return codes_of(module, x)
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:

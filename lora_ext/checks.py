@@ -4,12 +4,15 @@ And how a report lists what did not pass.
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import UninitializedParameter
+
+from .conv1d import is_conv1d
 
 HALF = (torch.bfloat16, torch.float16)
 SCALINGS = {
@@ -107,7 +110,8 @@ def _expected(name: str, shape: str, got: Tensor) -> str:
 
 def check_linear(linear: Any) -> None:
     """Raise TypeError unless `linear` has what a linear layer has."""
-    needed = ("weight", "in_features", "out_features")
+    sizes = ("nx", "nf") if is_conv1d(linear) else ("in_features", "out_features")
+    needed = ("weight", *sizes)
     if not isinstance(linear, nn.Module) or not all(hasattr(linear, name) for name in needed):
         got = type(linear).__name__
         raise TypeError(f"linear must be an nn.Linear or a module with its attributes, got {got}")
@@ -146,6 +150,24 @@ def check_backend(name: Any, known: tuple[str, ...]) -> None:
     """Raise ValueError unless `name` is None or a backend's."""
     if name is not None and name not in known:
         raise ValueError(f"backend must be None or one of {', '.join(known)}, got {name!r}")
+
+
+class Touched(tuple[str, ...]):
+    """The names of the layers that a call touched; a line that says so when printed."""
+
+    what: str
+
+    def __new__(cls, what: str, names: Iterable[str]) -> "Touched":
+        """Say what was done, up to the number of layers in the line."""
+        self = super().__new__(cls, (name or "model" for name in names))
+        self.what = what
+        return self
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self[:3]) + (", ..." if len(self) > 3 else "")
+        return f"{self.what} {len(self)} layer{'s' * (len(self) != 1)}" + f": {shown}" * bool(self)
+
+    __str__ = __repr__
 
 
 def lines_by_reason(title: str, reasons: dict[str, str]) -> list[str]:

@@ -80,11 +80,9 @@ def quantised(weight: Tensor, format: str, size: int = 64) -> Weight:
 
     """
     weight = weight.detach()
-    if format == "int8":  # of the weight in float16, as there
-        rows = weight.to(torch.float16)
-        most = rows.abs().amax(1).float()
-        codes = torch.round(rows * (127.0 / most[:, None])).nan_to_num(0).to(torch.int8)
-        return Weight(codes, format, most * (1 / 127))
+    if format == "int8":
+        code, most = quantised_rows(weight)
+        return Weight(code, format, most * (1 / 127))
     flat = weight.reshape(-1)
     scale = torch.empty(-(-len(flat) // size), dtype=torch.float32, device=weight.device)
     code = torch.empty(len(flat) + len(flat) % 2, dtype=torch.uint8, device=weight.device)
@@ -106,6 +104,16 @@ def quantised(weight: Tensor, format: str, size: int = 64) -> Weight:
     if len(flat) % 2:
         code[-1] = _nearest(torch.zeros(1, device=weight.device), format)[0]
     return Weight((code[::2] << 4 | code[1::2])[:, None], format, scale)
+
+
+def quantised_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight as int8, (N, K), and each row's largest magnitude, which 127 stands for.
+
+    Of the weight in float16, as bitsandbytes does it.
+    """
+    rows = weight.detach().to(torch.float16)
+    most = rows.abs().amax(1).float()
+    return torch.round(rows * (127.0 / most[:, None])).nan_to_num(0).to(torch.int8), most
 
 
 _PIECE = 1 << 22  # elements worked on at a time

@@ -9,6 +9,7 @@ from .backends import choose, unsupported_reasons
 from .bases import base_of, why_not_now
 from .call import Call, LowRank, Weight
 from .checks import check_arguments
+from .conv1d import is_conv1d
 from .functional import cast_by_autocast
 from .layers import LinearWithLoRA, why_composed
 
@@ -68,6 +69,8 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
 def _call_of(layer: LinearWithLoRA, x: Tensor, codes: Weight | None) -> Call:
     """Return the call that the layer would make, its mask not drawn; raise what that raises."""
     weight, bias, lora = layer.weight if codes is None else None, layer.bias, layer.lora
+    if weight is not None and is_conv1d(layer.linear):
+        weight = weight.T
     A, B = lora.A, lora.B
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)  # type: ignore[assignment]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .checks import check_dropout, check_hyperparameters
+from .checks import Touched, check_dropout, check_hyperparameters
+from .conv1d import is_conv1d, is_linear
 from .layers import LinearWithLoRA, lora_layers, why_composed
 
 
@@ -22,12 +23,12 @@ def replace_linear_with_lora(
     scaling: str = "alpha",
     dropout: float = 0.0,
     dropout_mask: str = "hash",
-) -> None:
+) -> Touched:
     """Replace every `nn.Linear` in a model by a `LinearWithLoRA` around it, in place.
 
     Weights are shared, not copied, so ties hold. What is already a LinearWithLoRA is left alone,
-    and so is a subclass of nn.Linear unless `target_modules` names it. Nothing is frozen: see
-    `mark_only_lora_as_trainable`.
+    and so is a subclass of nn.Linear, and transformers' Conv1D, unless `target_modules` names it.
+    Nothing is frozen: see `mark_only_lora_as_trainable`.
 
     Args:
         model: the model to change.
@@ -40,6 +41,9 @@ def replace_linear_with_lora(
         scaling: "alpha" (default), "alpha/rank", or "alpha/sqrt(rank)".
         dropout: on the low-rank part's input, in training only, see `lora_linear`.
         dropout_mask: "hash" or "torch", see `lora_linear`.
+
+    Returns:
+        The names of the layers replaced; `print` it.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -63,7 +67,7 @@ def replace_linear_with_lora(
 
     def wanted(name: str, module: nn.Module) -> bool:
         by_default = targets is None and type(module) is nn.Linear
-        named = targets is not None and isinstance(module, nn.Linear) and targets(name)
+        named = targets is not None and is_linear(module) and targets(name)
         return (by_default or named) and not (excluded is not None and excluded(name))
 
     places = [place for place in linears(model) if wanted(place[2], place[3])]
@@ -90,6 +94,7 @@ def replace_linear_with_lora(
             )
     for parent, attribute, _, linear in places:
         setattr(parent, attribute, wrapped[linear])
+    return Touched(f"rank {rank} adapters in", [name for _, _, name, _ in places])
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -117,7 +122,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 @torch.no_grad()
-def merge_(model: nn.Module, *, unload: bool = False) -> None:
+def merge_(model: nn.Module, *, unload: bool = False) -> Touched:
     """Fold every adapter into its linear's weight: `weight + scale * (A @ B).T`, in place.
 
     The sum is taken in float32 (float64 for float64) and rounded once. The new weight is a
@@ -128,6 +133,9 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
     Args:
         model: a model with LinearWithLoRA layers; those already merged are left as they are.
         unload: put the bare linears, merged, back in the model, as for shipping it.
+
+    Returns:
+        The names of the layers that were merged now; `print` it.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -141,12 +149,12 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
     for name, layer in layers.items():
         if (why := why_composed(layer.linear, layer.lora)) is not None:
             raise ValueError(f"{name or 'model'} can't be merged: {why}")
-    for layer in layers.values():
-        if layer._unmerged_weight:
-            continue
+    merged_now = {name: m for name, m in layers.items() if not m._unmerged_weight}
+    for layer in merged_now.values():
         original, lora = layer.weight, layer.lora
         wide = torch.promote_types(original.dtype, torch.float32)
-        delta = lora.scale * (lora.A.to(wide) @ lora.B.to(wide)).T
+        delta = lora.scale * (lora.A.to(wide) @ lora.B.to(wide))
+        delta = delta if is_conv1d(layer.linear) else delta.T
         merged = (original.to(wide) + delta).to(original.dtype)
         layer.linear.weight = Parameter(merged, requires_grad=original.requires_grad)
         layer._unmerged_weight.append(original)
@@ -155,6 +163,7 @@ def merge_(model: nn.Module, *, unload: bool = False) -> None:
             for attribute, child in parent._modules.items():
                 if isinstance(child, LinearWithLoRA):
                     setattr(parent, attribute, child.linear)
+    return Touched("merged and unloaded" if unload else "merged", merged_now)
 
 
 def unmerge_(model: nn.Module) -> None:
@@ -192,7 +201,7 @@ def linears(module: nn.Module, prefix: str = "") -> Iterable[tuple[nn.Module, st
     """Yield (parent, attribute, dotted name, linear) in the reference's order, shared ones too."""
     for attribute, child in module._modules.items():
         name = f"{prefix}{attribute}"
-        if isinstance(child, nn.Linear):
+        if child is not None and is_linear(child):
             yield module, attribute, name, child
         elif child is not None and not isinstance(child, LinearWithLoRA):
             yield from linears(child, f"{name}.")
@@ -215,7 +224,7 @@ def _matcher(argument: str, pattern: str | Iterable[str] | None):
 
 
 def _nothing_to_replace(model: nn.Module, targets: object, excluded: object) -> str:
-    found = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    found = [name for name, m in model.named_modules() if is_linear(m)]
     if not found:
         return f"model must have an nn.Linear in it, {type(model).__name__} has none"
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")

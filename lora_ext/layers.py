@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from .backends import NAMES
 from .bases import base_of, hooks_of, why_not_now
 from .call import Weight
+from .called import add_low_rank, call_base
 from .checks import (
     HALF,
     SCALINGS,
@@ -20,6 +21,7 @@ from .checks import (
     check_hyperparameters,
     check_linear,
 )
+from .conv1d import sizes_of
 from .functional import adapted, lora_delta
 from .panels import Panels
 
@@ -112,10 +114,10 @@ class LinearWithLoRA(nn.Module):
     Shares `linear`, which is not copied, and answers `weight`, `bias`, `in_features` and
     `out_features` for it. Where the linear is not a plain `nn.Linear` with plain tensors (a
     subclass, a quantised layer, hooks, a parametrization), it is called and the low-rank part is
-    added: slower, as exact.
+    added: slower, as exact. transformers' Conv1D, whose weight is (in, out), is read as it is.
 
     Args:
-        linear: the layer to adapt: an nn.Linear, or a module with its attributes.
+        linear: the layer to adapt: an nn.Linear, a Conv1D, or a module with its attributes.
         rank: rank of the update, at least 1.
         alpha: scale of the update, or its numerator, see `scaling`.
         scaling: "alpha" (default), "alpha/rank", or "alpha/sqrt(rank)".
@@ -160,8 +162,7 @@ class LinearWithLoRA(nn.Module):
         # Created on the default device, as the reference does it, and then moved: a seed gives the
         # same A wherever the weight lies.
         self.lora = LoRALayer(
-            self.linear.in_features,
-            self.linear.out_features,
+            *sizes_of(linear),
             rank,
             alpha,
             scaling=scaling,
@@ -191,6 +192,8 @@ class LinearWithLoRA(nn.Module):
             drawn = (dropout, lora.dropout_mask)
             if codes is not None:
                 weight = codes
+            elif type(linear) is not nn.Linear:
+                weight = weight.T  # of a Conv1D
             return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
@@ -210,13 +213,18 @@ class LinearWithLoRA(nn.Module):
 
     def _composed(self, x: Tensor) -> Tensor:
         """Call the linear, and add what the low-rank part gives."""
-        y = self.linear(x)
-        return y + self.lora(x).to(y.dtype)
+        y, fresh = call_base(self.linear, x)
+        lora = self.lora
+        if _why_low(lora, Parameter) is not None or why_not_now(x) is not None:
+            return y + lora(x).to(y.dtype)
+        dropout = lora.dropout if lora.training else 0.0
+        drawn: Any = {"dropout": dropout, "mask": lora.dropout_mask}
+        return add_low_rank(y, x, lora.A, lora.B, lora.scale, fresh=fresh, **drawn)
 
-    weight = property(lambda self: self.linear.weight, doc="The linear's weight, (out, in).")
+    weight = property(lambda self: self.linear.weight, doc="The linear's weight, as it holds it.")
     bias = property(lambda self: self.linear.bias, doc="The linear's bias, (out,), or None.")
-    in_features = property(lambda self: self.linear.in_features, doc="Size of x's last dimension.")
-    out_features = property(lambda self: self.linear.out_features, doc="Size of y's last one.")
+    in_features = property(lambda self: sizes_of(self.linear)[0], doc="Size of x's last dimension.")
+    out_features = property(lambda self: sizes_of(self.linear)[1], doc="Size of y's last one.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign `weight` and `bias` on the linear, as weight tying does on any linear layer."""
@@ -295,7 +303,7 @@ def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
 def _adapter_dtype(base: torch.dtype) -> torch.dtype:
     default = torch.get_default_dtype()
     fits = default == base or (base in HALF and default == torch.float32)
-    return default if fits or not base.is_floating_point else base
+    return default if fits or not base.is_floating_point or base.itemsize == 1 else base
 
 
 def _part_of_the_output(lora: nn.Module, args: Any) -> None:

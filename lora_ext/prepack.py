@@ -6,6 +6,7 @@ from torch import nn
 
 from .backends import cpp
 from .checks import lines_by_reason
+from .conv1d import is_conv1d
 from .inject import require_lora_layers
 from .layers import LinearWithLoRA, why_composed
 from .panels import Panels
@@ -86,6 +87,8 @@ def _why_not(layer: LinearWithLoRA) -> str | None:
         return "the adapter is merged: the layer runs linear(x)"
     if (why := why_composed(layer.linear, layer.lora)) is not None:
         return why
+    if is_conv1d(layer.linear):
+        return "linear is a Conv1D"
     if layer.backend not in (None, "cpp"):
         return f"the layer runs backend {layer.backend!r}"
     if weight.requires_grad:

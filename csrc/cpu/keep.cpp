@@ -107,7 +107,8 @@ Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64
   const int64_t first = seeds[0], second = seeds[operand.stride(0)];
   const cpu::Scratch<uint32_t> columns(cols);
   for (int64_t k = 0; k < cols; ++k) {
-    columns.get()[k] = static_cast<uint32_t>(cpu::mix(cpu::mix((first_column + k) ^ second) ^ first));
+    columns.get()[k] =
+        static_cast<uint32_t>(cpu::mix(cpu::mix((first_column + k) ^ second) ^ first));
   }
   // Of 2^32 values the smallest p * 2^32 are dropped.
   const double dropped = std::min(std::nearbyint(std::ldexp(p, 32)), std::ldexp(1.0, 32) - 1);

@@ -1,104 +1,132 @@
 """PEFT models on our operation: `accelerate(model)` and back with `restore(model)`.
 
-A LoRA linear of PEFT keeps its parameters, adapters and configuration. Only its class changes, to a
-subclass whose forward makes one operation of what PEFT composes:
-
-    y = base(x) + lora_B(lora_A(dropout(x))) * scaling
-    x (..., in), lora_A.weight (rank, in), lora_B.weight (out, rank), y (..., out)
+A LoRA linear of PEFT keeps its parameters, adapters, configuration and the name of its class. Only
+its class changes, to a subclass whose forward makes one operation of what PEFT composes
+(peft_forward.py); over a base that can't be read, such as a quantised one, the base is called and
+the low-rank part added to what it gives.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..bases import base_of, why_not_now
-from ..call import Weight
-from ..checks import HALF, check_dropout, lines_by_reason
-from ..functional import lora_linear
+from ..bases import why_not_now
+from ..checks import check_dropout, lines_by_reason
 from ..group import Report as Groups
 from ..group import group_, ungroup_
 from ..grouped import Part
 
 try:
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .peft_forward import active_adapters, adapter_of, part_of, why_called
+    from .peft_forward import run as run_adapters
 except ImportError as error:
     needs = f"lora_ext.integrations.peft needs PEFT ({error}): pip install 'peft>=0.21'"
     raise ImportError(needs) from None
 
 
+# PEFT's layers that compute base(x) + lora_B(lora_A(dropout(x))) * scaling.
+_KINDS = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+}
+_FUSED = "one operation"
+_PEFTS = "PEFT's own forward: "
+
+
 @dataclass
 class Report:
-    """What `accelerate` did: names of layers, and for those left as they are the reason.
+    """What `accelerate` did, by names of layers; `print` it.
 
     Attributes:
-        accelerated: layers that run our operation.
-        left: layers that keep PEFT's own forward, and why.
+        accelerated: layers that run our operation, for one of their adapters at least.
+        left: layers that run PEFT's own forward, and why.
+        adapters: of each adapter, active or not, how each layer would run with it alone: "one
+            operation", "its base is called: " or "PEFT's own forward: " and the reason.
         groups: what `group_` found, where `groups` asked for it.
 
     """
 
     accelerated: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, dict[str, str]] = field(default_factory=dict)
     groups: Groups | None = None
 
     def __str__(self) -> str:
-        """Counts, and a line for each reason."""
+        """Counts, a line for each reason, and a line for each way that an adapter runs."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
         lines += lines_by_reason("left", self.left)
-        return "\n".join([*lines, *([str(self.groups)] if self.groups else [])])
+        for name, ways in self.adapters.items():
+            ours = {layer: way for layer, way in ways.items() if layer not in self.left}
+            lines += lines_by_reason(f"adapter {name!r}:", ours)
+        if self.groups:
+            lines.append(str(self.groups))
+        return "\n".join(lines)
 
 
-class AcceleratedLinear(PeftLinear):
-    """PEFT's LoRA linear, run as one operation wherever that computes the same."""
+class AcceleratedLinear:
+    """Above PEFT's class of a LoRA linear: one operation wherever that computes the same."""
 
     dropout_mask = "torch"  # how dropout's mask is drawn: see `accelerate`
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns, (..., out_features) for x (..., in_features)."""
         if not (args or kwargs or self.disable_adapters or self.merged):
-            parts = _parts(self)
-            if not isinstance(parts, str):
-                base, A, B, dropout, name = parts
-                weight = base._parameters["weight"]
-                if _takes(x, weight, A):
-                    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-                    return lora_linear(
-                        x,
-                        weight,
-                        base._parameters["bias"],
-                        A.T,
-                        B.T,
-                        self.scaling[name],
-                        dropout=p,
-                        dropout_mask=self.dropout_mask,
-                    )
-        return super().forward(x, *args, **kwargs)
+            adapters = active_adapters(self)
+            if type(adapters) is list and adapters and why_not_now(x) is None:
+                y = run_adapters(self, x, adapters, self.dropout_mask)
+                if y is not None:
+                    return y
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
-    def lora_part(self) -> Part | str:
+    def lora_part(self: Any) -> Part | str:
         """Return the layer as one of a group (grouped.py), or why it runs by itself now."""
         if self.disable_adapters or self.merged:
             return "its adapter is merged or switched off"
-        parts = _parts(self)
-        if isinstance(parts, str):
-            return parts
-        base, A, B, dropout, name = parts
-        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        of_base = base._parameters["weight"], base._parameters["bias"]
-        return Part(*of_base, A.T, B.T, self.scaling[name], p, self.dropout_mask)
+        adapters = active_adapters(self)
+        return adapters if isinstance(adapters, str) else part_of(self, adapters, self.dropout_mask)
+
+    def __reduce__(self: Any) -> Any:
+        """Copy and pickle by PEFT's class: the class made here has no name to be found by."""
+        return _blank, (pefts_class(type(self)),), self.__dict__.copy()
+
+
+_made: dict[type, type] = {}
+
+
+def accelerated_class(kind: type) -> type:
+    """Return the subclass of one of PEFT's classes that runs our operation; it has its name."""
+    if kind not in _made:
+        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        named |= {"__doc__": kind.__doc__, "_pefts_class": kind}  # type: ignore[dict-item]
+        _made[kind] = type(kind.__name__, (AcceleratedLinear, kind), named)
+    return _made[kind]
+
+
+def pefts_class(kind: type) -> type:
+    """Return the class of PEFT that an accelerated one stands for, any other as it is."""
+    return kind.__dict__.get("_pefts_class", kind)
+
+
+def _blank(kind: type) -> Any:
+    made: Any = accelerated_class(kind)
+    return made.__new__(made)
 
 
 def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = False) -> Report:
     """Run a PEFT model's LoRA linears on our operation, in place.
 
-    Parameters, keys, adapters and configuration stay PEFT's: scaling (rsLoRA too), merging,
-    switching and disabling adapters, `save_pretrained` work as before. A layer goes back to PEFT's
-    own forward, call by call, where ours would compute something else: several active adapters,
-    `adapter_names`, hooks on its parts. Calling it again takes layers that were added since. A
-    model pickled whole names our class: `restore` it first if it is to load without this package.
+    Parameters, keys, adapters, configuration and names of classes stay PEFT's: scaling, merging,
+    switching, disabling and hot-swapping adapters, `save_pretrained` work as before. Several active
+    adapters, lora_bias, DoRA and quantised bases run on ours too. A layer goes back to PEFT's own
+    forward, call by call, where ours would compute something else: other variants,
+    `adapter_names`, hooks on its adapters. Calling it again takes layers that were added since. A
+    model pickled whole names this package: `restore` it first if it is to load without.
 
     Args:
         model: a PeftModel, or any module with PEFT LoRA layers in it.
@@ -108,7 +136,8 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = 
         groups: run q, k and v, and gated MLPs, as one operation each: `lora_ext.group_`.
 
     Returns:
-        The layers accelerated, and those left with the reason; `print` it.
+        The layers accelerated, those left with the reason, and how each adapter would run, active
+        or not; `print` it.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -120,14 +149,21 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = 
     layers = _tuner_layers(model)
     ungroup_(model)
     for name, layer in layers.items():
-        why = None if type(layer) is AcceleratedLinear else _why_never(layer)
-        parts = why or _parts(layer)
-        if isinstance(parts, str):
-            report.left[name] = parts
+        kind = pefts_class(type(layer))
+        if not isinstance(layer, AcceleratedLinear) and _key(kind) not in _KINDS:
+            where = "" if isinstance(layer, LoraLayer) else f" of {kind.__module__}"
+            report.left[name] = f"is a {kind.__name__}{where}, not a linear of PEFT's LoRA"
             continue
-        layer.__class__ = AcceleratedLinear
+        ways = {adapter: _way(layer, adapter) for adapter in layer.lora_A}
+        for adapter, way in ways.items():
+            report.adapters.setdefault(adapter, {})[name] = way
+        if ways and all(way.startswith(_PEFTS) for way in ways.values()):
+            report.left[name] = next(iter(ways.values())).removeprefix(_PEFTS)
+        else:
+            report.accelerated.append(name)
+        if not isinstance(layer, AcceleratedLinear):
+            layer.__class__ = accelerated_class(kind)
         layer.dropout_mask = dropout_mask
-        report.accelerated.append(name)
     if groups and report.accelerated:
         report.groups = group_(model)
     return report
@@ -149,67 +185,26 @@ def restore(model: nn.Module) -> int:
     ungroup_(model)
     ours = {n: m for n, m in layers.items() if isinstance(m, AcceleratedLinear)}
     for name, layer in ours.items():
-        if type(layer) is not AcceleratedLinear:
+        if "_pefts_class" not in type(layer).__dict__:
             got = type(layer).__name__
-            raise ValueError(f"{name} must be an AcceleratedLinear to be restored, got a {got}")
+            raise ValueError(f"{name} must be as accelerate left it to be restored, got a {got}")
     for layer in ours.values():
-        layer.__class__ = PeftLinear  # type: ignore[assignment]
+        layer.__dict__.pop("dropout_mask", None)
+        layer.__class__ = pefts_class(type(layer))
     return len(ours)
 
 
-def why_own_forward(layer: Any) -> str | None:
-    """Say why a LoRA linear must run PEFT's own forward now; None if our operation can.
-
-    Args:
-        layer: a `peft.tuners.lora.Linear`.
-
-    """
-    parts = _parts(layer)
-    return parts if isinstance(parts, str) else None
+def _way(layer: Any, name: str) -> str:
+    """Say how a layer runs with one adapter, as things are now."""
+    adapter = adapter_of(layer, name)
+    if isinstance(adapter, str):
+        return _PEFTS + adapter
+    called = why_called(layer)
+    return _FUSED if called is None else f"its base is called: it {called}"
 
 
-def _parts(layer: Any) -> tuple[Any, Tensor, Tensor, nn.Module, str] | str:
-    """Return base, A and B as PEFT has them, dropout of the active adapter, its name; or why not.
-
-    A is lora_A's weight, (rank, in), and B lora_B's, (out, rank).
-    """
-    modules = layer._modules  # by attribute each would cost 1 us
-    lora_A = modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in lora_A]
-    if len(active) != 1:
-        return f"{len(active)} adapters are active, our operation takes one"
-    name = active[0]
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    base, low_A, low_B = modules["base_layer"], lora_A[name], modules["lora_B"]._modules[name]
-    weight, A, B = base_of(base), base_of(low_A), base_of(low_B)
-    for part, judged in (("base_layer", weight), ("lora_A", A), ("lora_B", B)):
-        if type(judged) is str:
-            return f"its {part} {judged}"
-    if low_B._parameters["bias"] is not None:
-        return f"adapter {name!r} has a bias (lora_bias)"
-    dropout = modules["lora_dropout"]._modules[name]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"its dropout is a {type(dropout).__name__}"
-    return base, cast(Weight, A).data, cast(Weight, B).data, dropout, name
-
-
-def _why_never(layer: BaseTunerLayer) -> str | None:
-    kind = type(layer)
-    if kind is PeftLinear:
-        return None
-    where = "" if isinstance(layer, LoraLayer) else f" of {kind.__module__}"
-    return f"is a {kind.__name__}{where}, not PEFT's plain LoRA Linear"
-
-
-def _takes(x: Tensor, weight: Tensor, A: Tensor) -> bool:
-    """Whether lora_linear takes this call; nested tensors, transforms, odd dtypes are PEFT's."""
-    if why_not_now(x) is not None:
-        return False
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        return True
-    fits = A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF)
-    return fits and weight.dtype is x.dtype
+def _key(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__name__
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def skip_unless_it_runs(name: str, device: str = "cuda") -> None:
         pytest.skip(reason)
 
 
-def step_of(way: str, shape: Shape, dtype: torch.dtype, mode: str):
-    case = make_case(shape, "cuda", dtype, mode)
+def step_of(way: str, shape: Shape, dtype: torch.dtype, mode: str, dropout: float = 0.0):
+    case = make_case(shape, "cuda", dtype, mode, dropout=dropout)
     try:
         return case, PROVIDERS[way](case)
     except Unavailable as reason:
@@ -46,6 +46,42 @@ def test_every_regime_passes_the_benchmarks_gate_and_repeats_its_bits(way, shape
         first = step.results()
         for _ in range(3):
             assert all(torch.equal(first[name], t) for name, t in step.results().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mask_passes_the_benchmarks_gate(way, dtype):
+    case, step = step_of(way, SHAPES[2], dtype, "fwd_bwd", dropout=0.1)
+    Gate(case).check(step)
+
+
+@pytest.mark.parametrize("draw", ["hash", "torch"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_captured_graph_draws_a_new_mask_at_each_replay(name, draw):
+    """Its own backward has the same mask: with A = B = 1 and no weight, y is keep * x."""
+    skip_unless_it_runs(name)
+    eye, zero = torch.eye(64, device="cuda"), torch.zeros(64, 64, device="cuda")
+    x = torch.ones(256, 64, device="cuda", requires_grad=True)
+
+    def step():
+        y = lora_linear(x, zero, None, eye, eye, 0.5, backend=name, dropout=0.5, dropout_mask=draw)
+        return y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = step()
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(y, dx)
+        masks.append(y != 0)
+        assert 0.45 < masks[-1].float().mean() < 0.55
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
 
 
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])

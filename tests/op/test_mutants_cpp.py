@@ -477,7 +477,7 @@ def lowered_avx512(target: Path) -> Path:
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
     change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
-    change(target / "cpu/codes_impl.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
+    change(target / "cpu/codes_impl.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=5)
     return target
 
 

@@ -90,6 +90,38 @@ def ddp_trains_as_one_process() -> None:
     assert_equals(trained, train(models["exact"]))
 
 
+def ranks_draw_masks_of_their_own() -> None:
+    """Each by its own seed; the gradients are the mean of what single processes compute so."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, target = batches()[0]
+    for draw in ("hash", "torch"):
+        for wrap in (DistributedDataParallel, shard_root_and_blocks):
+            models = [make_models(FP64)["ours"] for _ in range(2)]
+            for layer in (layer for model in models for layer in layers_of(model)):
+                layer.lora.dropout, layer.lora.dropout_mask = 0.3, draw
+            losses = []
+            for other in range(world):
+                torch.manual_seed(20 + other)
+                losses.append(loss_of(models[0], x.chunk(world)[other], target.chunk(world)[other]))
+            torch.stack(losses).mean().backward()
+            wrapped = wrap(models[1])
+            torch.manual_seed(20 + rank)
+            loss = loss_of(wrapped, x.chunk(world)[rank], target.chunk(world)[rank])
+            torch.testing.assert_close(loss, losses[rank])
+            loss.backward()
+            got = whole(Trained(loss, {n: p.grad for n, p in models[1].named_parameters()}))
+            for name, parameter in models[0].named_parameters():
+                if parameter.requires_grad:
+                    torch.testing.assert_close(got.state[name], parameter.grad, msg=name)
+            seeds = [torch.manual_seed(20 + other) and models[0](x.to(FP64)) for other in (0, 1)]
+            assert not torch.equal(*seeds)
+
+
+def shard_root_and_blocks(model: nn.Module) -> nn.Module:
+    shard_blocks(model)
+    return fully_shard(model)
+
+
 def shard_layers(model: nn.Module, **options) -> None:
     for layer in layers_of(model):
         fully_shard(layer, **options)
@@ -209,6 +241,7 @@ CASES = {
     case.__name__: case
     for case in (
         ddp_trains_as_one_process,
+        ranks_draw_masks_of_their_own,
         fsdp_per_layer,
         fsdp_per_block,
         fsdp_root_only,

@@ -5,13 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lora_ext import LinearWithLoRA
 from tests.conftest import Backend
 from tests.stacks.test_training import use_backend
 from tests.training import batches, make_models, one_backward
 
 BATCHES = batches(steps=4)
+NEEDS_FORK = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork"
+)
 
 
 def test_threads_that_share_a_model_get_their_own_results(backend: Backend):
@@ -52,9 +57,38 @@ class Features(Dataset):
         return loss, *gradients
 
 
-@pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork"
-)
+class Dropped(Dataset):
+    """One x through a layer in training, computed in the loader's workers."""
+
+    def __init__(self, draw):
+        self.layer = LinearWithLoRA(nn.Linear(64, 8), 4, 1.0, dropout=0.5, dropout_mask=draw)
+        nn.init.normal_(self.layer.lora.B)
+
+    def __len__(self):
+        return 4
+
+    @torch.no_grad()
+    def __getitem__(self, i):
+        return self.layer(torch.ones(5, 64))
+
+
+@NEEDS_FORK
+@pytest.mark.parametrize("draw", ["hash", "torch"])
+def test_forked_workers_draw_masks_of_their_own(draw):
+    dataset = Dropped(draw)
+    dataset[0]  # what the draw keeps for the process is there before the fork
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    torch.manual_seed(3)
+    first, second = list(loader), list(loader)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, first, list(loader)))
+    ys = first + second
+    assert not any(torch.equal(a, b) for i, a in enumerate(ys) for b in ys[:i])
+
+
+@NEEDS_FORK
 def test_worker_forked_after_use_computes_the_same(backend: Backend):
     """Training in a forked child after the parent's threads have run: a lock held hangs it."""
     model = make_models()["ours"]

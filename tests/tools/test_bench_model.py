@@ -44,6 +44,27 @@ def test_every_provider_trains_the_plain_layers_adapters():
     assert abs(losses["plain"][0] - base) > 1e-3  # the low-rank part counts from the first step
 
 
+def test_under_dropout_every_provider_is_held_under_the_plain_layers_masks(capsys):
+    pytest.importorskip("peft")
+    providers = "plain,peft,accelerated,lora_ext"
+    arguments = ["--model", "tiny", "--providers", providers, "--seconds", "0.1"]
+    assert bench_model.main([*arguments, "--dropout", "0.4"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"│ {name} " in out for name in providers.split(","))
+    work = bench_model.MODELS["tiny"]()
+    runs = {}
+    for name in providers.split(","):
+        step = bench_model.PROVIDERS[name](work, 0.4)
+        for draw in ("plain's", "own"):
+            torch.manual_seed(2)
+            runs[name, draw] = [step() for _ in range(3)]
+            step.draw_by_hash()
+    for name in providers.split(","):
+        assert runs[name, "plain's"] == pytest.approx(runs["plain", "plain's"], rel=1e-6), name
+    assert runs["plain", "plain's"] != pytest.approx(runs["plain", "own"], rel=1e-6)
+    assert runs["lora_ext", "own"] != pytest.approx(runs["plain", "own"], rel=1e-6)
+
+
 def test_a_provider_with_another_alpha_gets_no_time(monkeypatch, capsys):
     def replace(model, rank, alpha):
         testing.replace_linear_with_lora(model, rank, 1.01 * alpha)
@@ -63,6 +84,10 @@ def test_a_nan_is_no_agreement():
 
 
 def test_bad_arguments_are_named(capsys):
-    with pytest.raises(SystemExit):
-        bench_model.main(["--providers", "plain,fast"])
-    assert "no provider 'fast'" in capsys.readouterr().err
+    for arguments, message in (
+        (["--providers", "plain,fast"], "no provider 'fast'"),
+        (["--dropout", "1"], "must be from 0 to below 1, got 1.0"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_model.main(arguments)
+        assert message in capsys.readouterr().err

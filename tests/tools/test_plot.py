@@ -62,3 +62,9 @@ def test_each_machine_has_a_panel_of_its_own(tmp_path):
         "Speedup over the plain layer\na CPU",
         "Memory of one step",
     ]
+
+
+def test_means_have_a_line_for_each_machine_and_dtype(tmp_path):
+    runs = [made_run(GRIDS["cpu"]["standard"], mode) for mode in ("fwd", "fwd_bwd")]
+    plot.draw_means(runs, tmp_path / "means.png")
+    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")

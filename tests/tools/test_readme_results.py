@@ -30,6 +30,14 @@ def test_a_changed_number_is_found(tmp_path, page):
     assert f"is {digits!r}, the results give {line!r}" in readme.check(**{page: changed})
 
 
+def test_runs_under_dropout_stay_out_of_the_tables(tmp_path):
+    run = made_run(SHAPES, providers=("linear", "lora_ext", "reference"))
+    dropped = run | {"header": run["header"] | {"dropout": 0.05}}
+    keep(tmp_path, made=run, dropped=dropped)
+    assert [found for _, found in readme.runs(tmp_path)] == [json.loads(json.dumps(run))]
+    assert readme.model_runs(tmp_path) == [run]
+
+
 def test_losing_shapes_and_peers_are_in_the_tables(tmp_path):
     run = made_run(SHAPES, providers=("linear", "lora_ext", "reference"))
     slow = next(r for r in run["rows"] if r["provider"] == "lora_ext" and r["M"] == 2048)

@@ -126,11 +126,30 @@ def test_cuda_library_next_to_a_torch_for_the_cpu_is_named(monkeypatch, no_answe
     )
 
 
+@pytest.mark.parametrize("built", ["12.8 for 8.0 9.0 and PTX", "13.0 for 8.0"])
+def test_cuda_library_of_another_major_version_is_named(monkeypatch, no_answers_kept, built):
+    extension = SimpleNamespace(build_info=lambda: {"cuda": built})
+    loaded = []
+    monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin="_cuda.so"))
+    monkeypatch.setattr(cpp, "import_module", lambda name: extension)
+    monkeypatch.setattr(cpp, "_not_loaded", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    why = cpp.load_cuda()
+    if built.startswith("13."):
+        assert why is None and loaded == ["_cuda.so"]
+        return
+    assert not loaded
+    assert why.startswith("the library lora_ext._cuda is built for CUDA 12.8, torch ")
+    assert f"torch {torch.__version__} for 13.2; with a CUDA torch" in why
+
+
 def test_cuda_library_that_does_not_load_says_why(monkeypatch, no_answers_kept, tmp_path):
     library = tmp_path / "_cuda.so"
     library.write_text("no library")
     monkeypatch.setattr(cpp, "find_spec", lambda name: SimpleNamespace(origin=str(library)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp, "_not_loaded", "not asked")
     assert re.match(
         r"the library lora_ext._cuda does not load \(.*_cuda.so: \w.*too short", cpp.load_cuda()
     )

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from setuptools import Distribution
+from torch.utils.cpp_extension import BuildExtension
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.version.cuda or "13.0"
@@ -200,6 +202,36 @@ def test_architectures_that_are_all_too_old_leave_the_cpu_kernels(
     (module,) = setup.build_arguments()["ext_modules"]
     assert module.name == "lora_ext._C"
     assert "not built: TORCH_CUDA_ARCH_LIST is '7.5', which names none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_an_nvcc_that_fails_leaves_the_cpu_kernels(setup, monkeypatch, capsys, tmp_path, choice):
+    """Found in the midst of the build: under auto it goes on, and _C tells that there are none."""
+    nvcc = make_nvcc(tmp_path)
+    nvcc.write_text(
+        NVCC.replace("esac", "  *) exit 3 ;;\nesac").format(release=CUDA, folder=tmp_path)
+    )
+    monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_EXT_BUILD", choice)
+    command = setup.build_arguments()
+    distribution = Distribution(command)
+    build = command["cmdclass"]["build_ext"](distribution, use_ninja=False)
+    build.build_temp = str(tmp_path / "build")
+    build.ensure_finalized()
+    monkeypatch.setattr(BuildExtension, "build_extensions", lambda self: None)
+    if choice == "cuda":
+        with pytest.raises(subprocess.CalledProcessError):
+            build.build_extensions()
+        return
+    build.build_extensions()
+    (module,) = build.extensions
+    assert module.name == "lora_ext._C" and distribution.ext_modules == [module]
+    macros = [value for name, value in module.define_macros if name == "LORA_EXT_BUILT_CUDA"]
+    assert macros == ['"none"']
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("lora_ext: the CUDA kernels are not built: Command ")
+    assert said.endswith("returned non-zero exit status 3.")
 
 
 def make_compiler(folder: Path, says: str, version: str) -> str:
