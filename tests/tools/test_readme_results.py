@@ -59,7 +59,8 @@ def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
     old = made_run(SHAPES)
     new, bf16, step = (made_run(SHAPES, "fwd_bwd" if i == 2 else "fwd") for i in range(3))
     for run in (new, bf16, step):
-        run["header"] |= {"device": "Some(R) CPU 7 Processor", "instruction_set": "AVX512 avx512_bf16"}
+        run["header"]["device"] = "Some(R) CPU 7 Processor"
+        run["header"]["instruction_set"] = "AVX512 avx512_bf16"
         run["header"]["threads"] = 2
     for row in bf16["rows"]:
         row["dtype"] = "bf16"
@@ -76,7 +77,11 @@ def test_machines_stand_apart_with_their_instruction_sets(tmp_path):
         "| a CPU, AVX2 | fp32 | 0.67 (3.00) | - | - |",
     ]
     heads = [line for line in readme.tables(kept).splitlines() if line.startswith("#")]
-    assert heads == ["### Machines side by side", "### Some CPU 7, AVX-512 (bf16)", "### a CPU, AVX2"]
+    assert heads == [
+        "### Machines side by side",
+        "### Some CPU 7, AVX-512 (bf16)",
+        "### a CPU, AVX2",
+    ]
 
 
 def test_a_page_without_marks_is_refused():
