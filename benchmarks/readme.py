@@ -31,17 +31,17 @@ Kept = Sequence[tuple[Path, Run]]
 def runs(folder: Path = RESULTS) -> list[tuple[Path, Run]]:
     """Return the runs of bench_linear kept there, float32 first, each with its file.
 
-    Those under dropout are no part of the tables.
+    Those under dropout, or over a quantised base, are no part of the tables.
     """
     files = sorted(path for device in GRIDS for path in folder.glob(f"{device}-*.json"))
     read = [(path, _with_instruction_set(path, earlier_run(path))) for path in files]
-    found = [(path, run) for path, run in read if "dropout" not in run["header"]]
+    found = [(path, run) for path, run in read if not {"dropout", "base"} & run["header"].keys()]
     return sorted(found, key=lambda pair: (pair[1]["rows"][0]["dtype"] != "fp32", pair[0].name))
 
 
 def model_runs(folder: Path = RESULTS / "models") -> list[Run]:
     """Return the runs of bench_model kept there but for those under dropout."""
-    files = sorted(folder.glob("*.json"))
+    files = sorted(path for path in folder.glob("*.json") if "-memory-" not in path.name)
     read = [_with_instruction_set(path, json.loads(path.read_text())) for path in files]
     return [run for run in read if "dropout" not in run["header"]]
 
