@@ -124,6 +124,7 @@ OF_CODES = [
         Case((2,), 30, 5, 3, block=128),
         Case((), 7, 3, 1),
         Case((1,), 4160, 33, 8, block=32),
+        Case((6,), 1472, 33, 8),  # x in two pieces
         Case((0,), 64, 32, 4),
         Case((400,), 404, 264, 16, dropout=0.1),
     )

@@ -57,7 +57,7 @@ LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
 CPP_CASES = [*CASES, FEW_ROWS, LONG, LONG.but(lead=(5,)), LONG.but(dtype=torch.bfloat16)]
 CPP_CASES += [LONG.but(dropout=0.3), LONG.but(dropout=0.3, dtype=torch.bfloat16, R=24)]
-CPP_CASES += [*OF_CODES[:14], *(case.but(dtype=torch.bfloat16) for case in OF_CODES[-14:])]
+CPP_CASES += [*OF_CODES[:15], *(case.but(dtype=torch.bfloat16) for case in OF_CODES[-15:])]
 CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is far
 # By more threads than pack a weight each, which are a part of the operands' order.
 MANY_THREADS, CASES_OF_MANY = 6, [LONG, LONG.but(dropout=0.3), FEW_ROWS.but(K=800)]
