@@ -30,7 +30,7 @@ KERNEL_TESTS = $(addprefix tests/op/test_,backends.py backward.py extremes.py)
 EMULATED = build/emulated
 INTERPRETED = triton
 test: CHOICE = -m "not slow"
-test: INTERPRETED = triton-in_loop,triton-decode
+test: INTERPRETED = triton-in_loop
 test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)

@@ -26,6 +26,7 @@ sys.meta_path.insert(0, NoExtension())
 """
 
 
+@pytest.mark.slow
 def test_without_the_extension_it_runs_and_says_how_to_build():
     code = """
     with warnings.catch_warnings(record=True) as caught:

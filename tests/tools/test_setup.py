@@ -263,6 +263,7 @@ def test_a_compiler_that_may_do_is_taken(setup, monkeypatch, tmp_path, says, ver
     setup.check_compiler()
 
 
+@pytest.mark.slow
 def test_a_failing_build_is_an_error(tmp_path):
     """And not a package without its kernels."""
     result = subprocess.run(
