@@ -16,6 +16,7 @@ def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 BLOCK = """
 import sys, warnings
+import pytest
 
 class NoExtension:
     def find_spec(self, name, path=None, target=None):
