@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,7 +18,6 @@ def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 BLOCK = """
 import sys, warnings
-import pytest
 
 class NoExtension:
     def find_spec(self, name, path=None, target=None):
