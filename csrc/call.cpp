@@ -121,6 +121,15 @@ Format format_of(const std::string& name, const Checks& checks) {
   STD_TORCH_CHECK(false, "format must be plain, panels, nf4, fp4 or int8, got ", name);
 }
 
+// The scale as the sums' type has it: beyond float it is infinite there, as in PyTorch's own
+// product of a number and a tensor.
+double scale_of_sums(double scale, const Operand& like) {
+  if (like.dtype == ScalarType::Double || !(std::abs(scale) > std::numeric_limits<float>::max())) {
+    return scale;
+  }
+  return std::copysign(std::numeric_limits<double>::infinity(), scale);
+}
+
 void check_is(const char* name, const Operand& operand, ScalarType dtype) {
   STD_TORCH_CHECK(operand.dtype == dtype, name, " must have dtype ",
                   torch::headeronly::toString(dtype), ", got ",
@@ -270,15 +279,6 @@ void check_memory(const char* name, const Operand& operand) {
   STD_TORCH_CHECK(held >= bytes, name, "'s memory must hold the ", bytes,
                   " bytes that its sizes and strides reach, got ", held,
                   " bytes: its storage was freed or shrunk");
-}
-
-// The scale as the sums' type has it: beyond float it is infinite there, as in PyTorch's own
-// product of a number and a tensor.
-static double scale_of_sums(double scale, const Operand& like) {
-  if (like.dtype == ScalarType::Double || !(std::abs(scale) > std::numeric_limits<float>::max())) {
-    return scale;
-  }
-  return std::copysign(std::numeric_limits<double>::infinity(), scale);
 }
 
 Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,

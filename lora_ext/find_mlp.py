@@ -102,7 +102,7 @@ def _act_on_probe(parent: nn.Module, first: list[nn.Module], down: nn.Module) ->
                 for module in modules:
                     module.training = training
                 for x in (probe, 30 * probe):
-                    torch.manual_seed(0)
+                    _seed(x.device)
                     want = parent.forward(x)
                     acts = [act for act in acts if _gives(want, x, first, down, act)]
     except Exception as error:  # what a module of another kind makes of the probe
@@ -113,8 +113,16 @@ def _act_on_probe(parent: nn.Module, first: list[nn.Module], down: nn.Module) ->
     return acts[0] if acts else ""
 
 
+def _seed(device: torch.device) -> None:
+    """Seed the generators that are forked, and no other: the user's stay as they are."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
 def _gives(want: Any, x: Tensor, first: list[nn.Module], down: nn.Module, act: str) -> bool:
-    torch.manual_seed(0)
+    _seed(x.device)
     ys = [layer(x) for layer in first]
     gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
     got = down(ACTS[act].value(gate) * up)

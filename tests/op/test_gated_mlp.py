@@ -237,7 +237,7 @@ def test_autocast_and_no_grad():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, plain = lora_gated_mlp(x, *layers, "silu"), plain_mlp(x, *layers, "silu")
     assert y.dtype == torch.bfloat16 == plain.dtype
-    torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+    assert (y - plain).float().norm() <= 0.01 * plain.float().norm()
     with torch.no_grad():
         y = lora_gated_mlp(x.repeat(200, 1), *layers, "silu")
         torch.testing.assert_close(y[:9], plain_mlp(x, *layers, "silu"), rtol=1e-4, atol=1e-4)
