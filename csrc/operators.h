@@ -34,6 +34,10 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
                                 const std::vector<std::string>& formats,
                                 const std::vector<std::optional<Tensor>>& keeps,
                                 const std::vector<std::optional<Tensor>>& weight_scales);
+// Of a gated MLP: act(gate) * up, and its gradients into d_gate, which may be d_hidden, and d_up.
+Tensor gated_fwd(const Tensor& gate, const Tensor& up, const std::string& act);
+void gated_bwd(const Tensor& d_hidden, const Tensor& gate, const Tensor& up, const std::string& act,
+               Tensor d_gate, Tensor d_up);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
 // Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the

@@ -120,11 +120,20 @@ def _draw_bernoulli_fake(state: Tensor, rows: int, cols: int, p: float) -> Tenso
     return state.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
+def _gated_fwd_fake(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gated_bwd_fake(d_hidden, gate, up, act, d_gate, d_up) -> None:
+    pass
+
+
 LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
-# their sum, and after it dweight, dbias, dA and dB of each); a weight in panels; and dropout's mask
-# as bits: drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a
-# generator's state, or packed from a mask of bytes.
+# their sum, and after it dweight, dbias, dA and dB of each); a gated MLP's act(gate) * up, and its
+# gradients, of which d_gate may be d_hidden itself; a weight in panels; and dropout's mask as bits:
+# drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's
+# state, or packed from a mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
@@ -137,6 +146,12 @@ for _schema, _fake in (
         " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps,"
         " Tensor?[] weight_scales) -> Tensor[]",
         _linears_bwd_fake,
+    ),
+    ("gated_fwd(Tensor gate, Tensor up, str act) -> Tensor", _gated_fwd_fake),
+    (
+        "gated_bwd(Tensor d_hidden, Tensor gate, Tensor up, str act, Tensor(a!) d_gate,"
+        " Tensor(b!) d_up) -> ()",
+        _gated_bwd_fake,
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
     (

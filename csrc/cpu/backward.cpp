@@ -37,8 +37,11 @@ class Backward {
   Way dx_way() const {
     const Weight& weight = call_.weight;
     const bool plain = weight.data && weight.format == Format::kPlain;
-    const bool dense = plain && has_dense_rows(matrix<T>(weight.data)) &&
-                       (call_.low.A.stride(1) == 1 || call_.R == 1);
+    const bool dense_A = call_.low.A.stride(1) == 1 || call_.R == 1;
+    if (weight.data && is_of_codes(weight.format)) {
+      return dx_way_of_codes(call_.M, dense_A && call_.K % columns_of_codes() == 0);
+    }
+    const bool dense = plain && has_dense_rows(matrix<T>(weight.data)) && dense_A;
     return way_of(routes<T>(), Product::kDx,
                   {call_.M, call_.N, call_.R, !plain, dense, keep_.data != nullptr});
   }
@@ -68,6 +71,12 @@ class Backward {
   }
 
  private:
+  // Columns of a weight of codes that combine_codes takes at a time.
+  int64_t columns_of_codes() const {
+    const int64_t block = codes_of(call_.weight, call_.N, call_.K).block_bits;
+    return block == 0 ? 64 : int64_t{1} << block;
+  }
+
   bool gradient_by_library(bool masked) const {
     const Sizes sizes = {call_.M, call_.M, call_.R, false, true, masked};
     return way_of(routes<T>(), Product::kGradient, sizes) == Way::kLibrary;
@@ -163,7 +172,7 @@ class Backward {
     });
   }
 
-  // dx of so few rows that the weight and A are read in place, once, from end to end.
+  // dx of so few rows that the weight and A are read in place, from end to end.
   template <typename TA>
   void dx_of_few_rows(View<const TA> A_view, View<T> out, bool add) const {
     const int64_t M = call_.M, K = call_.K, N = call_.N, R = call_.R;
@@ -176,13 +185,25 @@ class Backward {
       blocks().storage<A>().store(sums.data, sums.row_stride, static_cast<A>(call_.low.scale),
                                   nullptr, false, {t.get(), M, R, R, 1});
     });
-    const View<const T> weight = matrix<T>(call_.weight.data);
-    const int64_t part = even_part(K, std::max<int64_t>(K, 1), 256, 16, num_threads());
+    const bool of_codes = is_of_codes(call_.weight.format), masked = keep_.data != nullptr;
+    const Codes codes = of_codes ? codes_of(call_.weight, N, K) : Codes{};
+    const View<const T> weight = of_codes ? View<const T>{} : matrix<T>(call_.weight.data);
+    const int64_t multiple = of_codes ? columns_of_codes() : 16;
+    const int64_t part = even_part(K, std::max<int64_t>(K, 1), 256, multiple, num_threads());
     for_each_part(K, part, [&](int64_t col, int64_t cols) {
-      const Scratch<A> sum(M * cols);
-      blocks().storage<T>().combine_rows(dy, weight.block(0, col, N, cols), sum.get(), cols);
-      blocks().storage<TA>().dot({t.get(), M, R, R, 1}, A_view.block(col, 0, cols, R), sum.get(),
-                                 cols, true);
+      const Scratch<A> sum(M * cols), apart(masked ? M * cols : 0);
+      if (of_codes) {
+        blocks().storage<T>().combine_codes(dy, codes, col, cols, sum.get(), cols);
+      } else {
+        blocks().storage<T>().combine_rows(dy, weight.block(0, col, N, cols), sum.get(), cols);
+      }
+      blocks().storage<TA>().dot({t.get(), M, R, R, 1}, A_view.block(col, 0, cols, R),
+                                 masked ? apart.get() : sum.get(), cols, !masked);
+      if (masked) {  // by itself, not with what is summed already
+        blocks().storage<A>().keep(keep_.from(0, col), {apart.get(), M, cols, cols, 1});
+        blocks().storage<A>().store(apart.get(), cols, A(1), nullptr, true,
+                                    {sum.get(), M, cols, cols, 1});
+      }
       blocks().storage<T>().store(sum.get(), cols, A(1), nullptr, add, out.block(0, col, M, cols));
     });
   }

@@ -111,6 +111,9 @@ struct Region {
   int64_t row, col, rows, cols;
 };
 
+// The activation of a gated MLP: x / (1 + e^-x); gelu by erf, and by tanh; the square of relu.
+enum class Act : int8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
+
 // T is the storage dtype, A = Acc<T> the arithmetic.
 template <typename T, typename A = Acc<T>>
 struct StorageOps {
@@ -131,12 +134,22 @@ struct StorageOps {
   void (*combine_rows)(View<const A> left, View<const T> right, A* out, int64_t ld);
   // y (dense rows) += scale * a @ b, where y is read and written once and rounded at the end
   void (*update)(View<const A> a, Panels<const A> b, A scale, View<T> y);
-  // dst (dense rows of `ld`) = a region of a weight of codes. Null for double, as is dot_codes
+  // hidden = act(gate) * up, all of one shape
+  void (*gated)(Act act, View<const T> gate, View<const T> up, View<T> hidden);
+  // d_up = d_hidden * act(gate), d_gate = d_hidden * up * act'(gate); d_gate may be d_hidden
+  void (*gated_gradients)(Act act, View<const T> d_hidden, View<const T> gate, View<const T> up,
+                          View<T> d_gate, View<T> d_up);
+  // dst (dense rows of `ld`) = a region of a weight of codes. Null for double, as are the next two
   void (*decode)(const Codes& codes, Region region, A* dst, int64_t ld);
   // out (left.rows, rows; dense rows of `ld`) = left @ rows of a weight of codes from `row` on,
   // transposed; left has dense rows. For few of them: the codes are read once for 8
   void (*dot_codes)(View<const A> left, const Codes& codes, int64_t row, int64_t rows, A* out,
                     int64_t ld);
+  // out (left.rows, cols; dense rows of `ld`) = left @ some columns, from `col` on, of all rows of
+  // a weight of codes; both the weight's rows and these columns are whole blocks, or of bytes whole
+  // 64. The codes are read once for 8 rows of `left`, or 4
+  void (*combine_codes)(View<const A> left, const Codes& codes, int64_t col, int64_t cols, A* out,
+                        int64_t ld);
 };
 
 // What a product is added to: nothing; a matrix of dense rows, such as the result itself; or, with

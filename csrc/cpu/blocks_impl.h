@@ -12,8 +12,10 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/act_impl.h"
 #include "cpu/blocks.h"
 #include "cpu/codes_impl.h"
+#include "cpu/combine_codes_impl.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
@@ -190,10 +192,14 @@ void keep(Bits bits, View<T> values) {
 
 template <typename T>
 constexpr StorageOps<T> storage_ops() {
-  StorageOps<T> ops = {&load<T>,         &pack<T>,   &store<T>, &keep<T>, &dot<T>,
-                       &combine_rows<T>, &update<T>, nullptr,   nullptr};
-  if constexpr (std::is_same_v<Acc<T>, float>)
+  StorageOps<T> ops = {};
+  ops.load = &load<T>, ops.pack = &pack<T>, ops.store = &store<T>, ops.keep = &keep<T>;
+  ops.dot = &dot<T>, ops.combine_rows = &combine_rows<T>, ops.update = &update<T>;
+  ops.gated = &gated<T>, ops.gated_gradients = &gated_gradients<T>;
+  if constexpr (std::is_same_v<Acc<T>, float>) {
     ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;
+    ops.combine_codes = &combine_codes<T>;
+  }
   return ops;
 }
 

@@ -84,6 +84,15 @@ class Nibbles {
     return v;
 #endif
   }
+  // Back in order.
+  static FloatVector restored(FloatVector v) {
+#if LORA_EXT_VECTOR_BYTES == 64
+    const __m512i order = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutexvar_ps(order, v);
+#else
+    return v;
+#endif
+  }
 
  private:
   FloatVector of(UintVector code) const {
@@ -158,6 +167,7 @@ class Bytes {
   FloatVector at(const uint8_t* from) const { return rounded<T>(scale_ * floats_of(from)); }
   FloatVector reordered_at(const uint8_t* from) const { return at(from); }
   static FloatVector reordered(FloatVector v) { return v; }
+  static FloatVector restored(FloatVector v) { return v; }
 
  private:
   float scale_;

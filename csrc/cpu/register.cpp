@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, library) {
   library.impl("linear_bwd", TORCH_BOX(&lora_ext::linear_bwd));
   library.impl("linears_fwd", TORCH_BOX(&lora_ext::linears_fwd));
   library.impl("linears_bwd", TORCH_BOX(&lora_ext::linears_bwd));
+  library.impl("gated_fwd", TORCH_BOX(&lora_ext::gated_fwd));
+  library.impl("gated_bwd", TORCH_BOX(&lora_ext::gated_bwd));
   library.impl("pack_weight", TORCH_BOX(&lora_ext::pack_weight));
   library.impl("draw_keep", TORCH_BOX(&lora_ext::draw_keep));
   library.impl("draw_bernoulli", TORCH_BOX(&lora_ext::draw_bernoulli));

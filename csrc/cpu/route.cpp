@@ -99,7 +99,7 @@ bool can_go(Way way, Product product, const Sizes& sizes) {
     case Way::kDots:
       return sizes.dense && !sizes.panels;
     case Way::kStream:
-      return sizes.dense && !sizes.panels && !sizes.masked;
+      return sizes.dense && !sizes.panels && (product == Product::kDx || !sizes.masked);
     case Way::kLibrary:
       return !sizes.panels && (product == Product::kDx || !sizes.masked);
     default:

@@ -37,8 +37,8 @@ inline constexpr int64_t kFewRows = 32;
 inline constexpr int64_t kDotDepthPerRow = 20;
 // A matrix of more bytes is read from the last cache or from memory at each use.
 inline constexpr int64_t kFarBytes = 3 << 20;
-// Up to so many rows y is dot products with a weight of codes in place.
-inline constexpr int64_t kCodesDotRows = 16;
+// Up to so many rows y is dot products with a weight of codes in place, and dx sums of its rows.
+inline constexpr int64_t kCodesDotRows = 16, kCodesStreamRows = 16;
 // Above so many threads a weight is packed once for all of them, so many elements of it at a time.
 inline constexpr int64_t kPackAloneThreads = 4, kSharedPanels = 8 << 20;
 
@@ -99,8 +99,12 @@ bool goes(Way way, Product product);
 // The product of a name. Throws for one that is not known.
 Product product_named(const std::string& name);
 
-// The way of x @ weight.T, of M rows, where the weight is of codes; dx goes by strips.
+// The ways of x @ weight.T and dy @ weight, of M rows, where the weight is of codes; `whole` is
+// whether its rows are whole blocks and A has dense rows.
 constexpr Way way_of_codes(int64_t M) { return M <= kCodesDotRows ? Way::kDots : Way::kStrips; }
+constexpr Way dx_way_of_codes(int64_t M, bool whole) {
+  return M <= kCodesStreamRows && whole ? Way::kStream : Way::kStrips;
+}
 
 // The way that a product takes.
 Way way_of(const Routes& line, Product product, const Sizes& sizes);

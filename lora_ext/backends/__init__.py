@@ -14,6 +14,11 @@ and, where it has a faster way than one call after the other, two more over call
     forward_group(calls) -> (ys, hs)
     backward_group(dys, calls, hs, needs) -> gradients of each, dx the sum and with the first
 
+and two for a gated MLP, of matrices on its device, where it has more than acts.py:
+
+    gated(gate, up, act) -> act(gate) * up
+    gated_backward(d_hidden, gate, up, act, d_gate, d_up), which writes the last two
+
 A new one is a file here, its name in BACKENDS, and in BY_DEVICE where it is to be chosen unasked.
 """
 
@@ -22,6 +27,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from .. import acts
 from ..call import Call
 from ..checks import check_backend
 from . import cpp, reference, triton
@@ -81,6 +87,25 @@ def backward_group(
             dx = None
         results.append((dx, *others))
     return results
+
+
+def gated(name: str | None, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """Return act(gate) * up in new memory, by the backend `name` or by PyTorch."""
+    return getattr(BACKENDS.get(name or ""), "gated", acts.gated)(gate, up, act)
+
+
+def gated_backward(
+    name: str | None,
+    d_hidden: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    act: str,
+    d_gate: Tensor,
+    d_up: Tensor,
+) -> None:
+    """Write the gradients of `gated`; see acts.gated_backward."""
+    run = getattr(BACKENDS.get(name or ""), "gated_backward", acts.gated_backward)
+    run(d_hidden, gate, up, act, d_gate, d_up)
 
 
 def unsupported_reasons(call: Call) -> dict[str, str | None]:

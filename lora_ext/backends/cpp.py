@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import ops  # noqa: F401  the schemas that _C registers its kernels for
+from .. import (
+    acts,
+    ops,  # noqa: F401  the schemas that _C registers its kernels for
+)
 from ..call import Call, Weight
 
 BUILD_COMMAND = "pip install --no-build-isolation -e . (in a clone of the repository)"
@@ -26,6 +29,8 @@ _FWD = torch.ops.lora_ext.linear_fwd.default
 _BWD = torch.ops.lora_ext.linear_bwd.default
 _FWD_GROUP = torch.ops.lora_ext.linears_fwd.default
 _BWD_GROUP = torch.ops.lora_ext.linears_bwd.default
+_GATED = torch.ops.lora_ext.gated_fwd.default
+_GATED_BACKWARD = torch.ops.lora_ext.gated_bwd.default
 
 try:
     import_module("lora_ext._C")  # registers the kernels
@@ -211,3 +216,16 @@ def backward_group(
         dx = gradients[0] if needs[0][0] and i == 0 else None
         results.append((dx, *(g if n else None for g, n in zip(own, others, strict=True))))
     return results
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """Return act(gate) * up, (M, hidden), in one pass on a CPU."""
+    return _GATED(gate, up, act) if gate.is_cpu else acts.gated(gate, up, act)
+
+
+def gated_backward(
+    d_hidden: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor
+) -> None:
+    """Write the gradients of `gated`, on a CPU in one pass; see acts.gated_backward."""
+    run = _GATED_BACKWARD if gate.is_cpu else acts.gated_backward
+    run(d_hidden, gate, up, act, d_gate, d_up)
