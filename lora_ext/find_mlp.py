@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import gated_mlp, grouped
-from .gated_mlp import ACTS
-from .grouped import is_adapted, parts_of
+from . import gated_mlp
+from .acts import ACTS
+from .parts import is_adapted, part_of, parts_of
+from .quantised_linear import QuantisedLinear
+
+_LINEARS = (nn.Linear, QuantisedLinear)
 
 
 class GatedMLP:
@@ -50,7 +53,7 @@ def mlp_forward(module, mlp: GatedMLP, forward, args, kwargs):
 def find_gated_mlp(parent: nn.Module, recompute: str = "act") -> GatedMLP | str:
     """Return a module's gated MLP if it provably is one; else why not, "" for nothing like it."""
     children: dict[str, Any] = {n: m for n, m in parent._modules.items() if m is not None}
-    linears = {n: m for n, m in children.items() if is_adapted(m) or type(m) is nn.Linear}
+    linears = {n: m for n, m in children.items() if is_adapted(m) or type(m) in _LINEARS}
     by_sizes = {name: (m.in_features, m.out_features) for name, m in linears.items()}
     if len(linears) == 3:
         downs = [n for n, (K, N) in by_sizes.items() if list(by_sizes.values()).count((N, K)) == 2]
@@ -83,19 +86,20 @@ def _act_on_probe(parent: nn.Module, first: list[nn.Module], down: nn.Module) ->
     On small and on large values, which a clamp would show, in eval and in training, where the order
     of the layers' random numbers shows as well.
     """
-    parts = [grouped.part_of(layer) for layer in (*first, down)]
-    for part in parts:
-        if isinstance(part, str):
-            return part
-    weight: Tensor = parts[0].weight  # type: ignore[union-attr]
-    if weight.is_meta:
+    like = _like(first[0])
+    if like.is_meta:
         return "its weights are on meta"
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    probe = torch.randn(3, first[0].in_features, generator=generator).to(like)  # type: ignore[call-overload]
     modules = list(parent.modules())
     before = [module.training for module in modules]
-    devices = [weight.device] if weight.is_cuda else []
+    devices = [like.device] if like.is_cuda else []
     try:
+        for module in modules:
+            module.training = True  # some quantised bases are read in training alone
+        for part in (part_of(layer, probe) for layer in (*first, down)):
+            if isinstance(part, str):
+                return part
         with torch.no_grad(), torch.random.fork_rng(devices):
             acts = list(ACTS)
             for training in (False, True):
@@ -111,6 +115,19 @@ def _act_on_probe(parent: nn.Module, first: list[nn.Module], down: nn.Module) ->
         for module, training in zip(modules, before, strict=True):
             module.training = training
     return acts[0] if acts else ""
+
+
+def _like(layer: Any) -> Tensor:
+    """Return a tensor of no elements, of the dtype and device of the x that a layer expects."""
+    base = getattr(layer, "linear", None) or getattr(layer, "base_layer", layer)
+    weight, bias = base.weight, base.bias
+    if weight.is_floating_point():
+        return torch.empty(0, dtype=weight.dtype, device=weight.device)
+    # Of codes: what it computes in where that is set; else as its bias is, or as it was.
+    dtype = getattr(base, "dtype", torch.float32) if bias is None else bias.dtype
+    if getattr(base, "compute_type_is_set", True):
+        dtype = getattr(base, "compute_dtype", None) or dtype
+    return torch.empty(0, dtype=dtype, device=weight.device)
 
 
 def _seed(device: torch.device) -> None:

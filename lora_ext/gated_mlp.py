@@ -6,46 +6,21 @@ Composed, autograd keeps gate(x), act(gate(x)), up(x) and their product. Here ga
 kept, or x alone, and the rest is computed again.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import grouped
-from .backends import reference
+from .acts import ACTS
+from .backends import gated, gated_backward, reference
 from .call import Call, LowRank, Weight
+from .codes import VALUES
 from .functional import rows_of, with_shape
-from .grouped import Group, Part, backward, forward, lora_linears, parts_of, prepared, with_masks
-
-_ATEN = torch.ops.aten
-
-
-class Act(NamedTuple):
-    """An activation: its value as a new tensor, and dg = act'(g) * da, written into `out`."""
-
-    value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor, Tensor], Any]  # (da, g, out); out may be da
-
-
-def _gelu(approximate: str) -> Act:
-    backward = _ATEN.gelu_backward.grad_input
-    return Act(
-        lambda g: F.gelu(g, approximate=approximate),
-        lambda da, g, out: backward(da, g, approximate=approximate, grad_input=out),
-    )
-
-
-ACTS = {
-    "silu": Act(F.silu, lambda da, g, out: _ATEN.silu_backward.grad_input(da, g, grad_input=out)),
-    "gelu": _gelu("none"),
-    "gelu_tanh": _gelu("tanh"),
-    "relu2": Act(
-        lambda g: F.relu(g).square(),
-        lambda da, g, out: torch.mul(da, F.relu(g).mul_(2), out=out),
-    ),
-}
+from .grouped import Group, backward, forward, lora_linears, out_features, prepared, with_masks
+from .parts import Part, parts_of
 
 
 def lora_gated_mlp(
@@ -60,8 +35,8 @@ def lora_gated_mlp(
     """Run a gated MLP, its linears adapted or not: `down(act(gate(x)) * up(x))`.
 
     Differentiable any number of times. Each layer draws its own dropout, in the order gate, up,
-    down. Where a layer must be called (hooks, a quantised base), or none has an adapter, all are
-    called and PyTorch keeps what it needs.
+    down. A quantised base is read where a single layer would read it. Where a layer must be called
+    (hooks, for one), or none has an adapter, all are called and PyTorch keeps what it needs.
 
     Args:
         x: (..., in_features).
@@ -115,7 +90,7 @@ def run(
     one = prepared(x, first, backend)
     if isinstance(one, str):
         return one
-    N = [call.weight.data.shape[0] for call in one.calls]
+    N = [out_features(call) for call in one.calls]
     hidden = N[0] if len(N) == 2 else N[0] // 2
     if N not in ([hidden, hidden], [2 * hidden]):
         return f"gate and up have {N} features"
@@ -125,6 +100,9 @@ def run(
         return f"down: {two}"
     if one.name is None and two.name is None:
         return "none of its layers has an adapter"
+    of_4_bits = any(call.weight.format in VALUES for call in (*one.calls, *two.calls))
+    if of_4_bits and one.x.dtype is not x.dtype:
+        return "over 4 bits a layer's result has x's dtype, which autocast changes"
     tensors = grouped.tensors_of(one) + grouped.tensors_of(two)
     x = one.x
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -137,30 +115,27 @@ def _values(x: Tensor, one: Group, two: Group, act: str):
     """Return y as a matrix, the results of gate and up, all h, and the groups with their masks."""
     one = with_masks(one, x)
     ys, hs = forward(one)
-    hidden = _product(ys, act)
+    hidden = _product(ys, act, one.name or two.name)
     two = with_masks(two, with_shape(hidden, x.shape))
     (y,), last_h = forward(two)
     return y, ys, [*hs, *last_h], [*one.calls, *two.calls]
 
 
-def _product(ys: Sequence[Tensor], act: str) -> Tensor:
+def _product(ys: Sequence[Tensor], act: str, name: str | None) -> Tensor:
     """Return act(gate) * up in new memory."""
     gate, up = ys if len(ys) == 2 else ys[0].chunk(2, 1)
-    return ACTS[act].value(gate).mul_(up)
+    return gated(name, gate, up, act)
 
 
-def _gradients(d_hidden: Tensor, ys: Sequence[Tensor], act: str) -> list[Tensor]:
-    """Return the gradients of gate's and up's results; `d_hidden` is written over."""
+def _gradients(d_hidden: Tensor, ys: Sequence[Tensor], act: str, name: str | None) -> list[Tensor]:
+    """Return the gradients of gate's and up's results; `d_hidden` may be written over."""
     if len(ys) == 2:
-        gate, up = ys
-        d_up, d_gate, results = ACTS[act].value(gate), d_hidden, None
-        d_up.mul_(d_hidden)
+        (gate, up), (d_gate, d_up) = ys, (d_hidden, torch.empty_like(d_hidden))
         results = [d_gate, d_up]
     else:
         results = [torch.empty_like(ys[0])]
         (gate, up), (d_gate, d_up) = ys[0].chunk(2, 1), results[0].chunk(2, 1)
-        torch.mul(ACTS[act].value(gate), d_hidden, out=d_up)
-    ACTS[act].derivative(d_hidden.mul_(up), gate, d_gate)
+    gated_backward(name, d_hidden, gate, up, act, d_gate, d_up)
     return results
 
 
@@ -175,7 +150,7 @@ class _GatedMLP(torch.autograd.Function):
         scales = [call.low.scale for call in calls]
         ctx.save_for_backward(x, *tensors, *hs, *keeps, *kept)
         ctx.call = (scales, one.name, two.name, act)
-        ctx.panels = [*one.panels, *two.panels]
+        ctx.laid_out = [*one.laid_out, *two.laid_out]
         return with_shape(y, x.shape)
 
     @staticmethod
@@ -192,30 +167,35 @@ class _GatedMLP(torch.autograd.Function):
             return _differentiable(ctx, dy, x, tensors, lows, act)
         rows = rows_of(x)
         calls = [
-            Call(rows, Weight(tensors[4 * i]), tensors[4 * i + 1], low)
+            Call(rows, _weight_of(tensors[4 * i], ctx.laid_out[i]), tensors[4 * i + 1], low)
             for i, low in enumerate(lows)
         ]
         if not ys:
-            first = Group(x, calls[:-1], name, ctx.panels[:-1], [])
+            first = Group(x, calls[:-1], name, ctx.laid_out[:-1], [])
             ys, _ = forward(first)
-        *first_calls, last = (_with_panels(c, p) for c, p in zip(calls, ctx.panels, strict=True))
+        *first_calls, last = (
+            call if of is None else call._replace(weight=of.backward)
+            for call, of in zip(calls, ctx.laid_out, strict=True)
+        )
         needs_of = [(need_dx, *needs[4 * i : 4 * i + 4]) for i in range(count)]
         reaches = any(map(any, needs_of[:-1]))  # what comes before `down`
-        hidden = _product(ys, act) if needs_of[-1][1] or needs_of[-1][3] else None
+        hidden = None
+        if needs_of[-1][1] or needs_of[-1][3]:
+            hidden = _product(ys, act, name or last_name)
         layer = (0, rows_of(dy), last._replace(x=hidden), hs[-1], (reaches, *needs_of[-1][1:]))
         d_hidden, (of_down,) = backward([layer], last_name)
         del hidden, layer
         if not reaches:
             return None, None, None, None, None, *[None] * (4 * (count - 1)), *of_down
-        dys = _gradients(d_hidden, ys, act)
+        dys = _gradients(d_hidden, ys, act, name or last_name)
         layers = list(zip(range(len(dys)), dys, first_calls, hs, needs_of, strict=False))
         dx, of_layers = backward(layers, name)
         dx = None if dx is None else with_shape(dx, x.shape)
         return dx, None, None, None, None, *(g for own in (*of_layers, of_down) for g in own)
 
 
-def _with_panels(call: Call, panels: Any) -> Call:
-    return call if panels is None else call._replace(weight=panels.backward)
+def _weight_of(tensor: Tensor | None, laid_out: Any) -> Weight:
+    return laid_out.forward if tensor is None else Weight(tensor)
 
 
 def _differentiable(ctx, dy, x, tensors, lows, act):
@@ -225,7 +205,8 @@ def _differentiable(ctx, dy, x, tensors, lows, act):
         weight, bias = tensors[4 * i : 4 * i + 2]
         if lows[i].A is None:
             return F.linear(rows, weight, bias)
-        return reference.forward(Call(rows, Weight(weight), bias, lows[i]))[0]
+        call = Call(rows, _weight_of(weight, ctx.laid_out[i]), bias, lows[i])
+        return reference.forward(call)[0]
 
     with torch.enable_grad():
         ys = [one(rows_of(x), i) for i in range(len(lows) - 1)]

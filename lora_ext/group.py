@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from .find_mlp import GatedMLP, find_gated_mlp, mlp_forward
-from .grouped import is_adapted
 from .inject import require_module
 from .layers import LinearWithLoRA
+from .parts import is_adapted
 from .siblings import Siblings, parent_forward, sibling_forward
 
 _KEY = "_lora_group"  # of a module: the group that it belongs to

@@ -15,38 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backward_group, choose, forward_group, reference
-from .bases import base_of, hooks_of, why_not_now
 from .call import Call, LowRank, Weight
 from .checks import fit
+from .codes import VALUES
 from .dropout import draw_keep, scale_of
-from .functional import cast_by_autocast, rows_of, with_shape
-from .layers import LinearWithLoRA, why_composed
+from .functional import Codes, cast_by_autocast, rows_of, with_shape
 from .panels import Panels
+from .parts import Part, parts_of
 
 MOST_LAYERS = 8  # csrc/cpu/product.h, kMostLegs: two legs each
-
-LEAST = 1 << 14  # elements of x, without a gradient: three layers of 1 x 64 took 1.3 times as long
-
-
-class Part(NamedTuple):
-    """One layer of a group as data; A and B are None for a linear without an adapter."""
-
-    weight: Tensor  # (N, K)
-    bias: Tensor | None  # (N,)
-    A: Tensor | None = None  # (K, R)
-    B: Tensor | None = None  # (R, N)
-    scale: float = 1.0
-    dropout: float = 0.0  # 0 in eval
-    mask: str = "hash"
-    panels: Panels | None = None
 
 
 def lora_linears(x: Tensor, layers: Sequence[nn.Module | None]) -> list[Tensor | None]:
     """Run several linears, adapted or not, on one x: `[layer(x) for layer in layers]`.
 
     The results, gradients and random numbers are those of the single layers up to rounding; less is
-    computed and kept. Where a layer has hooks, a quantised base or anything else that must be
-    called, each layer is called by itself.
+    computed and kept. A quantised base is read where a single layer would read it. Where a layer
+    has hooks or anything else that must be called, each layer is called by itself.
 
     Args:
         x: (..., in_features).
@@ -72,53 +57,6 @@ def lora_linears(x: Tensor, layers: Sequence[nn.Module | None]) -> list[Tensor |
     return [None if layer is None else next(remaining) for layer in layers]
 
 
-def parts_of(layers: Sequence[nn.Module], x: Tensor) -> list[Part] | str:
-    """Return the layers as data, or why one of them must be called by itself now."""
-    if (why := why_not_now(x)) is not None:
-        return why
-    if x.numel() < LEAST and not torch.is_grad_enabled():
-        return "so small a call gains less than lists of operands cost"
-    if torch.compiler.is_compiling():
-        return "a compiler traces it, which joins what it can by itself"
-    parts = []
-    for layer in layers:
-        part = part_of(layer)
-        if type(part) is str:
-            return part
-        parts.append(part)
-    return cast(list[Part], parts)
-
-
-def part_of(layer: nn.Module) -> Part | str:
-    """Return a LinearWithLoRA or an nn.Linear as data, or why it must be called."""
-    own = layer.__dict__
-    modules = own["_modules"]
-    if not isinstance(layer, LinearWithLoRA):
-        if hasattr(type(layer), "lora_part"):  # PEFT's, integrations/peft.py
-            return hooks_of(own, 0) or layer.lora_part()  # type: ignore[operator]
-        base = base_of(layer)
-        if isinstance(base, str):
-            return f"a layer {base}"
-        return Part(base.data, own["_parameters"]["bias"])
-    if (why := hooks_of(own, 0)) is not None:
-        return f"a layer {why}"
-    linear, lora = modules["linear"], modules["lora"]
-    if layer._unmerged_weight or layer._parallel is not None or own["backend"] is not None:
-        return "a layer is merged, split over ranks, or has a backend of its own"
-    if (why := why_composed(linear, lora)) is not None:
-        return why
-    base, low = linear._parameters, lora._parameters
-    dropout = lora.dropout if lora.training else 0.0
-    panels = None if layer._panels is None else layer._fresh_panels()
-    drawn = (dropout, lora.dropout_mask, panels)
-    return Part(base["weight"], base["bias"], low["A"], low["B"], lora.scale, *drawn)
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is an adapted linear that can be of a group: ours, or PEFT's accelerated."""
-    return isinstance(module, LinearWithLoRA) or hasattr(type(module), "lora_part")
-
-
 def run(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> list[Tensor] | str:
     """Run the parts as one operation, or say why not; nothing is drawn then."""
     if len(parts) < 2:
@@ -128,13 +66,18 @@ def run(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> list[Te
         return group
     if group.name is None:
         return "none of its layers has an adapter"
-    group = with_masks(group, group.x)
-    if torch.is_grad_enabled():
-        tensors, x = tensors_of(group), group.x
-        if x.requires_grad or any(t is not None and t.requires_grad for t in tensors):
-            return list(_LoRALinears.apply(x, group, *tensors))
-    ys, _ = forward(group)
-    return [with_shape(y, x.shape) for y in ys]
+    dtype, group = x.dtype, with_masks(group, group.x)
+    tensors, x = tensors_of(group), group.x
+    needs = x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and needs:
+        ys = _LoRALinears.apply(x, group, *tensors)
+    else:
+        ys = [with_shape(y, x.shape) for y in forward(group)[0]]
+    # Over 4 bits y has the dtype that x came in, in autocast too: see functional.adapted.
+    return [
+        y.to(dtype) if call.weight.format in VALUES else y
+        for y, call in zip(ys, group.calls, strict=True)
+    ]
 
 
 class Group(NamedTuple):
@@ -143,7 +86,7 @@ class Group(NamedTuple):
     x: Tensor  # (..., K), cast as autocast would
     calls: list[Any]  # Call, with A and B None in that of a layer without an adapter
     name: str | None  # of the backend; None where no layer has an adapter
-    panels: list[Panels | None]
+    laid_out: list[Panels | Codes | None]  # what is read in place of a weight, in each direction
     dropouts: list[tuple[float, str]]  # of each: probability, and how its mask is drawn
 
 
@@ -156,14 +99,16 @@ def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Gr
     autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     calls: list[Any] = []
     name = None
-    for weight, bias, A, B, scale, dropout, *_ in parts:
+    for of_part, bias, A, B, scale, dropout, *_ in parts:
+        codes = of_part if isinstance(of_part, Weight) else None
+        weight: Any = None if codes else of_part
         if autocast:
             low: Any = (A, B)
             x, weight, bias, A, B = cast_by_autocast(x, weight, bias, *low)  # type: ignore[assignment]
         scale = float(scale) * (scale_of(dropout) if dropout else 1)
         if (why := _why_alone(x, weight, bias, A, B, scale)) is not None:
             return why
-        call = Call(x, Weight(weight), bias, LowRank(A, B, scale))  # type: ignore[arg-type]
+        call = Call(x, codes or Weight(weight), bias, LowRank(A, B, scale))  # type: ignore[arg-type]
         calls.append(call)
         if A is None:
             continue
@@ -171,9 +116,15 @@ def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Gr
             name = choose(backend, call)
         elif BACKENDS[name].unsupported(call) is not None:
             return f"its layers do not all run on {name}"
-    panels = [part.panels if name == "cpp" and not autocast else None for part in parts]
+    as_it_is = name != "cpp" or autocast
+    laid_out: list[Panels | Codes | None] = [
+        Codes(part.weight, part.weight)
+        if isinstance(part.weight, Weight)
+        else (None if as_it_is else part.panels)
+        for part in parts
+    ]
     dropouts = [(0.0 if part.A is None else part.dropout, part.mask) for part in parts]
-    return Group(x, calls, name, panels, dropouts)
+    return Group(x, calls, name, laid_out, dropouts)
 
 
 def with_masks(group: Group, x: Tensor) -> Group:
@@ -188,8 +139,17 @@ def with_masks(group: Group, x: Tensor) -> Group:
 
 
 def tensors_of(group: Group) -> list[Tensor | None]:
-    """Return weight, bias, A and B of each call: what a Function takes."""
-    return [t for c in group.calls for t in (c.weight.data, c.bias, c.low.A, c.low.B)]
+    """Return weight, bias, A and B of each call: what a Function takes; of codes no weight."""
+    return [
+        t
+        for weight, bias, low in (call[1:] for call in group.calls)
+        for t in (weight.data if weight.scale is None else None, bias, low.A, low.B)
+    ]
+
+
+def out_features(call: Any) -> int:
+    """Return N of a call."""
+    return call.weight.data.shape[0] if call.low.B is None else call.low.B.shape[1]
 
 
 def _why_alone(x: Tensor, weight, bias, A, B, scale: float) -> str | None:
@@ -208,10 +168,10 @@ def _why_alone(x: Tensor, weight, bias, A, B, scale: float) -> str | None:
 
 def forward(group: Group) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Return y of each call, and h of each, None for those without an adapter."""
-    _, calls, name, panels, _ = group
+    _, calls, name, laid_out, _ = group
     adapted = [i for i, call in enumerate(calls) if call.low.A is not None]
     given = [
-        calls[i] if (laid_out := panels[i]) is None else calls[i]._replace(weight=laid_out.forward)
+        calls[i] if (of := laid_out[i]) is None else calls[i]._replace(weight=of.forward)
         for i in adapted
     ]
     ys, hs = forward_group(name, given) if name is not None else ([], [])
@@ -240,7 +200,7 @@ class _LoRALinears(torch.autograd.Function):
             need_dweight, _, need_dA, need_dB = needs[4 * i : 4 * i + 4]
             reads_x = reads_x or need_dweight or need_dA
             saved += (
-                call.weight.data if need_dx else None,
+                call.weight.data if need_dx and call.weight.scale is None else None,
                 A if need_dx else None,
                 B if need_dx or need_dA else None,
                 h if need_dB else None,
@@ -249,14 +209,14 @@ class _LoRALinears(torch.autograd.Function):
             # A and B again, unversioned: of one that is not read its gradient takes the layout.
             factors.append((A, B, scale))
         ctx.save_for_backward(x if reads_x else None, *saved)
-        ctx.call = (x.shape, factors, group.name, group.panels)
+        ctx.call = (x.shape, factors, group.name, group.laid_out)
         ctx.set_materialize_grads(False)
         return tuple(with_shape(y, x.shape) for y in ys)
 
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
-        shape, factors, name, panels = ctx.call
+        shape, factors, name, laid_out = ctx.call
         need_dx, _, *needs = ctx.needs_input_grad
         rows = None if x is None else rows_of(x)
         # Grad mode is on here only under create_graph=True.
@@ -266,9 +226,9 @@ class _LoRALinears(torch.autograd.Function):
             if dy is None:
                 continue
             weight, _, _, h, keep = saved[5 * i : 5 * i + 5]
-            base = None if weight is None else Weight(weight)
-            if panels[i] is not None and weight is not None and not under_create_graph:
-                base = panels[i].backward
+            base, of = None if weight is None else Weight(weight), laid_out[i]
+            if of is not None and (isinstance(of, Codes) or (base and not under_create_graph)):
+                base = of.backward
             call = Call(rows, base, None, LowRank(*factors[i], keep))
             layers.append((i, rows_of(dy), call, h, (need_dx, *needs[4 * i : 4 * i + 4])))
         dx, of_layers = (_differentiable if under_create_graph else backward)(layers, name)

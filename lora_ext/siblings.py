@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import grouped
-from .grouped import parts_of
+from .parts import parts_of
 
 MOST_MISSES = 3  # times that siblings may be called in another way than before
 

@@ -15,7 +15,7 @@ from ..bases import why_not_now
 from ..checks import check_dropout, lines_by_reason
 from ..group import Report as Groups
 from ..group import group_, ungroup_
-from ..grouped import Part
+from ..parts import Part
 
 try:
     from peft.tuners.lora import LoraLayer
@@ -84,12 +84,14 @@ class AcceleratedLinear:
                     return y
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
-    def lora_part(self: Any) -> Part | str:
-        """Return the layer as one of a group (grouped.py), or why it runs by itself now."""
+    def lora_part(self: Any, x: Tensor) -> Part | str:
+        """Return the layer as one of a group (grouped.py), or why it runs by itself on this x."""
         if self.disable_adapters or self.merged:
             return "its adapter is merged or switched off"
         adapters = active_adapters(self)
-        return adapters if isinstance(adapters, str) else part_of(self, adapters, self.dropout_mask)
+        if isinstance(adapters, str):
+            return adapters
+        return part_of(self, x, adapters, self.dropout_mask)
 
     def __reduce__(self: Any) -> Any:
         """Copy and pickle by PEFT's class: the class made here has no name to be found by."""

@@ -22,7 +22,7 @@ from ..called import add_low_rank, call_base
 from ..checks import HALF
 from ..dora import rescaled, row_scale
 from ..functional import adapted
-from ..grouped import Part
+from ..parts import Part
 
 
 class Adapter(NamedTuple):
@@ -150,18 +150,21 @@ def run(layer: Any, x: Tensor, adapters: list[Adapter], mask: str) -> Tensor | N
     return y
 
 
-def part_of(layer: Any, adapters: list[Adapter], mask: str) -> Part | str:
+def part_of(layer: Any, x: Tensor, adapters: list[Adapter], mask: str) -> Part | str:
     """Return a layer as one of a group (grouped.py), or why it must run by itself.
 
     Args:
         layer: a LoRA linear of PEFT.
+        x: (..., in).
         adapters: what `active_adapters` gave.
         mask: how dropout's mask is drawn, see `lora_linear`.
 
     """
-    weight = base_of(layer._modules["base_layer"])
+    weight = base_of(layer._modules["base_layer"], x=x)
     if isinstance(weight, str):
         return f"its base_layer {weight}"
+    if weight.scale is not None and not _takes(x, weight, adapters):
+        return "its adapter's dtype is not what the kernels take over codes"
     if len(adapters) > 1 and _sums_up(adapters):
         adapters = [_together(adapters)]
     if len(adapters) != 1:
@@ -169,8 +172,9 @@ def part_of(layer: Any, adapters: list[Adapter], mask: str) -> Part | str:
     A, B, scale, dropout, bias, magnitude, _ = adapters[0]
     if bias is not None or magnitude is not None or isinstance(scale, Tensor):
         return "its adapter has DoRA, a bias (lora_bias) or a scale that is a tensor"
-    of_base = weight.data, layer._modules["base_layer"]._parameters["bias"]
-    return Part(*of_base, A, B, scale, dropout, mask)
+    bias = layer._modules["base_layer"]._parameters["bias"]
+    data = weight.data if weight.scale is None else weight
+    return Part(data, bias, A, B, scale, dropout, mask)
 
 
 def _plain(x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter, mask: str) -> Tensor:

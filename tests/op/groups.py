@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import grouped
-from lora_ext.grouped import Part
+from lora_ext.parts import Part
 from lora_ext.testing import NAMES, Case, broken_rules, expected
 from lora_ext.testing.rule import Expected
 
@@ -16,6 +16,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 WIDE = Case((37,), 96, 128, 8)
 NARROW = WIDE.but(N=32)  # k and v of grouped-query attention
 ODD = Case((37,), 91, 157, 5)
+CODED = Case((37,), 128, 64, 8, format="nf4")
 # Of each group the cases share lead, K, dtype and x's layout.
 GROUPS: dict[str, list[Case]] = {
     "query_key_value": [WIDE, NARROW, NARROW.but(bias=False, R=16, alpha=-0.5)],
@@ -29,6 +30,11 @@ GROUPS: dict[str, list[Case]] = {
     "batched": [c.but(lead=(3, 15)) for c in (WIDE, NARROW, NARROW.but(R=9))],
     "few_rows": [c.but(lead=(3,)) for c in (ODD, ODD.but(N=40, R=8))],
     "one_row_dropout": [c.but(lead=(1,), dropout=0.3) for c in (WIDE, NARROW)],
+    "codes_and_plain": [CODED, CODED.but(N=31, format="int8"), CODED.but(format="plain", R=3)],
+    "codes_of_few_rows": [
+        CODED.but(lead=(3,), format=f, dropout=p) for f, p in (("fp4", 0.0), ("nf4", 0.3))
+    ],
+    "codes_of_odd_sizes": [ODD.but(format=f, dropout=0.3) for f in ("nf4", "int8")],
     "no_rows": [c.but(lead=(0,)) for c in (WIDE, NARROW)],
     "panels_for_all_threads": [Case((400,), 264, n, 8) for n in (404, 40)],
     "past_each_block": [Case((400,), 404, n, 8, dropout=p) for n, p in ((264, 0.3), (40, 0.0))],
@@ -59,14 +65,17 @@ def of_group(
     x = wants[0].inputs["x"].detach().requires_grad_()
     parts, leaves, keeps = [], [], []
     for want, case in zip(wants, cases, strict=True):
+        codes = want.inputs.get("codes")  # in place of the weight, and without a gradient
         own = {
             name: None if (t := want.inputs[name]) is None else t.detach().requires_grad_()
             for name in NAMES[1:]
+            if name != "weight" or codes is None
         }
         keep = want.inputs.get("keep")
         keeps += [] if keep is None else [keep]
         drawn = {} if keep is None else {"scale": case.alpha / 2, "dropout": 0.5}
-        parts.append(Part(**own, **({"scale": case.alpha} | drawn)))
+        given = {"weight": codes} if codes else {}
+        parts.append(Part(**own, **given, **({"scale": case.alpha} | drawn)))
         leaves.append(own)
     masks = iter(keeps)
     with mock.patch.object(module, "draw_keep", lambda *_: next(masks)):
@@ -105,7 +114,8 @@ def refused_group(
 ) -> str | None:
     """Return why the checks refuse a way to run groups: the first rule it breaks."""
     for name in names:
-        for dtype in (FP32, BF16, FP64):
+        of_codes = any(case.format != "plain" for case in GROUPS[name])
+        for dtype in (FP32, BF16) if of_codes else (FP32, BF16, FP64):
             try:
                 broken = broken_in_group(cases_of(name, dtype, None), backend, module)
             except (RuntimeError, AttributeError) as error:
