@@ -38,7 +38,7 @@ inline constexpr int64_t kDotDepthPerRow = 20;
 // A matrix of more bytes is read from the last cache or from memory at each use.
 inline constexpr int64_t kFarBytes = 3 << 20;
 // Up to so many rows y is dot products with a weight of codes in place, and dx sums of its rows.
-inline constexpr int64_t kCodesDotRows = 16, kCodesStreamRows = 16;
+inline constexpr int64_t kCodesDotRows = 16, kCodesStreamRows = 12;
 // Above so many threads a weight is packed once for all of them, so many elements of it at a time.
 inline constexpr int64_t kPackAloneThreads = 4, kSharedPanels = 8 << 20;
 

@@ -120,6 +120,7 @@ OF_CODES = [
         Case((5,), 192, 9, 4, block=32),
         Case((11,), 96, 160, 8, dropout=0.3),
         Case((3,), 91, 157, 8),
+        Case((3,), 192, 70, 8, dropout=0.3),
         Case((3, 14), 91, 157, 8, bias=False),
         Case((2,), 30, 5, 3, block=128),
         Case((), 7, 3, 1),

@@ -196,6 +196,89 @@ void check_storage(const char* name, const StorageOps<T>& ops, const MultiplyOps
   }
 }
 
+// ---- a gated MLP's activation ----
+
+struct Value {
+  double value, derivative;
+};
+
+Value act_of(Act act, double x) {
+  const double pi = std::acos(-1.0);
+  switch (act) {
+    case Act::kSilu: {
+      const double s = 1 / (1 + std::exp(-x));
+      return {x * s, s + x * s * (1 - s)};
+    }
+    case Act::kGelu: {
+      const double below = 0.5 * std::erfc(-x / std::sqrt(2.0));
+      return {x * below, below + x * std::exp(-x * x / 2) / std::sqrt(2 * pi)};
+    }
+    case Act::kGeluTanh: {
+      const double c = std::sqrt(2 / pi), t = std::tanh(c * (x + 0.044715 * x * x * x));
+      return {x * (1 + t) / 2, (1 + t) / 2 + x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x) / 2};
+    }
+    default:
+      return {x > 0 ? x * x : 0, x > 0 ? 2 * x : 0};
+  }
+}
+
+template <typename T>
+void check_gated(const char* name, const StorageOps<T>& ops, int64_t M, int64_t N) {
+  const double unit = 8 * kUnit<Acc<T>>;
+  for (const Act act : {Act::kSilu, Act::kGelu, Act::kGeluTanh, Act::kRelu2}) {
+    const std::string of = std::string(name) + " act " + std::to_string(static_cast<int>(act));
+    for (const Layout layout : kLayouts) {
+      Matrix<T> gate(M, N, layout), up(M, N, layout), d(M, N, layout);
+      Matrix<T> hidden(M, N, layout), d_gate(M, N, layout), d_up(M, N, layout);
+      for (int64_t j = 0; j < N; ++j) assign(std::pow(3.0, j % 5) * gate(0, j), &gate.at(0, j));
+      ops.gated(act, gate.read(), up.read(), hidden.view);
+      ops.gated_gradients(act, d.read(), gate.read(), up.read(), d_gate.view, d_up.view);
+      const auto at = [&](int64_t i, int64_t j) { return act_of(act, gate(i, j)); };
+      const Element size = [&](int64_t i, int64_t j) {
+        const double most = std::fabs(gate(i, j)) + 1;
+        return most * most * (std::fabs(up(i, j)) + 1) * (std::fabs(d(i, j)) + 1);
+      };
+      compare<T>(
+          of, hidden, [&](int64_t i, int64_t j) { return at(i, j).value * up(i, j); }, size, unit,
+          N);
+      compare<T>(
+          of + ", up", d_up, [&](int64_t i, int64_t j) { return at(i, j).value * d(i, j); }, size,
+          unit, N);
+      const Element to_gate = [&](int64_t i, int64_t j) {
+        return at(i, j).derivative * d(i, j) * up(i, j);
+      };
+      compare<T>(of + ", gate", d_gate, to_gate, size, unit, N);
+    }
+  }
+}
+
+// ---- sums of rows of codes ----
+
+void check_combine_codes(const StorageOps<float>& ops, int64_t M, bool bytes) {
+  const int64_t N = 37, K = 192, col = 64, cols = 128, bits = 5;
+  std::vector<uint8_t> data(N * K);
+  std::vector<float> scale(N * K), values(16);
+  std::normal_distribution<float> normal;
+  for (uint8_t& byte : data) byte = static_cast<uint8_t>(generator());
+  for (float& s : scale) s = normal(generator);
+  for (float& v : values) v = normal(generator);
+  const Codes codes = {data.data(), scale.data(), bytes ? nullptr : values.data(), bytes ? 0 : bits,
+                       K};
+  Matrix<float> left(M, N), out(M, cols);
+  const Element weight = [&](int64_t n, int64_t j) {
+    const int64_t at = n * K + col + j;
+    if (bytes) return static_cast<double>(scale[n]) * static_cast<int8_t>(data[at]);
+    const int code = at % 2 == 0 ? data[at / 2] >> 4 : data[at / 2] & 15;
+    return static_cast<double>(scale[at >> bits]) * values[code];
+  };
+  ops.combine_codes(left.read(), codes, col, cols, out.view.data, out.view.row_stride);
+  const Product product = {[&](int64_t i, int64_t n) { return left(i, n); }, weight, N};
+  compare<float>(
+      bytes ? "combine_codes of bytes" : "combine_codes", out,
+      [&](int64_t i, int64_t j) { return product(i, j); },
+      [&](int64_t i, int64_t j) { return product.size(i, j) + 10; }, (N + 8) * kUnit<float>, N);
+}
+
 // ---- pairs ----
 
 // What a number of T becomes in a pair.
@@ -276,6 +359,16 @@ void check_pairs(const PairOps& ops, int64_t M, int64_t K, int64_t N) {
 }
 
 void check(const Blocks& blocks) {
+  for (const int64_t N : {1, 7, 16, 45}) {
+    check_gated("float32", blocks.float32, 3, N);
+    check_gated("float64", blocks.float64, 3, N);
+    check_gated("bfloat16", blocks.bfloat16, 3, N);
+    check_gated("float16", blocks.float16, 3, N);
+  }
+  for (int64_t M = 1; M <= 10; ++M) {
+    check_combine_codes(blocks.float32, M, false);
+    check_combine_codes(blocks.float32, M, true);
+  }
   // Rows around a tile, depths around vectors and squares of them, columns around one and two
   // panels; then what has several of each.
   struct Size {
