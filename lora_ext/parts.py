@@ -53,11 +53,11 @@ def part_of(layer: nn.Module, x: Tensor) -> Part | str:
         if hasattr(type(layer), "lora_part"):  # PEFT's, integrations/peft.py
             return hooks_of(own, 0) or layer.lora_part(x)  # type: ignore[operator]
         return _without_adapter(layer, x)
+    if layer._unmerged_weight or layer._parallel is not None or own["backend"] is not None:
+        return "a layer is merged, split over ranks, or has a backend of its own"
     if (why := hooks_of(own, 0)) is not None:
         return f"a layer {why}"
     linear, lora = modules["linear"], modules["lora"]
-    if layer._unmerged_weight or layer._parallel is not None or own["backend"] is not None:
-        return "a layer is merged, split over ranks, or has a backend of its own"
     base, low = linear._parameters, lora._parameters
     why = why_composed(linear, lora)
     codes = None if why is None else layer._codes(x)
