@@ -72,7 +72,7 @@ void pack_transposed(View<const T> src, Acc<T>* dst) {
 
 template <typename T>
 void pack(View<const T> src, Acc<T>* dst) {
-  constexpr int64_t panel = kPanel<Acc<T>>;
+  constexpr int64_t panel = kPanel<Acc<T>>, lanes = kLanes<Acc<T>>;
   const int64_t panel_size = src.rows * panel;
   if (src.col_stride != 1 && src.row_stride == 1) {
     for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
@@ -89,10 +89,15 @@ void pack(View<const T> src, Acc<T>* dst) {
     for (; j + panel <= src.cols; j += panel, to += panel_size) {
       load_row(row + j * src.col_stride, src.col_stride, panel, to);
     }
-    if (j < src.cols) {
-      load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
-      for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
+    if (j == src.cols) continue;
+    if (src.col_stride == 1) {
+      for (int64_t v = 0; v < panel; v += lanes) {
+        write(to + v, widen_first(row + j + v, src.cols - j - v));
+      }
+      continue;
     }
+    load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
+    for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
   }
 }
 

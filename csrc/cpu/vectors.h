@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -222,12 +223,43 @@ inline void narrow(FloatVector v, Float16* to) {
 
 template <typename T>
 inline Acc<T> widen_one(const T* from) {
-  if constexpr (sizeof(T) == 2) {
-    T padded[kLanes<float>] = {*from};
-    return widen(padded)[0];
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+    return read<float>(&bits);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if LORA_EXT_VECTOR_BYTES > 16
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(from->bits)));
+#else
+    return static_cast<float>(read<_Float16>(from));
+#endif
   } else {
     return *from;
   }
+}
+
+// The first `count` elements, and zeros; what follows them is not read.
+template <typename T>
+inline Vector<Acc<T>> widen_first(const T* from, int64_t count) {
+  constexpr int64_t lanes = kLanes<Acc<T>>;
+  if (count >= lanes) return widen(from);
+  if (count <= 0) return Vector<Acc<T>>{};
+#if LORA_EXT_VECTOR_BYTES == \
+    64  // h of a row of 768, R = 8, packs A: 9.7 -> 7.8 us; float16 56 -> 9
+  const auto kept = static_cast<uint16_t>((1 << count) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    return (FloatVector)_mm512_maskz_loadu_ps(kept, from);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (DoubleVector)_mm512_maskz_loadu_pd(static_cast<uint8_t>(kept), from);
+  } else {
+    T padded[lanes];
+    write(padded, _mm256_maskz_loadu_epi16(kept, from));
+    return widen(padded);
+  }
+#else
+  Vector<Acc<T>> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = widen_one(from + i);
+  return v;
+#endif
 }
 
 template <typename T>
