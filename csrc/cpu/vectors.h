@@ -9,6 +9,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/blocks.h"
@@ -209,8 +211,13 @@ inline FloatVector widen(const Float16* from) { return _mm256_cvtph_ps(read<__m1
 inline void narrow(FloatVector v, Float16* to) {
   write(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#elif defined(__aarch64__)
+inline FloatVector widen(const Float16* from) {
+  return (FloatVector)vcvt_f32_f16(read<float16x4_t>(from));
+}
+inline void narrow(FloatVector v, Float16* to) { write(to, vcvt_f16_f32((float32x4_t)v)); }
 #else
-// _Float16 is converted by the compiler: in hardware on aarch64, by its run-time library on x86-64.
+// The compiler's run-time library converts _Float16.
 inline FloatVector widen(const Float16* from) {
   FloatVector v;
   for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = read<_Float16>(from + i);
@@ -230,7 +237,8 @@ inline Acc<T> widen_one(const T* from) {
 #if LORA_EXT_VECTOR_BYTES > 16
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(from->bits)));
 #else
-    return static_cast<float>(read<_Float16>(from));
+    const Float16 padded[kLanes<float>] = {*from};
+    return widen(padded)[0];
 #endif
   } else {
     return *from;
