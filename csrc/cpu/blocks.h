@@ -167,6 +167,7 @@ struct MultiplyOps {
   // are not written.
   void (*multiply)(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
                    Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead);
+  int64_t tile_panels;  // that it reads at a time
 };
 
 // Pairs made of a matrix of T; float is rounded to nearest even.

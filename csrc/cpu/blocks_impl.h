@@ -208,8 +208,8 @@ constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
           storage_ops<double>(),
           storage_ops<BFloat16>(),
           storage_ops<Float16>(),
-          {&multiply<float>},
-          {&multiply<double>},
+          {&multiply<float>, kTilePanels},
+          {&multiply<double>, kTilePanels},
           {&draw_bits, &pack_bits, &twist, &bernoulli},
           pairs};
 }

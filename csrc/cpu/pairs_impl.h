@@ -270,8 +270,9 @@ void combine_pairs(View<const Pair> left, View<const BFloat16> right, float* out
 template <typename T>
 constexpr PairLoadOps<T> kPairLoadOps = {&load_pairs<T>, &load_pairs_transposed<T>, &pack_pairs<T>};
 
-constexpr PairOps kPairOps = {kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>},
-                              &update_by_pairs,       &dot_pairs,          &combine_pairs};
+constexpr PairOps kPairOps = {
+    kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>, kTilePanels},
+    &update_by_pairs,       &dot_pairs,          &combine_pairs};
 
 }  // namespace
 }  // namespace lora_ext::cpu

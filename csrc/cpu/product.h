@@ -93,7 +93,8 @@ class Cursor {
   Ahead after(int64_t k, int64_t col) const {
     if (!looks_ahead_) return {};
     if (right_.is_ready()) {
-      const Panels<const P> next = right_.ready().from(words_of<P>(k), col + kPanel<P>);
+      const int64_t ahead = blocks().products<P>().tile_panels * kPanel<P>;
+      const Panels<const P> next = right_.ready().from(words_of<P>(k), col + ahead);
       constexpr int64_t size = sizeof(P);
       return {reinterpret_cast<const char*>(next.data), next.row_stride * size,
               next.panel_stride * size};

@@ -30,7 +30,7 @@ constexpr Routes kTable[] = {
     {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, 64, 64, 64},
     // AMD: our strips run at 0.92 of the CPU's rate, MKL's GEMM at 0.83; 4 x 4 dot products win to
     // 64 rows. PyTorch makes float16 at a fifth of our rate, and dx at a thirtieth.
-    {"avx512", "amd", "float32", false, 0, 64, 8, true, kNever, kNever, kNever},
+    {"avx512", "amd", "float32", false, 0, 64, 4, true, kNever, kNever, kNever},
     {"avx512", "amd", "float16", false, 0, 64, 16, false, kNever, kNever, kNever},
     {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
     // Others with AVX-512: PyTorch hands bfloat16 to oneDNN.
