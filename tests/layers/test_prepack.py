@@ -88,6 +88,20 @@ def test_the_layout_is_read_for_y_and_for_dx(model, backward):
         assert x.grad.isnan().all()
 
 
+def test_up_to_two_rows_the_weight_itself_is_read(model):
+    prepack_(model, backward=True)
+    for layer in (model[0], model[2]):
+        layer._panels.forward.data.fill_(torch.nan)
+        layer._panels.backward.data.fill_(torch.nan)
+    for shape, few in (((48,), True), ((2, 48), True), ((3, 48), False), ((1, 3, 48), False)):
+        x = torch.randn(shape, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        assert y.isfinite().all() == few and x.grad.isfinite().all() == few
+        said = "laid out by prepack_" in lora_ext.explain(model[0], x)
+        assert said == (not few)
+
+
 def test_operators_pass_opcheck():
     inputs = expected(CASES[1]).inputs
     x, weight, bias, A, B = (inputs[n] for n in ("x", "weight", "bias", "A", "B"))
