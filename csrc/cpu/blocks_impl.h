@@ -3,6 +3,7 @@
 //   LORA_EXT_VECTOR_BYTES   width of a vector register
 //   LORA_EXT_TILE_ROWS      rows of a tile of a product and
 //   LORA_EXT_TILE_PANELS    panels of it, whose sums stay in registers
+//   LORA_EXT_DPBF16         where it has AVX512-BF16's instruction for pairs
 // and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so
 // the width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that
 // nothing compiled for one instruction set can be linked into another.
@@ -17,6 +18,7 @@
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
+#include "cpu/pairs_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
@@ -202,7 +204,7 @@ constexpr StorageOps<T> storage_ops() {
   return ops;
 }
 
-constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
+constexpr Blocks make_blocks(const char* name) {
   return {name,
           storage_ops<float>(),
           storage_ops<double>(),
@@ -211,7 +213,7 @@ constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
           {&multiply<float>, kTilePanels},
           {&multiply<double>, kTilePanels},
           {&draw_bits, &pack_bits, &twist, &bernoulli},
-          pairs};
+          &kPairOps};
 }
 
 }  // namespace

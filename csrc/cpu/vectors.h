@@ -65,13 +65,12 @@ inline DoubleVector multiply_add(DoubleVector acc, const double* a, DoubleVector
   return acc + *a * b;
 }
 
-#if defined(LORA_EXT_PAIRS)
 // The same for pairs, lane by lane: both elements' products. The instruction takes subnormal
 // numbers for 0.
 inline FloatVector multiply_add_pairs(FloatVector acc, UintVector a, UintVector b) {
-#if LORA_EXT_VECTOR_BYTES == 64
+#if defined(LORA_EXT_DPBF16)
   return (FloatVector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else  // what the instruction does, so that the tests run on a CPU without it
+#else  // what the instruction does, so that products over pairs can run on any CPU
   const UintVector odd = UintVector{} + 0xffff0000;
   acc += (FloatVector)(a & odd) * (FloatVector)(b & odd);
   return acc + (FloatVector)(a << 16) * (FloatVector)(b << 16);
@@ -80,7 +79,6 @@ inline FloatVector multiply_add_pairs(FloatVector acc, UintVector a, UintVector 
 inline FloatVector multiply_add(FloatVector acc, const Pair* a, UintVector b) {
   return multiply_add_pairs(acc, UintVector{} + read<uint32_t>(a), b);
 }
-#endif
 
 // ---- shuffles ----
 
