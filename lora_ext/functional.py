@@ -111,8 +111,9 @@ def adapted(
             check_arguments(x, weight, bias, A, B, scale)
         if codes is not None:
             panels = Codes(codes, codes)
-        elif name != "cpp" or weight is not given:
-            panels = None
+        elif panels is not None:
+            given_panels = name == "cpp" and weight is given
+            panels = panels.for_input(x) if given_panels else None  # type: ignore[union-attr]
         if torch.is_grad_enabled() and (
             x.requires_grad
             or A.requires_grad

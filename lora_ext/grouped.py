@@ -116,11 +116,13 @@ def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Gr
             name = choose(backend, call)
         elif BACKENDS[name].unsupported(call) is not None:
             return f"its layers do not all run on {name}"
-    as_it_is = name != "cpp" or autocast
+    takes_panels = name == "cpp" and not autocast
     laid_out: list[Panels | Codes | None] = [
         Codes(part.weight, part.weight)
         if isinstance(part.weight, Weight)
-        else (None if as_it_is else part.panels)
+        else part.panels.for_input(x)
+        if part.panels and takes_panels
+        else None
         for part in parts
     ]
     dropouts = [(0.0 if part.A is None else part.dropout, part.mask) for part in parts]
