@@ -12,6 +12,7 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 from .conv1d import is_conv1d
+from .integrations import torchao
 from .integrations.bitsandbytes import codes_of
 from .quantised_linear import QuantisedLinear
 
@@ -43,6 +44,8 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
     parameters: dict[str, Any] = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not kind:
+        if x is not None and (of_torchao := torchao.codes_of(module, x)) is not None:
+            return hooks_of(own, 0) or of_torchao
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"

@@ -105,10 +105,10 @@ MUTANTS = {
         BACKWARD,
     ),
     "h_scaled": (
-        "cpu/forward.cpp",
-        "sums.row_stride, A(1), nullptr, false, to",
-        "sums.row_stride, A(call_.low.scale), nullptr, false, to",
-        FORWARD,
+        "cpu/low_rank.h",
+        "made.data, made.row_stride, 1, nullptr",
+        "made.data, made.row_stride, 1.5, nullptr",
+        FORWARD + BACKWARD,
     ),
     "bias_of_first_columns": (
         "cpu/product.h",
@@ -124,8 +124,8 @@ MUTANTS = {
     ),
     "dx_without_low_rank_part": (
         "cpu/backward.cpp",
-        "wide_product<T, A>(legs, Out<T>{to, nullptr, add})",
-        "wide_product<T, A>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
+        "wide_product<T, P>(legs, Out<T>{to, nullptr, add})",
+        "wide_product<T, P>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
         BACKWARD,
     ),
     "last_block_of_the_sums_alone": (
@@ -245,8 +245,8 @@ MUTANTS = {
     ),
     "mask_of_first_rows_in_h": (
         "cpu/low_rank.h",
-        "Left<A>(left, keep_.from(row, 0))",
-        "Left<A>(left, keep_)",
+        "Left<P>(left, keep_.from(row, 0))",
+        "Left<P>(left, keep_)",
         FORWARD + BACKWARD,
     ),
     "mask_of_first_steps_in_h": (
@@ -275,7 +275,7 @@ MUTANTS = {
     ),
     "group_dx_of_the_first_weight_alone": (
         "cpu/backward.cpp",
-        "for (const Backward<T>& layer : layers) layer.add_base_leg(&legs);",
+        "for (const Backward<T, P>& layer : layers) layer.add_base_leg(&legs);",
         "layers[0].add_base_leg(&legs);",
         BACKWARD,
     ),
@@ -523,7 +523,7 @@ def lowered_avx512(target: Path) -> Path:
     )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
-    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=3)
+    change(target / "cpu/vectors.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=2)
     change(target / "cpu/codes_impl.h", "#if LORA_EXT_VECTOR_BYTES == 64", "#if 0", times=6)
     return target
 
