@@ -1,5 +1,6 @@
 // A frozen weight laid out once for all calls: the panels that a product would pack each time, of
 // the whole matrix. They cost no less memory than the weight: 4 bytes an element, 8 of double.
+#include "checks.h"
 #include "cpu/tensors.h"
 #include "operators.h"
 

@@ -35,7 +35,7 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[2]
-SOURCES = ["call", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
+SOURCES = ["call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
 SOURCES += [
     "cpu/pack",
     "cpu/codes",
