@@ -2,6 +2,7 @@
 // functions tell how it was built and which way products go.
 #undef TORCH_TARGET_VERSION  // pybind11 as torch 2.11 carries it refuses to be included beside it
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <stdexcept>
@@ -64,6 +65,7 @@ py::dict route(const std::string& dtype) {
   result["library_shrink"] = line.library_shrink;
   result["library_expand"] = line.library_expand;
   result["library_gradient"] = line.library_gradient;
+  result["pairs"] = line.pairs;
   return result;
 }
 
@@ -113,6 +115,10 @@ PYBIND11_MODULE(_C, module) {
       "force_way", &force_way, py::arg("product"), py::arg("way"),
       "For measuring: make a product go one way in all calls of this process that can go it; "
       "None undoes it.");
+  module.def("force_pairs", &force_pairs, py::arg("pairs"),
+             "For measuring and for tests: have bfloat16 multiplied by pairs or widened to float "
+             "in all calls of this process; None undoes it. Panels that pack_weight made before "
+             "are then refused.");
   module.def("even_part", &even_part, py::arg("size"), py::arg("most"), py::arg("least"),
              py::arg("multiple"), py::arg("threads"),
              "Return the size of the parts that a size is split into (csrc/cpu/split.h).");

@@ -55,6 +55,7 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     if (
         chosen == "cpp"
         and layer._panels is not None
+        and layer._panels.for_input(x) is not None
         and call.weight is not None
         and weight is call.weight.data
     ):

@@ -111,8 +111,8 @@ def adapted(
             check_arguments(x, weight, bias, A, B, scale)
         if codes is not None:
             panels = Codes(codes, codes)
-        elif name != "cpp" or weight is not given:
-            panels = None
+        elif panels is not None:
+            panels = panels.for_input(x) if name == "cpp" and weight is given else None
         if torch.is_grad_enabled() and (
             x.requires_grad
             or A.requires_grad

@@ -171,7 +171,8 @@ def prepared(x: Tensor, parts: Sequence[Part], backend: str | None = None) -> Gr
             name = choose(backend, call)
         elif BACKENDS[name].unsupported(call) is not None:
             return f"its layers do not all run on {name}"
-    panels = [part.panels if name == "cpp" and not autocast else None for part in parts]
+    takes_panels = name == "cpp" and not autocast
+    panels = [part.panels and part.panels.for_input(x) if takes_panels else None for part in parts]
     dropouts = [(0.0 if part.A is None else part.dropout, part.mask) for part in parts]
     return Group(x, calls, name, panels, dropouts)
 

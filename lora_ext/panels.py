@@ -5,6 +5,10 @@ from torch import Tensor
 
 from .backends import cpp
 
+# Up to so many rows the kernels stream the weight itself faster than its panels: a row of
+# 2048 x 2048 in float32 takes 0.55 ms for 0.83 (Zen 4).
+_FEW_ROWS = 2
+
 
 class Panels:
     """The panels of weight.T that the forward reads, and of weight for dx.
@@ -25,6 +29,10 @@ class Panels:
         self._version, self._place = weight._version, _place(weight)
         self.forward = cpp.pack_weight(weight.detach(), transposed=True)
         self.backward = cpp.pack_weight(weight.detach(), transposed=False) if backward else None
+
+    def for_input(self, x: Tensor) -> "Panels | None":
+        """Return itself where x, (..., in_features), has rows enough for panels to pay."""
+        return self if x.numel() > _FEW_ROWS * x.shape[-1] else None
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-template <typename T>
+template <typename T, typename P>
 class Backward {
   using A = Acc<T>;
 
@@ -56,19 +56,19 @@ class Backward {
       case Way::kLibrary:
         return dx_onto_library(out, to, add);
       default:
-        std::vector<Leg<A>> legs;
+        std::vector<Leg<P>> legs;
         add_low_leg(&legs);
         add_base_leg(&legs);
-        wide_product<T, A>(legs, Out<T>{to, nullptr, add});
+        wide_product<T, P>(legs, Out<T>{to, nullptr, add});
     }
   }
 
   // The legs of dx.
-  void add_low_leg(std::vector<Leg<A>>* legs) { legs->push_back(low_leg()); }
-  void add_base_leg(std::vector<Leg<A>>* legs) const {
+  void add_low_leg(std::vector<Leg<P>>* legs) { legs->push_back(low_leg()); }
+  void add_base_leg(std::vector<Leg<P>>* legs) const {
     if (!call_.weight.data) return;
     legs->push_back(
-        {Left<A>(dy_), weight_factor<T>(call_.weight, call_.N, call_.K, false, call_.M)});
+        {Left<P>(dy_), weight_factor<T, P>(call_.weight, call_.N, call_.K, false, call_.M)});
   }
 
  private:
@@ -88,7 +88,7 @@ class Backward {
     const Tensor& h = *call_.h.tensor;
     if (gradient_by_library(false)) return library_gradient(transposed(h), *call_.dy.tensor, out);
     adapter_gradient(out, [&](auto view) {
-      gradient<T>(Hidden<T>::of(matrix<T>(call_.h)), dy_, {}, call_.low.scale, view);
+      gradient<T, P>(Hidden<T, P>::of(matrix<T>(call_.h)), dy_, {}, call_.low.scale, view);
     });
   }
 
@@ -102,20 +102,20 @@ class Backward {
     if (way_of(routes<T>(), Product::kDweight, sizes) == Way::kLibrary) {
       return mm_out(transposed(*call_.dy.tensor), *call_.x.tensor, out);
     }
-    const Leg<A> leg = {Left<A>(dy_.transposed()), Right<A>(matrix<T>(call_.x), call_.N)};
-    wide_product<T, A>({&leg, 1}, Out<T>{result<T>(out)});
+    const Leg<P> leg = {Left<P>(dy_.transposed()), Right<P>(matrix<T>(call_.x), call_.N)};
+    wide_product<T, P>({&leg, 1}, Out<T>{result<T>(out)});
   }
 
   void make_t() {
-    const Shrink<T> shrink(dy_, {}, call_.low.B, true);
+    const Shrink<T, P> shrink(dy_, {}, call_.low.B, true);
     if (shrink.by_library()) {
       t_tensor_.emplace(empty(*call_.dy.tensor, {call_.M, call_.R}));
       const Tensor B = in_base_dtype<T>(call_.low.B, *call_.dy.tensor);
       mm_out(*call_.dy.tensor, transposed(B), *t_tensor_);
-      t_.emplace(Hidden<T>::of(read_only(result<T>(*t_tensor_))));
+      t_.emplace(Hidden<T, P>::of(read_only(result<T>(*t_tensor_))));
       return;
     }
-    t_.emplace(Hidden<T>::sums(call_.M, call_.R, nullptr));
+    t_.emplace(Hidden<T, P>::in(call_.M, call_.R, nullptr));
     for_each_row_block(call_.M,
                        [&](int64_t row, int64_t rows) { shrink.rows(row, t_->rows(row, rows)); });
   }
@@ -125,7 +125,7 @@ class Backward {
       return library_gradient(transposed(*call_.x.tensor), t_tensor(), out);
     }
     adapter_gradient(out, [&](auto view) {
-      gradient<T>(*t_, matrix<T>(call_.x), keep_, call_.low.scale, view.transposed());
+      gradient<T, P>(*t_, matrix<T>(call_.x), keep_, call_.low.scale, view.transposed());
     });
   }
 
@@ -144,9 +144,9 @@ class Backward {
     }
   }
 
-  Leg<A> low_leg() {
+  Leg<P> low_leg() {
     with_adapter<T>(call_.low.A,
-                    [&](auto view) { A_t_.emplace(Right<A>(view.transposed(), call_.M)); });
+                    [&](auto view) { A_t_.emplace(Right<P>(view.transposed(), call_.M)); });
     return {t_->left(), A_t_->right(), call_.low.scale, keep_};
   }
 
@@ -161,9 +161,9 @@ class Backward {
       const Tensor A_t = transposed(in_base_dtype<T>(call_.low.A, out));
       return addmm_out(out, t_tensor(), A_t, 1, call_.low.scale, out);
     }
-    const Leg<A> low = low_leg();
+    const Leg<P> low = low_leg();
     for_each_row_block(call_.M, [&](int64_t row, int64_t rows) {
-      expand<T>(low.block(row, rows, 0, call_.K), to.block(row, 0, rows, call_.K));
+      expand<T, P>(low.block(row, rows, 0, call_.K), to.block(row, 0, rows, call_.K));
     });
   }
 
@@ -171,8 +171,9 @@ class Backward {
   template <typename TA>
   void dx_of_few_rows(View<const TA> A_view, View<T> out, bool add) const {
     const int64_t M = call_.M, K = call_.K, N = call_.N, R = call_.R;
-    Scratch<A> copy;
-    const View<const A> dy = widened(dy_, &copy);
+    const Left<P> left(dy_);
+    const Scratch<P> copy(left.in_place() ? 0 : M * words_of<P>(N));
+    const View<const P> dy = left.block(0, 0, M, N, copy.get());
     const Scratch<A> t(M * R);  // scaled: `dot` takes no scale
     t_->with_view([&](auto view) {
       Scratch<A> wide;
@@ -184,20 +185,35 @@ class Backward {
     const int64_t part = even_part(K, std::max<int64_t>(K, 1), 256, 16, num_threads());
     for_each_part(K, part, [&](int64_t col, int64_t cols) {
       const Scratch<A> sum(M * cols);
-      blocks().storage<T>().combine_rows(dy, weight.block(0, col, N, cols), sum.get(), cols);
+      combine(dy, weight.block(0, col, N, cols), sum.get());
       blocks().storage<TA>().dot({t.get(), M, R, R, 1}, A_view.block(col, 0, cols, R), sum.get(),
                                  cols, true);
       blocks().storage<T>().store(sum.get(), cols, A(1), nullptr, add, out.block(0, col, M, cols));
     });
   }
 
+  // out = left @ right
+  static void combine(View<const P> left, View<const T> right, A* out) {
+    if constexpr (kIsPair<P>) {
+      blocks().pairs->combine_rows(left, right, out, right.cols);
+    } else {
+      blocks().storage<T>().combine_rows(left, right, out, right.cols);
+    }
+  }
+
   // t in the base's dtype, for PyTorch's products.
   const Tensor& t_tensor() {
     if (!t_tensor_) {
       t_tensor_.emplace(empty(*call_.dy.tensor, {call_.M, call_.R}));
-      const View<A> sums = t_->rows(0, call_.M);
-      blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false,
-                                  result<T>(*t_tensor_));
+      const auto made = t_->rows(0, call_.M);
+      const View<T> to = result<T>(*t_tensor_);
+      if constexpr (kIsPair<P>) {
+        for (int64_t i = 0; i < to.rows; ++i) {
+          std::copy_n(made.data + i * made.row_stride, to.cols, to.data + i * to.row_stride);
+        }
+      } else {
+        blocks().storage<T>().store(made.data, made.row_stride, A(1), nullptr, false, to);
+      }
     }
     return *t_tensor_;
   }
@@ -206,18 +222,18 @@ class Backward {
   const View<const T> dy_;
   const Bits keep_;
   std::optional<Tensor> t_tensor_;
-  std::optional<Hidden<T>> t_;
-  std::optional<Packed<A>> A_t_;
+  std::optional<Hidden<T, P>> t_;
+  std::optional<Packed<P>> A_t_;
 };
 
-template <typename T>
+template <typename T, typename P>
 void backward_of_group(std::span<const BackwardCall> calls, std::span<const Gradients> out,
                        const Tensor& dx) {
-  std::vector<Backward<T>> layers;
+  std::vector<Backward<T, P>> layers;
   layers.reserve(calls.size());
   bool by_strips = true;
   for (size_t i = 0; i < calls.size(); ++i) {
-    Backward<T>& layer = layers.emplace_back(calls[i]);
+    Backward<T, P>& layer = layers.emplace_back(calls[i]);
     layer.all_but_dx(out[i]);
     by_strips = by_strips && calls[0].needs.dx && layer.dx_way() == Way::kStrips;
   }
@@ -226,10 +242,10 @@ void backward_of_group(std::span<const BackwardCall> calls, std::span<const Grad
     for (size_t i = 0; i < layers.size(); ++i) layers[i].dx(dx, i > 0);
     return;
   }
-  std::vector<Leg<Acc<T>>> legs;
-  for (Backward<T>& layer : layers) layer.add_low_leg(&legs);
-  for (const Backward<T>& layer : layers) layer.add_base_leg(&legs);
-  wide_product<T, Acc<T>>(legs, Out<T>{result<T>(dx)});
+  std::vector<Leg<P>> legs;
+  for (Backward<T, P>& layer : layers) layer.add_low_leg(&legs);
+  for (const Backward<T, P>& layer : layers) layer.add_base_leg(&legs);
+  wide_product<T, P>(legs, Out<T>{result<T>(dx)});
 }
 
 }  // namespace
@@ -244,8 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
       check_backward(dy, x, weight, A, B, h, scale, needs, format, keep, weight_scale);
   const NoGradGuard no_grad;
   const Gradients out(call);
-  cpu::with_storage_type("dy", call.dy.dtype,
-                         [&](auto storage) { cpu::Backward<decltype(storage)>(call).run(out); });
+  cpu::with_types("dy", call.dy.dtype, [&](auto storage, auto word) {
+    cpu::Backward<decltype(storage), decltype(word)>(call).run(out);
+  });
   return out.tuple();
 }
 
@@ -289,8 +306,8 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
   }
   const BackwardCall& first = calls[0];
   const Tensor dx = needs[0] ? empty(dys[0], {first.M, first.K}) : empty(dys[0], {0});
-  cpu::with_storage_type("dys", first.dy.dtype, [&](auto storage) {
-    cpu::backward_of_group<decltype(storage)>(calls, out, dx);
+  cpu::with_types("dys", first.dy.dtype, [&](auto storage, auto word) {
+    cpu::backward_of_group<decltype(storage), decltype(word)>(calls, out, dx);
   });
   std::vector<Tensor> gradients = {dx};
   for (const Gradients& layer : out) {

@@ -167,6 +167,7 @@ struct MultiplyOps {
   // are not written.
   void (*multiply)(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
                    Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead);
+  int64_t tile_panels;  // that it reads at a time
 };
 
 // Pairs made of a matrix of T; float is rounded to nearest even.
@@ -195,7 +196,18 @@ struct PairOps {
   // out (left.rows, right.cols; dense rows of `ld`) = left @ right, as sums of pairs of right's
   // rows, which are dense
   void (*combine_rows)(View<const Pair> left, View<const BFloat16> right, float* out, int64_t ld);
+
+  template <typename T>
+  const PairLoadOps<T>& from() const;
 };
+template <>
+inline const PairLoadOps<BFloat16>& PairOps::from<BFloat16>() const {
+  return from_bfloat16;
+}
+template <>
+inline const PairLoadOps<float>& PairOps::from<float>() const {
+  return from_float;
+}
 
 // Rows of dropout's mask as bits, (cols + 7) / 8 bytes; bits past the end are 0.
 struct MaskOps {
@@ -221,7 +233,7 @@ struct Blocks {
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
   MaskOps mask;
-  const PairOps* pairs;  // null where the instruction set has none
+  const PairOps* pairs;
 
   template <typename T>
   const StorageOps<T>& storage() const;

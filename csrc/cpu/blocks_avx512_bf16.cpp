@@ -1,4 +1,4 @@
-// Block operations for AVX-512 with BF16: those of AVX-512, and bfloat16 by pairs.
+// Block operations for AVX-512 with BF16: those of AVX-512, and its instruction for pairs.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(                                                          \
@@ -12,12 +12,11 @@
 #define LORA_EXT_VECTOR_BYTES 64
 #define LORA_EXT_TILE_ROWS 8
 #define LORA_EXT_TILE_PANELS 2
-#define LORA_EXT_PAIRS
+#define LORA_EXT_DPBF16
 #include "cpu/blocks_impl.h"
-#include "cpu/pairs_impl.h"
 
 namespace lora_ext::cpu {
-const Blocks kAvx512Bf16Blocks = make_blocks("avx512_bf16", &kPairOps);
+const Blocks kAvx512Bf16Blocks = make_blocks("avx512_bf16");
 }  // namespace lora_ext::cpu
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,6 +3,7 @@
 //   LORA_EXT_VECTOR_BYTES   width of a vector register
 //   LORA_EXT_TILE_ROWS      rows of a tile of a product and
 //   LORA_EXT_TILE_PANELS    panels of it, whose sums stay in registers
+//   LORA_EXT_DPBF16         where it has AVX512-BF16's instruction for pairs
 // and the compiler's target (g++ does not define __AVX2__ and its like after a target pragma, so
 // the width stands for them: 32 is AVX2, 64 is AVX-512). All is in an unnamed namespace, so that
 // nothing compiled for one instruction set can be linked into another.
@@ -17,6 +18,7 @@
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
+#include "cpu/pairs_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
@@ -72,7 +74,7 @@ void pack_transposed(View<const T> src, Acc<T>* dst) {
 
 template <typename T>
 void pack(View<const T> src, Acc<T>* dst) {
-  constexpr int64_t panel = kPanel<Acc<T>>;
+  constexpr int64_t panel = kPanel<Acc<T>>, lanes = kLanes<Acc<T>>;
   const int64_t panel_size = src.rows * panel;
   if (src.col_stride != 1 && src.row_stride == 1) {
     for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
@@ -89,10 +91,15 @@ void pack(View<const T> src, Acc<T>* dst) {
     for (; j + panel <= src.cols; j += panel, to += panel_size) {
       load_row(row + j * src.col_stride, src.col_stride, panel, to);
     }
-    if (j < src.cols) {
-      load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
-      for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
+    if (j == src.cols) continue;
+    if (src.col_stride == 1) {
+      for (int64_t v = 0; v < panel; v += lanes) {
+        write(to + v, widen_first(row + j + v, src.cols - j - v));
+      }
+      continue;
     }
+    load_row(row + j * src.col_stride, src.col_stride, src.cols - j, to);
+    for (int64_t pad = src.cols - j; pad < panel; ++pad) to[pad] = 0;
   }
 }
 
@@ -197,16 +204,16 @@ constexpr StorageOps<T> storage_ops() {
   return ops;
 }
 
-constexpr Blocks make_blocks(const char* name, const PairOps* pairs = nullptr) {
+constexpr Blocks make_blocks(const char* name) {
   return {name,
           storage_ops<float>(),
           storage_ops<double>(),
           storage_ops<BFloat16>(),
           storage_ops<Float16>(),
-          {&multiply<float>},
-          {&multiply<double>},
+          {&multiply<float>, kTilePanels},
+          {&multiply<double>, kTilePanels},
           {&draw_bits, &pack_bits, &twist, &bernoulli},
-          pairs};
+          &kPairOps};
 }
 
 }  // namespace

@@ -18,6 +18,23 @@ template <typename P>
 constexpr int64_t words_of(int64_t elements) {
   return elements;
 }
+template <>
+constexpr int64_t words_of<Pair>(int64_t elements) {
+  return pairs_of(elements);
+}
+
+template <typename P>
+inline constexpr bool kIsPair = std::is_same_v<P, Pair>;
+
+// dst, rows of pairs, = a matrix with dropout's mask on it; returns them as elements.
+template <typename T>
+View<const BFloat16> load_kept(View<const T> from, Bits keep, Pair* dst) {
+  const int64_t words = pairs_of(from.cols);
+  blocks().pairs->from<T>().load(from, dst, words);
+  const View<BFloat16> kept = {&dst->even, from.rows, from.cols, 2 * words, 1};
+  if (keep.data != nullptr) blocks().bfloat16.keep(keep, kept);
+  return {kept.data, kept.rows, kept.cols, kept.row_stride, 1};
+}
 
 // A left factor (rows, depth) with dropout's mask on it: read in place, or by blocks copied to P.
 template <typename P>
@@ -32,7 +49,7 @@ class Left {
         col_stride_(matrix.col_stride),
         keep_(keep),
         element_(sizeof(T)),
-        read_(std::is_same_v<T, P> && keep.data == nullptr ? nullptr : &copy<T>) {}
+        read_(holds_words(matrix) && keep.data == nullptr ? nullptr : &copy<T>) {}
 
   int64_t rows() const { return rows_; }
   int64_t depth() const { return depth_; }
@@ -46,27 +63,60 @@ class Left {
     return part;
   }
 
-  // Some rows, and steps of the summed dimension. `scratch` holds that many elements unless the
+  // Some rows, and steps of the summed dimension. `scratch` holds that many words unless the
   // factor is read in place; k % 8 == 0.
   View<const P> block(int64_t row, int64_t k, int64_t rows, int64_t depth, P* scratch) const {
     const char* data = data_ + (row * row_stride_ + k * col_stride_) * element_;
-    if (in_place())
-      return {reinterpret_cast<const P*>(data), rows, depth, row_stride_, col_stride_};
-    return read_({data, rows, depth, row_stride_, col_stride_}, keep_.from(row, k), scratch);
+    if (!in_place())
+      return read_({data, rows, depth, row_stride_, col_stride_}, keep_.from(row, k), scratch);
+    const auto* words = reinterpret_cast<const P*>(data);
+    if constexpr (kIsPair<P>) return {words, rows, words_of<P>(depth), row_stride_ / 2, 1};
+    return {words, rows, depth, row_stride_, col_stride_};
   }
 
  private:
+  // Whether a matrix's memory can be read as words. Pairs are neighbours in a row, and an odd
+  // element at its end would take what follows for its neighbour.
+  template <typename T>
+  static bool holds_words(View<const T> matrix) {
+    if constexpr (!kIsPair<P>) return std::is_same_v<T, P>;
+    return std::is_same_v<T, BFloat16> && matrix.col_stride == 1 && matrix.cols % 2 == 0 &&
+           matrix.row_stride % 2 == 0;
+  }
+
   template <typename T>
   static View<const P> copy(View<const char> bytes, Bits keep, P* scratch) {
     const View<const T> from = {reinterpret_cast<const T*>(bytes.data), bytes.rows, bytes.cols,
                                 bytes.row_stride, bytes.col_stride};
     const bool columns = keep.data == nullptr && from.row_stride == 1 && from.col_stride != 1;
+    if constexpr (kIsPair<P>) {
+      return columns ? transposed_pairs(from, scratch) : pairs(from, keep, scratch);
+    } else {
+      return elements(from, columns, keep, scratch);
+    }
+  }
+
+  template <typename T>
+  static View<const P> elements(View<const T> from, bool columns, Bits keep, P* scratch) {
     const View<const T> rows = columns ? from.transposed() : from;
     const View<P> to = {scratch, rows.rows, rows.cols, rows.cols, 1};
     blocks().storage<T>().load(rows, scratch, rows.cols);
     if (keep.data != nullptr) blocks().storage<P>().keep(keep, to);
     const View<const P> read = {scratch, to.rows, to.cols, to.row_stride, to.col_stride};
     return columns ? read.transposed() : read;
+  }
+
+  template <typename T>
+  static View<const P> pairs(View<const T> from, Bits keep, P* scratch) {
+    const int64_t words = pairs_of(from.cols);
+    load_kept(from, keep, scratch);
+    return {scratch, from.rows, words, words, 1};
+  }
+
+  template <typename T>
+  static View<const P> transposed_pairs(View<const T> from, P* scratch) {
+    blocks().pairs->from<T>().load_transposed(from, scratch, from.rows);
+    return {scratch, from.rows, pairs_of(from.cols), 1, from.rows};
   }
 
   const char* data_;
@@ -159,6 +209,17 @@ class Right {
   static void pack(View<const char> bytes, Bits keep, P* panels) {
     const View<const T> from = {reinterpret_cast<const T*>(bytes.data), bytes.rows, bytes.cols,
                                 bytes.row_stride, bytes.col_stride};
+    if constexpr (kIsPair<P>) {
+      if (keep.data == nullptr) return blocks().pairs->from<T>().pack(from, panels);
+      const Scratch<P> kept(from.rows * pairs_of(from.cols));
+      return blocks().pairs->from_bfloat16.pack(load_kept(from, keep, kept.get()), panels);
+    } else {
+      pack_elements(from, keep, panels);
+    }
+  }
+
+  template <typename T>
+  static void pack_elements(View<const T> from, Bits keep, P* panels) {
     blocks().storage<T>().pack(from, panels);
     if (keep.data == nullptr) return;
     for (int64_t col = 0; col < from.cols; col += kPanel<P>, panels += from.rows * kPanel<P>) {
@@ -167,29 +228,49 @@ class Right {
     }
   }
 
-  // Panels of weight.T, whose columns are the weight's rows: a panel of these at a time.
+  // Panels of weight.T, whose columns are the weight's rows: a panel of these at a time. What codes
+  // stand for is of the dtype T already, so that pairs round nothing.
   template <typename T>
   static void decode_transposed(const Codes& codes, Region part, P* panels) {
-    const Scratch<P> rows(kPanel<P> * part.rows);
-    for (int64_t j = 0; j < part.cols; j += kPanel<P>, panels += part.rows * kPanel<P>) {
+    const int64_t words = words_of<P>(part.rows);
+    const Scratch<float> rows(kPanel<P> * part.rows);
+    for (int64_t j = 0; j < part.cols; j += kPanel<P>, panels += words * kPanel<P>) {
       const int64_t n = std::min(kPanel<P>, part.cols - j);
       blocks().storage<T>().decode(codes, {part.col + j, part.row, n, part.rows}, rows.get(),
                                    part.rows);
-      blocks().storage<P>().pack({rows.get(), part.rows, n, 1, part.rows}, panels);
+      pack_decoded({rows.get(), part.rows, n, 1, part.rows}, panels);
     }
   }
 
-  // Panels of the weight: a row at a time, spread over them.
+  // Panels of the weight: the rows of a word at a time, spread over them.
   template <typename T>
   static void decode(const Codes& codes, Region part, P* panels) {
-    const int64_t width = round_up_to_panel<P>(part.cols);
-    const Scratch<P> row(width);
-    std::fill(row.get() + part.cols, row.get() + width, P{});
-    for (int64_t p = 0; p < part.rows; ++p) {
-      blocks().storage<T>().decode(codes, {part.row + p, part.col, 1, part.cols}, row.get(), width);
-      for (int64_t j = 0; j < width; j += kPanel<P>) {
-        std::copy_n(row.get() + j, kPanel<P>, panels + j * part.rows + p * kPanel<P>);
+    constexpr int64_t kRows = kIsPair<P> ? 2 : 1;
+    const int64_t width = round_up_to_panel<P>(part.cols), words = words_of<P>(part.rows);
+    const Scratch<float> rows(kRows * width);
+    std::fill_n(rows.get(), kRows * width, 0.0f);
+    const Scratch<P> line(kIsPair<P> ? width : 0);
+    for (int64_t p = 0; p < words; ++p) {
+      const int64_t row = p * kRows, n = std::min(kRows, part.rows - row);
+      blocks().storage<T>().decode(codes, {part.row + row, part.col, n, part.cols}, rows.get(),
+                                   width);
+      const P* from = line.get();
+      if constexpr (kIsPair<P>) {
+        pack_decoded({rows.get(), n, width, width, 1}, line.get());
+      } else {
+        from = rows.get();
       }
+      for (int64_t j = 0; j < width; j += kPanel<P>) {
+        std::copy_n(from + j, kPanel<P>, panels + j * words + p * kPanel<P>);
+      }
+    }
+  }
+
+  static void pack_decoded(View<const float> decoded, P* panels) {
+    if constexpr (kIsPair<P>) {
+      blocks().pairs->from_float.pack(decoded, panels);
+    } else {
+      blocks().float32.pack(decoded, panels);
     }
   }
 

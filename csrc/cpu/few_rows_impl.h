@@ -69,10 +69,22 @@ struct DotsTo {
   }
 };
 
+// Rows that will be read next, of which a step asks for one vector each.
+template <typename T>
+struct NextRows {
+  const T* data = nullptr;
+  int64_t row_stride = 0, rows = 0;
+
+  void ask(int64_t p) const {
+    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(data + i * row_stride + p, 0, 2);
+  }
+};
+
 // kLeft rows of one factor against kRight of the other, the sums in registers.
 template <typename Factors, int kLeft, int kRight>
 inline void dot_tile(View<const typename Factors::Left> left, const typename Factors::Right* right,
-                     int64_t right_stride, DotsTo<typename Factors::Sum> out) {
+                     int64_t right_stride, NextRows<typename Factors::Right> next,
+                     DotsTo<typename Factors::Sum> out) {
   using A = typename Factors::Sum;
   constexpr int64_t step = Factors::kStep;
   constexpr int count = kLeft * kRight, near = kNear<A>;
@@ -80,6 +92,7 @@ inline void dot_tile(View<const typename Factors::Left> left, const typename Fac
   Vector<A> acc[kLeft][kRight] = {};
   int64_t p = 0;
   for (; p + step <= depth; p += step) {
+    next.ask(p);
     dot_step<Factors>(left.data + p, left_stride, right + p, right_stride, acc);
   }
   if (p > 0 && p < depth) {  // the last vector, without what it shares with the one before
@@ -115,24 +128,30 @@ inline void dot_tile(View<const typename Factors::Left> left, const typename Fac
 template <typename Factors, int kLeft, int kRight>
 inline void dot_tile_of(View<const typename Factors::Left> left,
                         const typename Factors::Right* right, int64_t right_stride,
-                        DotsTo<typename Factors::Sum> out) {
+                        NextRows<typename Factors::Right> next, DotsTo<typename Factors::Sum> out) {
   if (left.rows == kLeft) {
-    dot_tile<Factors, kLeft, kRight>(left, right, right_stride, out);
+    dot_tile<Factors, kLeft, kRight>(left, right, right_stride, next, out);
   } else if constexpr (kLeft > 1) {
-    dot_tile_of<Factors, kLeft - 1, kRight>(left, right, right_stride, out);
+    dot_tile_of<Factors, kLeft - 1, kRight>(left, right, right_stride, next, out);
   }
 }
 
 // kRight rows of the right factor against all of the left one's, at most kLeft at a time and
-// evenly: 9 rows as 3, 3 and 3, since a tile of few sums waits for each.
-template <typename Factors, int kLeft, int kRight>
+// evenly: 9 rows as 3, 3 and 3, since a tile of few sums waits for each. With kAhead each tile asks
+// for some of the kRight rows that follow.
+template <typename Factors, int kLeft, int kRight, bool kAhead = false>
 inline void dot_rows(View<const typename Factors::Left> left, const typename Factors::Right* right,
                      int64_t right_stride, DotsTo<typename Factors::Sum> out) {
   const int64_t tiles = (left.rows + kLeft - 1) / kLeft;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i = left.rows * tile / tiles, end = left.rows * (tile + 1) / tiles;
+    NextRows<typename Factors::Right> next;
+    if constexpr (kAhead) {
+      const int64_t row = kRight * tile / tiles, rows = kRight * (tile + 1) / tiles - row;
+      next = {right + (kRight + row) * right_stride, right_stride, rows};
+    }
     dot_tile_of<Factors, kLeft, kRight>(left.block(i, 0, end - i, left.cols), right, right_stride,
-                                        out.at(i, 0));
+                                        next, out.at(i, 0));
   }
 }
 
@@ -146,7 +165,7 @@ void dots(View<const typename Factors::Left> left, View<const typename Factors::
   const auto rows = [&] { return right.data + j * right.row_stride; };
   if (left.rows >= 3) {
     for (; j + kRight <= right.rows; j += kRight) {
-      dot_rows<Factors, 4, kRight>(left, rows(), right.row_stride, out.at(0, j));
+      dot_rows<Factors, 4, kRight, true>(left, rows(), right.row_stride, out.at(0, j));
     }
   }
   if constexpr (std::is_same_v<typename Factors::Right, typename Factors::Sum>) {

@@ -15,19 +15,19 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-template <typename T>
+template <typename T, typename P>
 class Forward {
   using A = Acc<T>;
 
  public:
   // `made` is h where there is one already: `h` holds it, rounded, as well.
   Forward(const Call& call, const Tensor& y, const Tensor& h,
-          std::optional<Hidden<T>> made = std::nullopt)
+          std::optional<Hidden<T, P>> made = std::nullopt)
       : call_(call), y_(y), h_(h), y_view_(result<T>(y)), h_view_(result<T>(h)) {
     if (!made) {
       shrink_.emplace(matrix<T>(call.x), bits_of(call.low.keep), call.low.A, false);
-      made.emplace(shrink_->by_library() ? Hidden<T>::of(read_only(h_view_))
-                                         : Hidden<T>::sums(call.M, call.R, &h));
+      made.emplace(shrink_->by_library() ? Hidden<T, P>::of(read_only(h_view_))
+                                         : Hidden<T, P>::in(call.M, call.R, &h));
     }
     hidden_ = std::move(made);
     if (call.bias) bias_ = dense_bias();
@@ -62,19 +62,15 @@ class Forward {
   }
 
   void make_h(int64_t row, int64_t rows) const {
-    const View<A> sums = hidden_->rows(row, rows);
-    shrink_->rows(row, sums);
-    const View<T> to = h_view_.block(row, 0, rows, call_.R);
-    if (static_cast<const void*>(sums.data) == to.data) return;
-    blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false, to);
+    make_hidden(*shrink_, *hidden_, row, h_view_.block(row, 0, rows, call_.R));
   }
 
-  Packed<A> B_factor() const {
+  Packed<P> B_factor() const {
     return with_adapter<T>(call_.low.B,
-                           [&](auto view) { return Packed<A>(Right<A>(view, call_.M)); });
+                           [&](auto view) { return Packed<P>(Right<P>(view, call_.M)); });
   }
 
-  Leg<A> low_leg(const Packed<A>& B) const { return {hidden_->left(), B.right(), call_.low.scale}; }
+  Leg<P> low_leg(const Packed<P>& B) const { return {hidden_->left(), B.right(), call_.low.scale}; }
 
   // The bias without gaps, in place or copied.
   const T* dense_bias() {
@@ -88,21 +84,20 @@ class Forward {
 
   void by_dots() const {
     const int64_t M = call_.M, K = call_.K, N = call_.N;
-    const Packed<A> B = B_factor();
-    const Leg<A> low = low_leg(B);
+    const Packed<P> B = B_factor();
+    const Leg<P> low = low_leg(B);
     const Out<T> y = {y_view_, bias_};
     const bool of_codes = is_of_codes(call_.weight.format);
     const Codes codes = of_codes ? codes_of(call_.weight, N, K) : Codes{};
     const View<const T> weight = of_codes ? View<const T>{} : matrix<T>(call_.weight.data);
-    Scratch<A> copy;
-    const View<const A> x = widened(matrix<T>(call_.x), &copy);
+    const FewRows<T, P> x(matrix<T>(call_.x), of_codes);
     const int64_t part = even_part(N, kStripCols, 32, 16, num_threads());
     for_each_part(N, part, [&](int64_t col, int64_t cols) {
       const Scratch<A> sum(M * cols);
       if (of_codes) {
-        blocks().storage<T>().dot_codes(x, codes, col, cols, sum.get(), cols);
+        blocks().storage<T>().dot_codes(x.widened(), codes, col, cols, sum.get(), cols);
       } else {
-        blocks().storage<T>().dot(x, weight.block(col, 0, cols, K), sum.get(), cols, false);
+        x.dot(weight.block(col, 0, cols, K), sum.get(), cols);
       }
       product<A>(low.block(0, M, col, cols), Out<A>{{sum.get(), M, cols, cols, 1}, nullptr, true});
       const Out<T> to = y.block(0, M, col, cols);
@@ -111,14 +106,14 @@ class Forward {
   }
 
   void by_strips() const {
-    const Packed<A> B = B_factor();
-    const Leg<A> low = low_leg(B);
+    const Packed<P> B = B_factor();
+    const Leg<P> low = low_leg(B);
     const Out<T> y = {y_view_, bias_};
-    if (!call_.weight.data) return wide_product<T, A>({&low, 1}, y);
-    const Leg<A> legs[] = {low,
-                           {Left<A>(matrix<T>(call_.x)),
-                            weight_factor<T>(call_.weight, call_.K, call_.N, true, call_.M)}};
-    wide_product<T, A>(legs, y);
+    if (!call_.weight.data) return wide_product<T, P>({&low, 1}, y);
+    const Leg<P> legs[] = {low,
+                           {Left<P>(matrix<T>(call_.x)),
+                            weight_factor<T, P>(call_.weight, call_.K, call_.N, true, call_.M)}};
+    wide_product<T, P>(legs, y);
   }
 
   void onto_library() const {
@@ -133,20 +128,20 @@ class Forward {
       make_h();
       return addmm_out(y_, h_, in_base_dtype<T>(call_.low.B, y_), 1, call_.low.scale, y_);
     }
-    const Packed<A> B = B_factor();
-    const Leg<A> low = low_leg(B);
+    const Packed<P> B = B_factor();
+    const Leg<P> low = low_leg(B);
     if (!makes_h_by_rows()) make_h();
     for_each_row_block(call_.M, [&](int64_t row, int64_t rows) {
       if (makes_h_by_rows()) make_h(row, rows);
-      expand<T>(low.block(row, rows, 0, call_.N), y_view_.block(row, 0, rows, call_.N));
+      expand<T, P>(low.block(row, rows, 0, call_.N), y_view_.block(row, 0, rows, call_.N));
     });
   }
 
   const Call& call_;
   const Tensor &y_, &h_;
   const View<T> y_view_, h_view_;
-  std::optional<Shrink<T>> shrink_;
-  std::optional<Hidden<T>> hidden_;
+  std::optional<Shrink<T, P>> shrink_;
+  std::optional<Hidden<T, P>> hidden_;
   Scratch<T> bias_copy_;
   const T* bias_ = nullptr;
 };
@@ -174,43 +169,38 @@ Tensor side_by_side(std::span<const Call> calls, int64_t R) {
 }
 
 // h of all layers, (M, R) for R the sum of their ranks, by one product over x.
-template <typename T>
-Hidden<T> shrink_together(std::span<const Call> calls, const Tensor& h) {
-  using A = Acc<T>;
+template <typename T, typename P>
+Hidden<T, P> shrink_together(std::span<const Call> calls, const Tensor& h) {
   const int64_t M = h.size(0), R = h.size(1);
   const Tensor A_all = side_by_side<T>(calls, R);
   const Operand operand(A_all);
-  const Shrink<T> shrink(matrix<T>(calls[0].x), {}, operand, false);
+  const Shrink<T, P> shrink(matrix<T>(calls[0].x), {}, operand, false);
   const View<T> to = result<T>(h);
   if (shrink.by_library()) {
     mm_out(*calls[0].x.tensor, in_base_dtype<T>(operand, h), h);
-    return Hidden<T>::of(read_only(to));
+    return Hidden<T, P>::of(read_only(to));
   }
-  Hidden<T> hidden = Hidden<T>::sums(M, R, &h);
+  Hidden<T, P> hidden = Hidden<T, P>::in(M, R, &h);
   for_each_row_block(M, [&](int64_t row, int64_t rows) {
-    const View<A> sums = hidden.rows(row, rows);
-    shrink.rows(row, sums);
-    const View<T> stored = to.block(row, 0, rows, R);
-    if (static_cast<const void*>(sums.data) == stored.data) return;
-    blocks().storage<T>().store(sums.data, sums.row_stride, A(1), nullptr, false, stored);
+    make_hidden(shrink, hidden, row, to.block(row, 0, rows, R));
   });
   return hidden;
 }
 
-template <typename T>
+template <typename T, typename P>
 void forward_of_group(std::span<const Call> calls, const std::vector<Tensor>& ys, const Tensor& h) {
   const auto masked = [](const Call& call) { return static_cast<bool>(call.low.keep); };
   const bool together =
       calls.size() > 1 && calls[0].M > kFewRows && std::none_of(calls.begin(), calls.end(), masked);
-  std::optional<Hidden<T>> hidden;
-  if (together) hidden.emplace(shrink_together<T>(calls, h));
+  std::optional<Hidden<T, P>> hidden;
+  if (together) hidden.emplace(shrink_together<T, P>(calls, h));
   int64_t col = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
     const int64_t R = calls[i].R;
     const Tensor own_h = calls.size() == 1 ? h : columns_of(h, col, R);
-    std::optional<Hidden<T>> made;
+    std::optional<Hidden<T, P>> made;
     if (together) made.emplace(hidden->columns(col, R));
-    Forward<T>(calls[i], ys[i], own_h, std::move(made)).run();
+    Forward<T, P>(calls[i], ys[i], own_h, std::move(made)).run();
     col += R;
   }
 }
@@ -226,8 +216,9 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const std::optional<Tenso
   const Call call = check_forward(x, weight, bias, A, B, scale, format, keep, weight_scale);
   const NoGradGuard no_grad;
   const Tensor y = empty(x, {call.M, call.N}), h = empty(x, {call.M, call.R});
-  cpu::with_storage_type("x", call.x.dtype,
-                         [&](auto storage) { cpu::Forward<decltype(storage)>(call, y, h).run(); });
+  cpu::with_types("x", call.x.dtype, [&](auto storage, auto word) {
+    cpu::Forward<decltype(storage), decltype(word)>(call, y, h).run();
+  });
   return {y, h};
 }
 
@@ -258,8 +249,8 @@ std::tuple<std::vector<Tensor>, Tensor> linears_fwd(
   std::vector<Tensor> ys;
   for (const Call& call : calls) ys.push_back(empty(x, {call.M, call.N}));
   const Tensor h = empty(x, {calls[0].M, R});
-  cpu::with_storage_type("x", calls[0].x.dtype, [&](auto storage) {
-    cpu::forward_of_group<decltype(storage)>(calls, ys, h);
+  cpu::with_types("x", calls[0].x.dtype, [&](auto storage, auto word) {
+    cpu::forward_of_group<decltype(storage), decltype(word)>(calls, ys, h);
   });
   return {ys, h};
 }

@@ -18,10 +18,6 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// AMD's CPUs multiply pairs at the rate of floats, twice the elements; Intel's at half that rate,
-// which widening to float beats.
-bool multiplies_pairs_fast() { return has_avx512_bf16() && __builtin_cpu_is("amd"); }
 #endif
 
 const Blocks& choose() {
@@ -31,9 +27,7 @@ const Blocks& choose() {
                       cap == "avx512_bf16",
                   "LORA_EXT_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got ", cap);
 #if defined(__x86_64__)
-  if (cap == "avx512_bf16" ? has_avx512_bf16() : cap == "" && multiplies_pairs_fast()) {
-    return kAvx512Bf16Blocks;
-  }
+  if ((cap == "" || cap == "avx512_bf16") && has_avx512_bf16()) return kAvx512Bf16Blocks;
   if (cap != "baseline" && cap != "avx2" && has_avx512()) return kAvx512Blocks;
   if (cap != "baseline" && has_avx2()) return kAvx2Blocks;
 #endif

@@ -1,5 +1,4 @@
-// The operations on bfloat16 by pairs (PairOps in blocks.h), for an instruction set whose file sets
-// LORA_EXT_PAIRS before it includes blocks_impl.h and this.
+// The operations on bfloat16 by pairs (PairOps in blocks.h). Part of blocks_impl.h.
 #pragma once
 
 #include <cstdint>
@@ -223,8 +222,11 @@ inline void combine_pairs_tile(View<const Pair> left, View<const BFloat16> right
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i) {
-      FloatVector sums[2] = {interleave<false, 4, lanes>(first[i], second[i]),
-                             interleave<true, 4, lanes>(first[i], second[i])};
+      FloatVector sums[2] = {first[i], second[i]};
+      if constexpr (lanes > 4) {
+        sums[0] = interleave<false, 4, lanes>(first[i], second[i]);
+        sums[1] = interleave<true, 4, lanes>(first[i], second[i]);
+      }
       float* to = out + i * ld + j;
       if (j + step <= right.cols) {
         write(to, add ? read<FloatVector>(to) + sums[0] : sums[0]);
@@ -270,8 +272,9 @@ void combine_pairs(View<const Pair> left, View<const BFloat16> right, float* out
 template <typename T>
 constexpr PairLoadOps<T> kPairLoadOps = {&load_pairs<T>, &load_pairs_transposed<T>, &pack_pairs<T>};
 
-constexpr PairOps kPairOps = {kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>},
-                              &update_by_pairs,       &dot_pairs,          &combine_pairs};
+constexpr PairOps kPairOps = {
+    kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>, kTilePanels},
+    &update_by_pairs,       &dot_pairs,          &combine_pairs};
 
 }  // namespace
 }  // namespace lora_ext::cpu

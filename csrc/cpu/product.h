@@ -58,9 +58,9 @@ class Cursor {
                     ? 0
                     : width_ * words_of<P>(keeps_blocks_ ? right_.depth()
                                                          : std::min(leg.step, right_.depth()))),
-        copy_(leg.left.in_place()
-                  ? 0
-                  : std::min(kStripRows, leg.left.rows()) * std::min(leg.step, leg.left.depth())) {}
+        copy_(leg.left.in_place() ? 0
+                                  : std::min(kStripRows, leg.left.rows()) *
+                                        words_of<P>(std::min(leg.step, leg.left.depth()))) {}
 
   // sum (rows, cols; dense rows of `ld`) = scale * left's rows from `row` on @ right + addend.
   void add_to(int64_t row, int64_t rows, Acc<P>* sum, int64_t ld, Addend<Acc<P>> addend) {
@@ -93,7 +93,8 @@ class Cursor {
   Ahead after(int64_t k, int64_t col) const {
     if (!looks_ahead_) return {};
     if (right_.is_ready()) {
-      const Panels<const P> next = right_.ready().from(words_of<P>(k), col + kPanel<P>);
+      const int64_t ahead = blocks().products<P>().tile_panels * kPanel<P>;
+      const Panels<const P> next = right_.ready().from(words_of<P>(k), col + ahead);
       constexpr int64_t size = sizeof(P);
       return {reinterpret_cast<const char*>(next.data), next.row_stride * size,
               next.panel_stride * size};
@@ -115,7 +116,7 @@ class Cursor {
 inline constexpr size_t kMostLegs = 16;  // two a layer of a group
 
 // The product, for the tiles of one thread.
-template <typename T, typename P = Acc<T>>
+template <typename T, typename P>
 void product(std::span<const Leg<P>> legs, const Out<T>& out) {
   using A = Acc<P>;
   const int64_t cols = out.to.cols, tile_rows = std::min(kStripRows, out.to.rows);

@@ -18,6 +18,8 @@ constexpr Routes kTable[] = {
     {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
     {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
     {"avx2", "", "float16", false, 0, 32, 4, false, kNever, kNever, kNever},
+    // AMD's CPUs multiply pairs at the rate of floats, which is twice as many elements.
+    {"avx512_bf16", "amd", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever, true},
     // AMX multiplies bfloat16 at 16 times the rate of float32, and only PyTorch's products use it.
     {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 4, true, 1, 1, 1},
     // Intel: MKL runs at the rate of the CPU, the products of rank R too, but up to 48 rows dot
@@ -28,6 +30,10 @@ constexpr Routes kTable[] = {
     {"avx512", "intel", "bfloat16", false, 0, 8, 16, false, kNever, kNever, kNever},
     // With AVX512-FP16 oneDNN multiplies float16; our products of rank R win while R is low.
     {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, 64, 64, 64},
+    // AMD: our strips run at 0.92 of the CPU's rate, MKL's GEMM at 0.83; 4 x 4 dot products win to
+    // 64 rows. PyTorch makes float16 at a fifth of our rate, and dx at a thirtieth.
+    {"avx512", "amd", "float32", false, 0, 64, 4, true, kNever, kNever, kNever},
+    {"avx512", "amd", "float16", false, 0, 64, 16, false, kNever, kNever, kNever},
     {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
     // Others with AVX-512: PyTorch hands bfloat16 to oneDNN.
     {"avx512", "", "float32", true, 2, 2, 4, true, kNever, kNever, kNever},
@@ -52,10 +58,11 @@ bool is_or_has(const char* cpu) {
   return false;
 }
 
-// Whether a line is for the chosen blocks: those with pairs differ in bfloat16 alone.
+// Whether a line is for the chosen blocks: with AVX512-BF16 what has no line of its own goes by
+// AVX-512's.
 bool is_for_these_blocks(const Routes& line) {
   if (std::strcmp(line.isa, blocks().name) == 0) return true;
-  return blocks().pairs != nullptr && std::strcmp(line.isa, "avx512") == 0;
+  return std::strcmp(blocks().name, "avx512_bf16") == 0 && std::strcmp(line.isa, "avx512") == 0;
 }
 
 const Routes& find(const char* dtype) {
@@ -70,6 +77,8 @@ const Routes& find(const char* dtype) {
 constexpr Way kByTheTable = static_cast<Way>(-1);
 Way forced[kProducts] = {kByTheTable, kByTheTable, kByTheTable,
                          kByTheTable, kByTheTable, kByTheTable};
+
+std::optional<bool> forced_pairs;
 
 Way by_the_table(const Routes& line, Product product, const Sizes& sizes) {
   const auto [M, depth, R, panels, dense, masked] = sizes;
@@ -150,6 +159,8 @@ const Routes& routes<Float16>() {
   return line;
 }
 
+bool takes_pairs() { return forced_pairs.value_or(routes<BFloat16>().pairs); }
+
 Way way_of(const Routes& line, Product product, const Sizes& sizes) {
   const Way asked = forced[static_cast<int>(product)];
   if (asked != kByTheTable && can_go(asked, product, sizes)) return asked;
@@ -169,5 +180,7 @@ void force_way(const std::string& product, const char* way) {
   }
   forced[static_cast<int>(of)] = asked;
 }
+
+void force_pairs(std::optional<bool> pairs) { forced_pairs = pairs; }
 
 }  // namespace lora_ext::cpu

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "cpu/blocks.h"
@@ -80,11 +81,15 @@ struct Routes {
   // From so high a rank on, PyTorch makes h and t; adds h @ B and t @ A.T; makes dA and dB, but not
   // of so few rows that dx streams.
   int64_t library_shrink, library_expand, library_gradient;
+  bool pairs = false;  // of bfloat16: our products multiply pairs, and do not widen to float
 };
 
 // The line of the table for this machine and a storage dtype.
 template <typename T>
 const Routes& routes();
+
+// Whether products of bfloat16 take pairs: by the table, or as forced.
+bool takes_pairs();
 
 // What decides about a product of a call. M rows, R rank; `depth` is what the product sums over.
 struct Sizes {
@@ -108,5 +113,8 @@ Way way_of(const Routes& line, Product product, const Sizes& sizes);
 // For measuring: make a product go one way in all calls of this process that can go it; with null,
 // by the table again. Throws for a name that is not known.
 void force_way(const std::string& product, const char* way);
+// For measuring and for tests: have bfloat16 multiplied by pairs or not; without a value, by the
+// table again. Panels that pack_weight made before are then of the wrong kind.
+void force_pairs(std::optional<bool> pairs);
 
 }  // namespace lora_ext::cpu

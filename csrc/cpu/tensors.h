@@ -113,14 +113,26 @@ void with_storage_type(const char* name, ScalarType dtype, const F& f) {
   }
 }
 
+// The same with a value of the word that its products take: what they accumulate in, or pairs.
+template <typename F>
+void with_types(const char* name, ScalarType dtype, const F& f) {
+  with_storage_type(name, dtype, [&](auto storage) {
+    using T = decltype(storage);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (takes_pairs()) return f(storage, Pair{});
+    }
+    f(storage, Acc<T>{});
+  });
+}
+
 // A weight of codes as the block operations take it.
 Codes codes_of(const Weight& weight, int64_t N, int64_t K);
 
 // The weight as a right factor (depth, cols), by a left one of `uses` rows: weight.T with
 // `transposed`, or weight. Throws unless panels are what pack_weight makes of one of that size and
 // dtype.
-template <typename T>
-Right<Acc<T>> weight_factor(const Weight& weight, int64_t depth, int64_t cols, bool transposed,
-                            int64_t uses);
+template <typename T, typename P>
+Right<P> weight_factor(const Weight& weight, int64_t depth, int64_t cols, bool transposed,
+                       int64_t uses);
 
 }  // namespace lora_ext::cpu

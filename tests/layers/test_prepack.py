@@ -17,6 +17,7 @@ from lora_ext.functional import adapted
 from lora_ext.panels import Panels
 from lora_ext.testing import Case, broken_rules, expected
 from tests.conftest import small_call
+from tests.op.pairs import forced_pairs, the_other_kind
 
 WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
@@ -49,6 +50,12 @@ def model():
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.lora.B)
     return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_weight_of_the_other_kind_keeps_the_error_rule(case):
+    with forced_pairs(the_other_kind()):
+        test_packed_weight_keeps_the_error_rule(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -88,6 +95,20 @@ def test_the_layout_is_read_for_y_and_for_dx(model, backward):
         assert x.grad.isnan().all()
 
 
+def test_up_to_two_rows_the_weight_itself_is_read(model):
+    prepack_(model, backward=True)
+    for layer in (model[0], model[2]):
+        layer._panels.forward.data.fill_(torch.nan)
+        layer._panels.backward.data.fill_(torch.nan)
+    for shape, few in (((48,), True), ((2, 48), True), ((3, 48), False), ((1, 3, 48), False)):
+        x = torch.randn(shape, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        assert y.isfinite().all() == few and x.grad.isfinite().all() == few
+        said = "laid out by prepack_" in lora_ext.explain(model[0], x)
+        assert said == (not few)
+
+
 def test_operators_pass_opcheck():
     inputs = expected(CASES[1]).inputs
     x, weight, bias, A, B = (inputs[n] for n in ("x", "weight", "bias", "A", "B"))
@@ -108,6 +129,28 @@ def test_report_counts_layers_and_memory(model):
     assert report.mib == pytest.approx(rounded_up / 2**20)
     assert str(report) == f"prepacked 2 layers in {rounded_up / 2**20:.1f} MiB, left 0"
     assert prepack_(model, backward=True).mib > report.mib
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["floats", "pairs"])
+def test_of_bfloat16_the_layout_stays_with_its_layer(model, pairs, tmp_path):
+    """Read, dropped when stale, and in no copy or file: of 2 bytes an element by pairs, else 4."""
+    model.to(torch.bfloat16)
+    x = torch.randn(40, 48).to(torch.bfloat16)
+    with forced_pairs(pairs):
+        plain = model(x)
+        report = prepack_(model)
+        assert report.packed == ["0", "2"]
+        elements = 48 * 80 + 80 * 48  # 33 columns take three panels of 16
+        assert report.mib == pytest.approx((2 if pairs else 4) * elements / 2**20)
+        assert torch.equal(model(x), plain)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert other[0]._panels is None and torch.equal(other(x), plain)
+        with pytest.warns(UserWarning, match="a prepacked weight is dropped: .*written to"):
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+            assert not torch.equal(model(x), plain)
+        assert model[0]._panels is None
 
 
 def test_what_is_left_has_its_reason(model):

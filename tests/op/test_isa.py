@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 SCRIPT = """
 import sys
+import torch
 from lora_ext import _C
 from lora_ext.testing import DTYPES, LAYOUTS, TAILS, check, every_case
 from tests.conftest import linear_of, poisoned_memory  # that import poisons malloc
+from tests.op.pairs import forced_pairs, the_other_kind
 from tests.op.test_backends import CROSSES_EVERY_BLOCK, LARGE_WEIGHT
 from tests.op.test_extremes import rules_broken_at_rank_one
 
@@ -25,9 +27,14 @@ if _C.build_info()["cpu_isa"] != sys.argv[1]:
     sys.exit()
 large = [CROSSES_EVERY_BLOCK, LARGE_WEIGHT, *(TAILS.but(layout=name) for name in LAYOUTS)]
 large = [c.but(dtype=dtype, adapter_dtype=ab) for c in large for dtype, ab in DTYPES]
+cases = {*every_case(), *large}
+assert sys.argv[1] == "avx512_bf16" or not _C.route("bfloat16")["pairs"]
 with poisoned_memory():
-    for case in {*every_case(), *large}:
+    for case in cases:
         check(linear_of("cpp"), case)
+    for case in (c for c in cases if c.dtype == torch.bfloat16):
+        with forced_pairs(the_other_kind()):
+            check(linear_of("cpp"), case)
     for seed in range(10):
         assert rules_broken_at_rank_one(linear_of("cpp"), seed) == [], seed
 print("ran")

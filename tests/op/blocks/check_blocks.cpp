@@ -18,6 +18,12 @@
 namespace lora_ext::cpu {
 namespace {
 
+#if defined(__aarch64__)  // g++ 12 has no _Float16 in C++ there
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 // ---- numbers of every storage type ----
 
 double value_of(float v) { return v; }
@@ -29,7 +35,7 @@ double value_of(BFloat16 v) {
   return f;
 }
 double value_of(Float16 v) {
-  _Float16 f;
+  Half f;
   std::memcpy(&f, &v, 2);
   return static_cast<float>(f);
 }
@@ -43,7 +49,7 @@ void assign(double v, BFloat16* to) {
   to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 void assign(double v, Float16* to) {
-  const _Float16 f = static_cast<_Float16>(static_cast<float>(v));
+  const Half f = static_cast<Half>(static_cast<float>(v));
   std::memcpy(to, &f, 2);
 }
 
