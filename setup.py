@@ -29,6 +29,7 @@ OLDEST_GCC = 12  # __builtin_shufflevector, _Float16 in C++, __builtin_cpu_suppo
 # No -march: each kernel file names the instruction set it is compiled for.
 CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -fvisibility=hidden -ffp-contract=fast".split()
 CXX_FLAGS += ["-fno-math-errno"]
+SHARED = ["csrc/call.cpp", "csrc/checks.cpp"]  # by both extensions
 
 
 def build_arguments() -> dict:
@@ -89,7 +90,7 @@ def builder(kernels: Callable[[Path], Path] | None = None, required: bool = Fals
             super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
-            # A folder each: both compile call.cpp, with macros of their own.
+            # A folder each: both compile SHARED, with macros of their own.
             of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
             super().build_extension(ext)
             self.build_temp = of_all
@@ -109,7 +110,7 @@ def built_cuda(cuda: str) -> tuple[str, str]:
 
 def cuda_extension(nvcc: str) -> Extension:
     """Return lora_ext._cuda, a library that registers operators; the CUDA runtime is inside it."""
-    result = extension("lora_ext._cuda", ["csrc/call.cpp", *find("cuda/*.cpp")])
+    result = extension("lora_ext._cuda", [*SHARED, *find("cuda/*.cpp")])
     result.define_macros.append(("USE_CUDA", None))  # torch's headers then declare its streams
     # Nothing of torch's Python, and no other copy of the runtime.
     result.libraries = ["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt"]

@@ -3,11 +3,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
-#include <initializer_list>
 #include <limits>
-#include <sstream>
 #include <utility>
 
+#include "checks.h"
 #include "tensor_utils.h"
 
 namespace lora_ext {
@@ -24,86 +23,6 @@ ScalarType dtype_of(const Tensor& tensor) {
   if (dtype == float16) return ScalarType::Half;
   if (dtype == float64) return ScalarType::Double;
   return tensor.scalar_type();
-}
-
-std::string device_text(int32_t type, int32_t index) {
-  const char* name = type == aoti_torch_device_type_cpu()    ? "cpu"
-                     : type == aoti_torch_device_type_cuda() ? "cuda"
-                     : type == aoti_torch_device_type_meta() ? "meta"
-                                                             : "another device";
-  return index < 0 ? name : std::string(name) + ":" + std::to_string(index);
-}
-
-int64_t element_bytes(const Operand& operand) {
-  switch (operand.dtype) {
-    case ScalarType::Byte:
-      return 1;
-    case ScalarType::BFloat16:
-    case ScalarType::Half:
-      return 2;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Double:
-      return 8;
-    default:
-      return static_cast<int64_t>(operand.tensor->element_size());
-  }
-}
-
-// Checks arguments against the first, x or dy: its device and its dtype.
-class Checks {
- public:
-  Checks(const char* name, const Operand& first) : dtype_(first.dtype) {
-    LORA_EXT_CHECK(aoti_torch_get_device_type(first.tensor->get(), &type_));
-    LORA_EXT_CHECK(aoti_torch_get_device_index(first.tensor->get(), &index_));
-    check_memory(name, first);
-  }
-
-  ScalarType dtype() const { return dtype_; }
-  bool on_cpu() const { return type_ == aoti_torch_device_type_cpu(); }
-
-  void dtype(const char* name, const Operand& operand) const {
-    STD_TORCH_CHECK(operand.dtype == dtype_, name, " must have x's dtype ",
-                    torch::headeronly::toString(dtype_), ", got ",
-                    torch::headeronly::toString(operand.dtype));
-  }
-
-  // A and B may be float over a base of 16 bits.
-  void adapter_dtype(const char* name, const Operand& operand) const {
-    const bool half = dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half;
-    if (!half || operand.dtype != ScalarType::Float) dtype(name, operand);
-  }
-
-  // On the same device, and, unless its layout alone is read, with its memory there.
-  void place(const char* name, const Operand& operand, bool is_read = true) const {
-    int32_t type, index;
-    LORA_EXT_CHECK(aoti_torch_get_device_type(operand.tensor->get(), &type));
-    LORA_EXT_CHECK(aoti_torch_get_device_index(operand.tensor->get(), &index));
-    STD_TORCH_CHECK(type == type_ && index == index_, name, " must be on device ",
-                    device_text(type_, index_), ", got ", device_text(type, index));
-    if (is_read) check_memory(name, operand);
-  }
-
- private:
-  const ScalarType dtype_;
-  int32_t type_, index_;
-};
-
-void check_dim(const char* name, const Operand& operand, int64_t dim, const char* meaning) {
-  STD_TORCH_CHECK(operand.dim == dim, name, " must have shape ", meaning, ", got ",
-                  text_of(operand.sizes, operand.dim));
-}
-
-void check_shape(const char* name, const Operand& operand, std::initializer_list<int64_t> sizes) {
-  bool fits = operand.dim == static_cast<int64_t>(sizes.size());
-  for (int64_t i = 0; fits && i < operand.dim; ++i) fits = operand.size(i) == sizes.begin()[i];
-  STD_TORCH_CHECK(fits, name, " must have shape ", text_of(sizes.begin(), sizes.size()), ", got ",
-                  text_of(operand.sizes, operand.dim));
-}
-
-void check_given(const char* name, const std::optional<Tensor>& tensor, const char* reader) {
-  STD_TORCH_CHECK(tensor.has_value(), name, " must be a tensor where ", reader,
-                  " is asked for, got None");
 }
 
 Format format_of(const std::string& name, const Checks& checks) {
@@ -128,12 +47,6 @@ double scale_of_sums(double scale, const Operand& like) {
     return scale;
   }
   return std::copysign(std::numeric_limits<double>::infinity(), scale);
-}
-
-void check_is(const char* name, const Operand& operand, ScalarType dtype) {
-  STD_TORCH_CHECK(operand.dtype == dtype, name, " must have dtype ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(operand.dtype));
 }
 
 // Codes and their scales, from end to end in memory.
@@ -217,28 +130,20 @@ void read_x(const Checks& checks, const std::optional<Tensor>& x, BackwardCall* 
   checks.place("x", operand);
 }
 
-bool is_transposed(const Operand& factor) { return factor.stride(0) == 1 && factor.stride(1) != 1; }
+// What Python has as None.
+Tensor undefined() {
+  AtenTensorHandle none;
+  LORA_EXT_CHECK(aoti_torch_new_uninitialized_tensor(&none));
+  return Tensor(none);
+}
 
 // Memory for the gradient of A or B.
 Tensor empty_like_factor(const Operand& factor) {
-  const int64_t rows = factor.size(0), cols = factor.size(1);
-  if (is_transposed(factor)) return transposed(empty(*factor.tensor, {cols, rows}));
-  return empty(*factor.tensor, {rows, cols});
+  const bool is_transposed = factor.stride(0) == 1 && factor.stride(1) != 1;
+  return empty_matrix(*factor.tensor, factor.size(0), factor.size(1), is_transposed);
 }
 
 }  // namespace
-
-std::string text_of(const int64_t* sizes, int64_t dim) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
-  text << (dim == 1 ? ",)" : ")");
-  return text.str();
-}
-
-void check_count(const char* name, size_t got, size_t count) {
-  STD_TORCH_CHECK(got == count, name, " must have ", count, " elements, one a layer, got ", got);
-}
 
 Operand::Operand(const Tensor& given) : tensor(&given), dtype(dtype_of(given)) {
   int64_t* read;
@@ -265,20 +170,6 @@ int64_t block_bits_of(const Weight& weight, int64_t elements) {
   }
   STD_TORCH_CHECK(false, "weight_scale must have one value a block of a power of two of the ",
                   elements, " elements, from 32 on, got shape ", text_of(scale.sizes, scale.dim));
-}
-
-void check_memory(const char* name, const Operand& operand) {
-  int64_t first, held, reach = 1;
-  for (int64_t i = 0; i < operand.dim; ++i) {
-    if (operand.size(i) == 0) return;
-    reach += (operand.size(i) - 1) * operand.stride(i);
-  }
-  LORA_EXT_CHECK(aoti_torch_get_storage_offset(operand.tensor->get(), &first));
-  LORA_EXT_CHECK(aoti_torch_get_storage_size(operand.tensor->get(), &held));
-  const int64_t bytes = (first + reach) * element_bytes(operand);
-  STD_TORCH_CHECK(held >= bytes, name, "'s memory must hold the ", bytes,
-                  " bytes that its sizes and strides reach, got ", held,
-                  " bytes: its storage was freed or shrunk");
 }
 
 Call check_forward(const Tensor& x, const std::optional<Tensor>& weight,
@@ -358,11 +249,10 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
 }
 
 Gradients::Gradients(const BackwardCall& call)
-    : dx(call.needs.dx ? empty(*call.dy.tensor, {call.M, call.K}) : empty(*call.dy.tensor, {0})),
-      dweight(call.needs.dweight ? empty(*call.dy.tensor, {call.N, call.K})
-                                 : empty(*call.dy.tensor, {0})),
-      dbias(call.needs.dbias ? empty(*call.dy.tensor, {call.N}) : empty(*call.dy.tensor, {0})),
-      dA(call.needs.dA ? empty_like_factor(call.low.A) : empty(*call.dy.tensor, {0})),
-      dB(call.needs.dB ? empty_like_factor(call.low.B) : empty(*call.dy.tensor, {0})) {}
+    : dx(call.needs.dx ? empty(*call.dy.tensor, {call.M, call.K}) : undefined()),
+      dweight(call.needs.dweight ? empty(*call.dy.tensor, {call.N, call.K}) : undefined()),
+      dbias(call.needs.dbias ? empty(*call.dy.tensor, {call.N}) : undefined()),
+      dA(call.needs.dA ? empty_like_factor(call.low.A) : undefined()),
+      dB(call.needs.dB ? empty_like_factor(call.low.B) : undefined()) {}
 
 }  // namespace lora_ext

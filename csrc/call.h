@@ -97,17 +97,8 @@ BackwardCall check_backward(const Tensor& dy, const std::optional<Tensor>& x,
 // The elements in a block of a weight of 4-bit codes, as a power of two.
 int64_t block_bits_of(const Weight& weight, int64_t elements);
 
-// Throw unless a list has an element for each of `count` layers.
-void check_count(const char* name, size_t got, size_t count);
-
-// (2, 3), for messages.
-std::string text_of(const int64_t* sizes, int64_t dim);
-
-// Throw unless the tensor's memory holds what its sizes and strides reach.
-void check_memory(const char* name, const Operand& operand);
-
-// The results of a backward, a gradient that is not asked for with no elements. Those of A and B
-// lie in memory as these do, so that autograd hands them on without a copy.
+// The results of a backward; one that is not asked for is undefined, in Python None. Those of A and
+// B lie in memory as these do, so that autograd hands them on without a copy.
 struct Gradients {
   explicit Gradients(const BackwardCall& call);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {

@@ -24,20 +24,25 @@ namespace lora_ext {
 
 using torch::stable::Tensor;
 
-// Uninitialised, dense, on like's device. Not by new_empty: going through the dispatcher, with
-// boxed arguments, costs a microsecond a tensor.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
-  std::array<int64_t, 2> strides{};
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+// Uninitialised memory of like's device. Not by new_empty: going through the dispatcher, with boxed
+// arguments, costs a microsecond a tensor.
+inline Tensor empty(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                    int32_t dtype) {
   int32_t device_type, device_index;
   LORA_EXT_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   LORA_EXT_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle result;
-  LORA_EXT_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                          strides.data(), dtype, device_type, device_index,
-                                          &result));
+  LORA_EXT_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &result));
   return Tensor(result);
+}
+
+// The same, dense.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::array<int64_t, 2> strides{};
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  return empty(like, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), dtype);
 }
 
 // The same, of like's dtype.
@@ -45,6 +50,16 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int32_t dtype;
   LORA_EXT_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(like, sizes, dtype);
+}
+
+// Of like's dtype, its rows dense or its columns. No view of another tensor, which would cost a
+// microsecond, and as much again in autograd.
+inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t cols, bool dense_columns) {
+  if (!dense_columns) return empty(like, {rows, cols});
+  const std::array<int64_t, 2> sizes{rows, cols}, strides{1, rows};
+  int32_t dtype;
+  LORA_EXT_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(like, 2, sizes.data(), strides.data(), dtype);
 }
 
 // A view, whatever grad mode is on.

@@ -3,7 +3,7 @@
 Asked by LinearWithLoRA, PEFT's layers, merge_, prepack_ and the parallel styles alike.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,26 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         The weight as (out, in), whichever way it is stored; or the reason.
 
     """
-    stored_as_in_out = False
-    if type(module) is not nn.Linear:
-        if x is not None and (codes := _codes_of(module, x)) is not None:
+    if x is not None and type(module) is not nn.Linear:
+        codes = _codes_of(module, x)
+        if codes is not None:
             return hooks_of(module.__dict__, 0) or codes
-        stored_as_in_out = kind is Parameter and is_conv1d(module)
-    if type(module) is not nn.Linear and not stored_as_in_out:
+    weight = parameter_of(module, kind=kind)
+    if type(weight) is str:
+        return weight
+    data: Any = weight
+    return Weight(data if type(module) is nn.Linear else data.T)  # a Conv1D's is (in, out)
+
+
+def parameter_of(module: nn.Module, *, kind: type = Parameter) -> Tensor | str:
+    """Return the weight of a plain linear as it is stored, or why the module must be called.
+
+    Args:
+        module: any module.
+        kind: see `base_of`.
+
+    """
+    if type(module) is not nn.Linear and not (kind is Parameter and is_conv1d(module)):
         return f"is a {type(module).__name__}, not an nn.Linear"
     own = module.__dict__
     parameters: dict[str, Any] = own["_parameters"]
@@ -49,9 +63,8 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
-    why = hooks_of(own, 0)
-    data: Any = weight
-    return why or Weight(data.T if stored_as_in_out else data)
+    why, data = hooks_of(own, 0), cast(Tensor, weight)
+    return data if why is None else why
 
 
 def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:

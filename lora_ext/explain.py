@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from .backends import choose, unsupported_reasons
-from .bases import base_of, why_not_now
 from .call import Call, LowRank, Weight
 from .checks import check_arguments
-from .conv1d import is_conv1d
 from .functional import cast_by_autocast
-from .layers import LinearWithLoRA, why_composed
+from .layers import LinearWithLoRA
 
 
 def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
@@ -43,15 +41,13 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
         return "runs linear(x): the adapter is merged into its weight"
     if layer._parallel is not None:
         return layer._parallel.explain(layer, x)
-    codes, why = None, why_composed(layer.linear, layer.lora) or why_not_now(x)
-    if why is not None and (codes := layer._codes(x)) is None:
-        told = base_of(layer.linear, x=x)  # of a quantised linear, what keeps it from being read
-        why = f"linear {told}" if type(told) is str and why.startswith("linear ") else why
+    judged = layer._weight_for(x)
+    if isinstance(judged, str):
         if layer.backend is not None:
-            return f"raises: backend {layer.backend!r} can't run this layer: {why}"
-        return f"runs linear(x) + lora(x), composed: {why}"
+            return f"raises: backend {layer.backend!r} can't run this layer: {judged}"
+        return f"runs linear(x) + lora(x), composed: {judged}"
     try:
-        call = _call_of(layer, x, codes)
+        call = _call_of(layer, x, judged)
         chosen = choose(layer.backend, call)
     except (TypeError, ValueError) as error:
         return f"raises: {error}"
@@ -67,11 +63,10 @@ def explain(layer: LinearWithLoRA, x: Tensor | None = None) -> str:
     return "\n".join([first, *other_backends(call, chosen)])
 
 
-def _call_of(layer: LinearWithLoRA, x: Tensor, codes: Weight | None) -> Call:
+def _call_of(layer: LinearWithLoRA, x: Tensor, read: Tensor | Weight) -> Call:
     """Return the call that the layer would make, its mask not drawn; raise what that raises."""
-    weight, bias, lora = layer.weight if codes is None else None, layer.bias, layer.lora
-    if weight is not None and is_conv1d(layer.linear):
-        weight = weight.T
+    codes = read if isinstance(read, Weight) else None
+    weight, bias, lora = None if isinstance(read, Weight) else read, layer.bias, layer.lora
     A, B = lora.A, lora.B
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, A, B = cast_by_autocast(x, weight, bias, A, B)  # type: ignore[assignment]

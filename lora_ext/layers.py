@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .backends import NAMES
-from .bases import base_of, hooks_of, why_not_now
+from .bases import base_of, hooks_of, parameter_of, why_not_now
 from .call import Weight
 from .called import add_low_rank, call_base
 from .checks import (
@@ -182,34 +182,41 @@ class LinearWithLoRA(nn.Module):
             return linear(x)
         if self._parallel is not None:
             return self._parallel(self, x)
-        why = why_composed(linear, lora) or why_not_now(x)
-        codes = None if why is None else self._codes(x)
-        if why is None or codes is not None:
-            base, low = linear._parameters, lora._parameters
-            dropout = lora.dropout if lora.training else 0.0
-            panels = None if self._panels is None else self._fresh_panels()
-            weight, bias, A, B = base["weight"], base["bias"], low["A"], low["B"]
-            drawn = (dropout, lora.dropout_mask)
-            if codes is not None:
-                weight = codes
-            elif type(linear) is not nn.Linear:
-                weight = weight.T  # of a Conv1D
-            return adapted(x, weight, bias, A, B, lora.scale, self.backend, *drawn, panels)
-        if self.backend is not None:
-            raise ValueError(f"backend {self.backend!r} can't run this layer: {why}")
-        return self._composed(x)
+        weight = self._weight_for(x)
+        if type(weight) is str:
+            if self.backend is not None:
+                raise ValueError(f"backend {self.backend!r} can't run this layer: {weight}")
+            return self._composed(x)
+        bias, low = linear._parameters["bias"], lora._parameters
+        dropout = lora.dropout if lora.training else 0.0
+        panels = None if self._panels is None else self._fresh_panels()
+        options = (lora.scale, self.backend, dropout, lora.dropout_mask, panels)
+        return adapted(x, weight, bias, low["A"], low["B"], *options)  # type: ignore[arg-type]
 
-    def _codes(self, x: Tensor) -> Weight | None:
-        """Return a quantised linear's weight, where it and x may be read; None if not."""
-        lora: LoRALayer = self.lora
-        codes = base_of(self.linear, x=x)
-        if isinstance(codes, str) or codes.scale is None or why_not_now(x) is not None:
+    def _weight_for(self, x: Tensor) -> Tensor | Weight | str:
+        """Return the linear's weight (out, in), a Weight if of codes, or why it is called for x."""
+        modules: dict[str, Any] = self._modules
+        linear, over_codes = modules["linear"], None
+        weight: Any
+        if type(linear) is nn.Linear:
+            weight = parameter_of(linear)
+        else:
+            weight = base_of(linear, x=x)
+            if type(weight) is Weight and weight.scale is None:
+                weight = weight.data
+            elif type(weight) is Weight:
+                over_codes = self._why_not_over_codes(x)
+        if type(weight) is str:
+            return f"linear {weight}"
+        return _why_low(modules["lora"], Parameter) or why_not_now(x) or over_codes or weight
+
+    def _why_not_over_codes(self, x: Tensor) -> str | None:
+        A = self.lora._parameters.get("A")
+        if A is None or x.dtype is A.dtype or torch.is_autocast_enabled("cpu"):
             return None
-        A = lora._parameters.get("A")
-        fits = torch.is_autocast_enabled("cpu") or (
-            A is not None and (A.dtype is x.dtype or (A.dtype is torch.float32 and x.dtype in HALF))
-        )
-        return codes if fits and _why_low(lora, Parameter) is None else None
+        if A.dtype is torch.float32 and x.dtype in HALF:
+            return None
+        return f"lora has an A of {A.dtype} for an x of {x.dtype} over a weight of codes"
 
     def _composed(self, x: Tensor) -> Tensor:
         """Call the linear, and add what the low-rank part gives."""

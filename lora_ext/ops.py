@@ -18,7 +18,7 @@ SCHEMAS = {
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, float scale, *,"
         ' str format="plain", Tensor? keep=None, Tensor? weight_scale=None) -> (Tensor y, Tensor h)'
     ),
-    # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for has no elements.
+    # A gradient that `needs` (dx, dweight, dbias, dA, dB) does not ask for is None.
     "linear_bwd": (
         "(Tensor dy, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? h, float scale,"
         ' bool[5] needs, *, str format="plain", Tensor? keep=None, Tensor? weight_scale=None)'
@@ -38,15 +38,15 @@ def fwd_fake(
 
 def bwd_fake(
     dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None, weight_scale=None
-) -> tuple[Tensor, ...]:
-    """Shapes of linear_bwd: a gradient has the shape of its argument, or no elements."""
+) -> tuple[Tensor | None, ...]:
+    """Shapes of linear_bwd: a gradient has the shape of its argument."""
     _require_device_of(dy, x=x, weight=weight, A=A, B=B, h=h, keep=keep, weight_scale=weight_scale)
     M, N = dy.shape
-    dx = dy.new_empty(M, A.shape[0]) if needs[0] else dy.new_empty(0)
-    dweight = dy.new_empty(N, x.shape[1]) if needs[1] else dy.new_empty(0)
-    dbias = dy.new_empty(N) if needs[2] else dy.new_empty(0)
-    dA = empty_like_factor(A) if needs[3] else dy.new_empty(0)
-    dB = empty_like_factor(B) if needs[4] else dy.new_empty(0)
+    dx = dy.new_empty(M, A.shape[0]) if needs[0] else None
+    dweight = dy.new_empty(N, x.shape[1]) if needs[1] else None
+    dbias = dy.new_empty(N) if needs[2] else None
+    dA = empty_like_factor(A) if needs[3] else None
+    dB = empty_like_factor(B) if needs[4] else None
     return dx, dweight, dbias, dA, dB
 
 
@@ -99,13 +99,13 @@ def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps, weight
 
 
 def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps, weight_scales):
-    gradients: list[Tensor] = []
+    gradients: list[Tensor | None] = []
     layers = zip(dys, weights, As, Bs, hs, keeps, strict=True)
     for i, (dy, weight, A, B, h, keep) in enumerate(layers):
         own = (needs[0], *needs[1 + 4 * i : 5 + 4 * i])
         dx, *others = bwd_fake(dy, x, weight, A, B, h, 1.0, own, keep=keep)
         gradients += others if gradients else [dx, *others]
-    return gradients
+    return [dys[0].new_empty(0) if g is None else g for g in gradients]  # a list holds no None
 
 
 def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:

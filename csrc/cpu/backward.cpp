@@ -4,6 +4,7 @@
 // Only what `needs` asks for is computed. The products with the weight go the ways of the forward.
 #include <optional>
 
+#include "checks.h"
 #include "cpu/low_rank.h"
 #include "operators.h"
 
@@ -37,11 +38,11 @@ class Backward {
   Way dx_way() const {
     const Weight& weight = call_.weight;
     const bool plain = weight.data && weight.format == Format::kPlain;
-    const bool dense_A = call_.low.A.stride(1) == 1 || call_.R == 1;
     if (weight.data && is_of_codes(weight.format)) {
+      const bool dense_A = call_.low.A.stride(1) == 1 || call_.R == 1;
       return dx_way_of_codes(call_.M, dense_A && call_.K % columns_of_codes() == 0);
     }
-    const bool dense = plain && has_dense_rows(matrix<T>(weight.data)) && dense_A;
+    const bool dense = plain && has_dense_rows(matrix<T>(weight.data));
     return way_of(routes<T>(), Product::kDx,
                   {call_.M, call_.N, call_.R, !plain, dense, keep_.data != nullptr});
   }
@@ -51,7 +52,11 @@ class Backward {
     const View<T> to = result<T>(out);
     switch (dx_way()) {
       case Way::kStream:
-        return with_adapter<T>(call_.low.A, [&](auto A) { dx_of_few_rows(A, to, add); });
+        return with_adapter<T>(call_.low.A, [&](auto view) {
+          if (has_dense_rows(view)) return dx_of_few_rows(view, to, add);
+          Scratch<A> copy;  // an A with dense columns, as PEFT's is: small next to the weight
+          dx_of_few_rows(widened(view, &copy), to, add);
+        });
       case Way::kLibrary:
         return dx_onto_library(out, to, add);
       default:
@@ -330,7 +335,9 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
   });
   std::vector<Tensor> gradients = {dx};
   for (const Gradients& layer : out) {
-    gradients.insert(gradients.end(), {layer.dweight, layer.dbias, layer.dA, layer.dB});
+    for (const Tensor& gradient : {layer.dweight, layer.dbias, layer.dA, layer.dB}) {
+      gradients.push_back(gradient.defined() ? gradient : empty(dys[0], {0}));
+    }
   }
   return gradients;
 }

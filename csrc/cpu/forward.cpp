@@ -7,6 +7,7 @@
 // - strips of ours, the low-rank part as R more steps of the summed dimension: one pass over y;
 // - PyTorch's GEMM makes the whole base product first, and a pass over row blocks of y adds the
 //   low-rank part.
+#include "checks.h"
 #include "cpu/low_rank.h"
 #include "operators.h"
 

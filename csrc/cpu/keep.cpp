@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "checks.h"
 #include "cpu/tensors.h"
 #include "operators.h"
 

@@ -1,6 +1,7 @@
 // A frozen weight laid out once for all calls: the panels that a product would pack each time, of
 // the whole matrix. They cost no less memory than the weight: 4 bytes an element, 8 of double, and
 // 2 of bfloat16 by pairs.
+#include "checks.h"
 #include "cpu/tensors.h"
 #include "operators.h"
 

@@ -163,20 +163,11 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
+    if keep is None and (weight is None or weight.format == "plain"):  # defaults cost nothing
+        return _BWD(dy, x, weight and weight.data, A, B, h, scale, needs)
     data, format, codes = (None, "plain", None) if weight is None else weight
-    if keep is None and format == "plain":
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs)
-    else:
-        given = {"format": format, "keep": keep, "weight_scale": codes}
-        gradients = _BWD(dy, x, data, A, B, h, scale, needs, **given)
-    dx, dweight, dbias, dA, dB = gradients
-    return (
-        dx if needs[0] else None,
-        dweight if needs[1] else None,
-        dbias if needs[2] else None,
-        dA if needs[3] else None,
-        dB if needs[4] else None,
-    )
+    given = {"format": format, "keep": keep, "weight_scale": codes}
+    return _BWD(dy, x, data, A, B, h, scale, needs, **given)
 
 
 def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], Sequence[Tensor]]:

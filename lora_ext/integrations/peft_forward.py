@@ -16,7 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..bases import base_of, hooks_of
+from ..bases import base_of, hooks_of, parameter_of
 from ..call import Weight
 from ..called import add_low_rank, call_base
 from ..checks import HALF
@@ -52,10 +52,10 @@ def adapter_of(layer: Any, name: str) -> Adapter | str:
     """Return an adapter of a LoRA layer, or why the layer must run PEFT's own forward for it."""
     modules = layer._modules  # by attribute each would cost 1 us
     low_A, low_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    A, B = base_of(low_A), base_of(low_B)
-    if isinstance(A, str):
+    A, B = parameter_of(low_A), parameter_of(low_B)
+    if type(A) is str:
         return f"its lora_A {A}"
-    if isinstance(B, str):
+    if type(B) is str:
         return f"its lora_B {B}"
     dropout = modules["lora_dropout"]._modules[name]
     kind = type(dropout)
@@ -74,8 +74,8 @@ def adapter_of(layer: Any, name: str) -> Adapter | str:
         if bias is not None:
             return f"adapter {name!r} has DoRA and a bias (lora_bias)"
     drops = magnitude is not None and kind is nn.Dropout and layer.training
-    scale = layer.scaling[name]
-    return Adapter(A.data.T, B.data.T, scale, p, bias, magnitude, drops)
+    # By t(): a step is 3 us shorter than by T, whose gradient is a permutation's.
+    return Adapter(A.t(), B.t(), layer.scaling[name], p, bias, magnitude, drops)  # type: ignore[union-attr]
 
 
 def _magnitude_of(layer: Any, name: str) -> Tensor | str:

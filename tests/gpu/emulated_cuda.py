@@ -26,6 +26,7 @@ KERNELS = ["csrc/cuda/kernels.cu"]
 EMULATION = ["tests/gpu/emulator/emulator.cpp"]
 OPERATORS = [
     "csrc/call.cpp",
+    "csrc/checks.cpp",
     "csrc/cuda/linear.cpp",
     "tests/gpu/emulator/register.cpp",
 ]

@@ -185,9 +185,10 @@ def test_a_layer_on_the_composed_path_is_left(model):
 
 
 def test_explain_tells(model):
-    assert "laid out" not in lora_ext.explain(model[0])
+    x = torch.randn(3, 48)
+    assert "laid out" not in lora_ext.explain(model[0], x)
     prepack_(model)
-    assert lora_ext.explain(model[0]).splitlines()[0] == (
+    assert lora_ext.explain(model[0], x).splitlines()[0] == (
         "cpp: runs, its weight laid out by prepack_"
     )
 

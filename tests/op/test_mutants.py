@@ -172,18 +172,18 @@ def test_one_percent_is_refused_in_bfloat16_too():
             assert refused(linear_of("mutant"), [TAILS.but(dtype=torch.bfloat16)])
 
 
-SAVED_H = "h if need_dB else None,\n            keep,"
+SAVED_H = "h if need_dB else None,\n        )"
 GRADIENTS = """dx = with_shape(dx, x_shape)
         return dx, dweight, dbias, dA, dB,"""
 FUNCTIONAL_MUTANTS = {
     "x_not_saved": ("keeps_x = need_dA or need_dweight", "keeps_x = need_dweight"),
-    "h_not_saved": (SAVED_H, "None,\n            keep,"),
-    "B_not_kept_for_dA": ("(x.shape, A, B,", "(x.shape, A, B if need_dx else None,"),
-    "y_saved_for_h": (SAVED_H, "y if need_dB else None,\n            keep,"),
+    "h_not_saved": (SAVED_H, "None,\n        )"),
+    "B_not_kept_for_dA": ("if need_dx else (A, B)", "if need_dx else (A, None)"),
+    "y_saved_for_h": (SAVED_H, "y if need_dB else None,\n        )"),
     "gradients_swapped": (GRADIENTS, GRADIENTS.replace("dA, dB", "dB, dA")),
     "dbias_lost": (GRADIENTS, GRADIENTS.replace("dbias", "None")),
-    "scale_not_kept": ("(x.shape, A, B, scale,", "(x.shape, A, B, 1.0,"),
-    "mask_not_saved": (SAVED_H, "h if need_dB else None,\n            None,"),
+    "scale_not_kept": ("(x.shape, unread, scale,", "(x.shape, unread, 1.0,"),
+    "mask_not_saved": ("(*saved, keep)", "(*saved, None)"),
     "dropout_not_scaled": ("scale * scale_of(dropout), draw", "scale, draw"),
 }
 

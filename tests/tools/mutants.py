@@ -48,7 +48,7 @@ PARTS = {
         ("lora_ext/{layers,inject,prepack,panels,explain}.py",), ("tests/layers", "tests/files")
     ),
     "cpp": Part(
-        ("csrc/cpu/*.h", "csrc/cpu/*.cpp", "csrc/call.*"),
+        ("csrc/cpu/*.h", "csrc/cpu/*.cpp", "csrc/call.*", "csrc/checks.*"),
         ("tests/op/test_backends.py", "tests/op/test_backward.py", "tests/layers/test_prepack.py"),
         build=True,
     ),

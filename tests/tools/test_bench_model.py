@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_model
+from benchmarks import bench_model, models
+from benchmarks.providers import Unavailable
 from lora_ext import testing
 
 
@@ -26,22 +27,56 @@ def test_losses_agree_and_the_rows_are_written(tmp_path, capsys):
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(8e3 / row["ms_median"], rel=1e-2)
         assert row["loss_difference"] < 1e-6
-    assert "tiny, float32" in capsys.readouterr().out
+    assert "tiny, fp32" in capsys.readouterr().out
 
 
 def test_every_provider_trains_the_plain_layers_adapters():
     pytest.importorskip("peft")
-    work = bench_model.MODELS["tiny"]()
+    work = models.tiny(torch.float32)
     losses = {}
-    for name, build in bench_model.PROVIDERS.items():
-        if name != "compile":  # seconds of compiling
-            step = build(work)
-            assert sum(p.numel() for p in step.trainable) == 2 * 8 * (32 + 64)
-            losses[name] = [step() for _ in range(5)]
-    for name in losses:
-        assert losses[name] == pytest.approx(losses["plain"], rel=1e-6), name
+    for name, build in models.PROVIDERS.items():
+        if name.endswith("compile"):  # seconds of compiling
+            continue
+        if name == "peft_checkpoint":
+            with pytest.raises(Unavailable, match="no gradient checkpointing"):
+                build(work)
+            continue
+        step = build(work)
+        magnitudes = 64 + 32 if name.endswith("_dora") else 0
+        assert sum(p.numel() for p in step.trainable) == 2 * 8 * (32 + 64) + magnitudes
+        losses[name] = [step() for _ in range(5)], step.like
+    for name, (of, like) in losses.items():
+        assert of == pytest.approx(losses[like][0], rel=1e-6), name
     base = work.loss(work.model).item()
-    assert abs(losses["plain"][0] - base) > 1e-3  # the low-rank part counts from the first step
+    plain, dora = losses["plain"][0], losses["peft_dora"][0]
+    assert abs(plain[0] - base) > 1e-3  # the low-rank part counts from the first step
+    assert dora != pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [["--dropout", "0.3"], ["--dtype", "bf16"]], ids=" ".join)
+def test_groups_and_dora_are_held_to_their_own_kind(options, tmp_path):
+    pytest.importorskip("peft")
+    file = tmp_path / "model.json"
+    providers = "lora_ext,grouped,accelerated_groups,accelerated_dora"
+    arguments = ["--model", "tiny", "--seconds", "0.1", "--providers", providers, *options]
+    assert bench_model.main([*arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["provider"] for row in rows] == providers.split(",")
+    bound = 2e-2 if "bf16" in options else 2e-5
+    assert all(row["loss_difference"] < bound and row["tokens_per_s"] > 0 for row in rows)
+    assert {(row["dtype"], row["dropout"]) for row in rows} == {
+        ("bf16" if "bf16" in options else "fp32", 0.3 if "0.3" in options else 0.0)
+    }
+
+
+def test_a_step_of_one_linear_computes_dx():
+    pytest.importorskip("peft")
+    work = models.one_linear(6, 32, 16)(torch.float32)
+    seen = []
+    step = models.PROVIDERS["lora_ext"](work)
+    step._model[0].register_full_backward_hook(lambda _, dx, dy: seen.append(dx[0].shape))
+    step(), step()
+    assert seen == [(6, 32), (6, 32)] and work.tokens == 6
 
 
 def test_under_dropout_every_provider_is_held_under_the_plain_layers_masks(capsys):
@@ -51,10 +86,10 @@ def test_under_dropout_every_provider_is_held_under_the_plain_layers_masks(capsy
     assert bench_model.main([*arguments, "--dropout", "0.4"]) == 0
     out = capsys.readouterr().out
     assert all(f"│ {name} " in out for name in providers.split(","))
-    work = bench_model.MODELS["tiny"]()
+    work = models.tiny(torch.float32)
     runs = {}
     for name in providers.split(","):
-        step = bench_model.PROVIDERS[name](work, 0.4)
+        step = models.PROVIDERS[name](work, 0.4)
         for draw in ("plain's", "own"):
             torch.manual_seed(2)
             runs[name, draw] = [step() for _ in range(3)]
@@ -69,7 +104,7 @@ def test_a_provider_with_another_alpha_gets_no_time(monkeypatch, capsys):
     def replace(model, rank, alpha):
         testing.replace_linear_with_lora(model, rank, 1.01 * alpha)
 
-    monkeypatch.setitem(bench_model.PROVIDERS, "wrong", bench_model.with_lora(replace))
+    monkeypatch.setitem(models.PROVIDERS, "wrong", models.with_lora(replace))
     arguments = ["--model", "tiny", "--providers", "plain,wrong", "--seconds", "0.1"]
     assert bench_model.main(arguments) == 1
     out = capsys.readouterr().out
@@ -78,9 +113,9 @@ def test_a_provider_with_another_alpha_gets_no_time(monkeypatch, capsys):
 
 
 def test_a_nan_is_no_agreement():
-    assert bench_model._difference([1.0, 2.0], [1.0, float("nan")])
-    assert bench_model._difference([1.0, 2.0], [1.0, 2.0 + 1e-3])
-    assert bench_model._difference([1.0, 2.0], [1.0, 2.0 + 1e-6]) is None
+    assert bench_model.difference([1.0, 2.0], [1.0, float("nan")], 2e-5)
+    assert bench_model.difference([1.0, 2.0], [1.0, 2.0 + 1e-3], 2e-5)
+    assert bench_model.difference([1.0, 2.0], [1.0, 2.0 + 1e-6], 2e-5) is None
 
 
 def test_bad_arguments_are_named(capsys):

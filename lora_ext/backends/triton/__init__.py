@@ -129,8 +129,7 @@ def backward(dy: Tensor, call: Call, h: Tensor | None, needs: _Needs) -> tuple[T
     x, weight, _, (A, B, scale, keep) = call
     data = None if weight is None else weight.data
     run = _backward if dy.is_cpu else _BWD
-    gradients = run(dy, x, data, A, B, h, scale, needs, keep=keep)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    return run(dy, x, data, A, B, h, scale, needs, keep=keep)
 
 
 def _forward(
@@ -154,8 +153,7 @@ def _backward(
     if dy.numel() == 0 or ((need_dx or need_dA) and A.numel() == 0):
         low = LowRank(A, B, scale, keep)
         call = Call(x, None if weight is None else Weight(weight), None, low)
-        gradients = reference.backward(dy, call, h, needs)
-        return tuple(dy.new_empty(0) if g is None else g for g in gradients)
+        return reference.backward(dy, call, h, needs)
     tuning = _tuning()
     keep = tuning.words_of(keep, A.shape[0]) if need_dx or need_dA else None
     call = tuning.Backward(
@@ -175,7 +173,7 @@ def _backward(
             dx, dA, dB = tuning.run_backward(call)
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
-    return tuple(dy.new_empty(0) if g is None else g for g in (dx, dweight, dbias, dA, dB))
+    return dx, dweight, dbias, dA, dB
 
 
 def _current(device: torch.device) -> AbstractContextManager:
