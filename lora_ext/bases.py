@@ -12,8 +12,7 @@ from torch.nn.modules import module as every_module
 
 from .call import Weight
 from .conv1d import is_conv1d
-from .integrations import torchao
-from .integrations.bitsandbytes import codes_of
+from .integrations import bitsandbytes, torchao
 from .quantised_linear import QuantisedLinear
 
 
@@ -33,10 +32,8 @@ def base_of(module: nn.Module, *, kind: type = Parameter, x: Tensor | None = Non
         The weight as (out, in), whichever way it is stored; or the reason.
 
     """
-    if x is not None and type(module) is not nn.Linear:
-        codes = _codes_of(module, x)
-        if codes is not None:
-            return hooks_of(module.__dict__, 0) or codes
+    if x is not None and (codes := _codes_of(module, x, kind)) is not None:
+        return hooks_of(module.__dict__, 0) or codes
     weight = parameter_of(module, kind=kind)
     if type(weight) is str:
         return weight
@@ -58,8 +55,6 @@ def parameter_of(module: nn.Module, *, kind: type = Parameter) -> Tensor | str:
     parameters: dict[str, Any] = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not kind:
-        if x is not None and (of_torchao := torchao.codes_of(module, x)) is not None:
-            return hooks_of(own, 0) or of_torchao
         return f"has a weight that is a {type(weight).__name__}, not a {kind.__name__}"
     if bias is not None and type(bias) is not kind:
         return f"has a bias that is a {type(bias).__name__}, not a {kind.__name__}"
@@ -67,10 +62,13 @@ def parameter_of(module: nn.Module, *, kind: type = Parameter) -> Tensor | str:
     return data if why is None else why
 
 
-def _codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:
+def _codes_of(module: nn.Module, x: Tensor, kind: type) -> Weight | str | None:
+    if type(module) is nn.Linear:
+        weight = module._parameters.get("weight")
+        return None if type(weight) is kind else torchao.codes_of(module, x)
     if type(module) is QuantisedLinear:
         return module.codes()
-    return codes_of(module, x)
+    return bitsandbytes.codes_of(module, x)
 
 
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:

@@ -197,10 +197,8 @@ class LinearWithLoRA(nn.Module):
         """Return the linear's weight (out, in), a Weight if of codes, or why it is called for x."""
         modules: dict[str, Any] = self._modules
         linear, over_codes = modules["linear"], None
-        weight: Any
-        if type(linear) is nn.Linear:
-            weight = parameter_of(linear)
-        else:
+        weight: Any = parameter_of(linear) if type(linear) is nn.Linear else ""
+        if type(weight) is str:
             weight = base_of(linear, x=x)
             if type(weight) is Weight and weight.scale is None:
                 weight = weight.data

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .bases import base_of, hooks_of, why_not_now
 from .call import Weight
-from .layers import LinearWithLoRA, why_composed
+from .layers import LinearWithLoRA
 from .panels import Panels
 from .quantised_linear import QuantisedLinear
 
@@ -57,15 +57,11 @@ def part_of(layer: nn.Module, x: Tensor) -> Part | str:
         return "a layer is merged, split over ranks, or has a backend of its own"
     if (why := hooks_of(own, 0)) is not None:
         return f"a layer {why}"
+    weight = layer._weight_for(x)
+    if isinstance(weight, str):
+        return weight
     linear, lora = modules["linear"], modules["lora"]
     base, low = linear._parameters, lora._parameters
-    why = why_composed(linear, lora)
-    codes = None if why is None else layer._codes(x)
-    if why is not None and codes is None:
-        return why
-    weight: Any = codes
-    if codes is None:
-        weight = base["weight"] if type(linear) is nn.Linear else base["weight"].T  # a Conv1D's
     dropout = lora.dropout if lora.training else 0.0
     panels = None if layer._panels is None else layer._fresh_panels()
     drawn = (dropout, lora.dropout_mask, panels)

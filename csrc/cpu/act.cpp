@@ -3,6 +3,7 @@
 
 #include <iterator>
 
+#include "checks.h"
 #include "cpu/tensors.h"
 #include "operators.h"
 

@@ -27,7 +27,7 @@ def codes_of(module: nn.Module, x: Tensor) -> Weight | str | None:
         The weight; a reason in words; None where the weight is of another kind.
 
     """
-    weight: Any = module._parameters["weight"]
+    weight: Any = module._parameters.get("weight")
     kind = type(weight)
     if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):
         return None
