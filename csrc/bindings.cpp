@@ -5,6 +5,9 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <chrono>
+#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -80,6 +83,27 @@ py::tuple tiles(int64_t rows, int64_t cols, int64_t threads) {
   return py::make_tuple(tiling.rows, tiling.cols);
 }
 
+// The interpreter is held from the look at the state to its change, so no Python thread begins a
+// draw in between. One that let go of it just before may be on its way to the generator's own lock,
+// which PyTorch's stable ABI does not give: `wait_us` is for it to arrive.
+bool step_generator(const py::object& generator, const py::object& before, const py::object& after,
+                    double wait_us) {
+  using clock = std::chrono::steady_clock;
+  const auto until = clock::now() + std::chrono::duration<double, std::micro>(wait_us);
+  while (wait_us > 0 && clock::now() < until) continue;
+  const auto bytes_of = [](const py::object& state) {
+    return reinterpret_cast<const void*>(state.attr("data_ptr")().cast<uintptr_t>());
+  };
+  const py::object now = generator.attr("get_state")();
+  const auto count = before.attr("numel")().cast<size_t>();
+  if (now.attr("numel")().cast<size_t>() != count ||
+      std::memcmp(bytes_of(now), bytes_of(before), count) != 0) {
+    return false;
+  }
+  generator.attr("set_state")(after);
+  return true;
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
@@ -103,6 +127,10 @@ PYBIND11_MODULE(_C, module) {
       "Return the torch version and compiler that this was built with, the CUDA toolkit "
       "and architectures of lora_ext._cuda or none, the instruction set that the CPU kernels "
       "use on this machine, and the dtypes whose base product is theirs there.");
+  module.def("step_generator", &step_generator, py::arg("generator"), py::arg("before"),
+             py::arg("after"), py::arg("wait_us"),
+             "Change the state of a torch.Generator from `before` to `after`; return False, and "
+             "change nothing, where it is not `before` any more.");
   module.def("ways", &ways,
              "Return {product: the ways it can go}, for force_way (csrc/cpu/route.h).");
   module.def("route", &route, py::arg("dtype"),

@@ -9,6 +9,10 @@ One bit an element is kept for the backward.
 
 import functools
 import math
+import os
+import threading
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -17,6 +21,11 @@ from torch.nn import Parameter
 from . import ops
 
 _MASK = 0xFFFFFFFF
+# Of a thread that has left the interpreter for a draw of PyTorch's, until that holds the generator:
+# about one.
+_WAIT_US = 5.0
+_drawing = threading.Lock()  # of our own draws; PyTorch's lock of a generator is not to be had
+_alone = True  # no other thread has been seen to draw
 
 
 def draw_keep(
@@ -44,26 +53,53 @@ def draw_keep(
         return torch.zeros(M, -(-K // 8), dtype=torch.uint8, device=x.device)
     if mask == "torch" and of_all != K:
         keep = torch.empty(M, of_all, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
-        return torch.ops.lora_ext.pack_keep(keep[:, first : first + K])
+        return torch.ops.lora_ext.pack_keep.default(keep[:, first : first + K])
     if mask == "torch":
         if not torch.compiler.is_compiling() and _in_generators_order(x) and _draws_as_torch():
-            return _draw_bernoulli(torch.default_generator, M, K, 1 - p)
+            bits = _draw_bernoulli(torch.default_generator, M, K, 1 - p)
+            if bits is not None:
+                return bits
         # Of x's own strides: the draw follows the order of memory.
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-        return torch.ops.lora_ext.pack_keep(keep.reshape(M, K))
-    return torch.ops.lora_ext.draw_keep(draw_seed(x), M, K, p, first)
+        return torch.ops.lora_ext.pack_keep.default(keep.reshape(M, K))
+    return torch.ops.lora_ext.draw_keep.default(draw_seed(x), M, K, p, first)
 
 
 def _in_generators_order(x: Tensor) -> bool:
     return x.is_cpu and type(x) in (Tensor, Parameter) and x.is_contiguous()
 
 
-def _draw_bernoulli(generator: torch.Generator, M: int, K: int, p: float) -> Tensor:
-    """Return as bits what `bernoulli_(p, generator=generator)` gives, five times as fast."""
-    state = generator.get_state()
-    bits = torch.ops.lora_ext.draw_bernoulli(state, M, K, p)
-    generator.set_state(state)
-    return bits
+def _draw_bernoulli(generator: torch.Generator, M: int, K: int, p: float) -> Tensor | None:
+    """Return as bits what `bernoulli_(p, generator=generator)` gives, five times as fast.
+
+    None, and the generator as it is, where another thread has drawn from it meanwhile; and from
+    then on at once, since that thread may draw again: `bernoulli_` holds the generator's own lock.
+    """
+    global _alone
+    if not _alone:
+        return None
+    with _drawing:
+        before = generator.get_state()
+        after = before.clone()
+        bits = torch.ops.lora_ext.draw_bernoulli.default(after, M, K, p)
+        wait_us = _WAIT_US if threading.active_count() > 1 else 0.0
+        _alone = _step_generator()(generator, before, after, wait_us)
+        return bits if _alone else None
+
+
+@functools.cache
+def _step_generator() -> Callable[..., bool]:
+    return import_module("lora_ext._C").step_generator
+
+
+def _renew_lock() -> None:
+    """Give a forked process a lock that no thread of its parent's holds."""
+    global _drawing
+    _drawing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @functools.cache
@@ -77,7 +113,8 @@ def _draws_as_torch() -> bool:
         generator.manual_seed(1)
         torch.empty(1, device="cpu").uniform_(generator=generator)  # one word: an odd place
     drawn = torch.empty(3, 700, dtype=torch.bool, device="cpu").bernoulli_(0.9, generator=theirs)
-    same_bits = torch.equal(_draw_bernoulli(ours, 3, 700, 0.9), pack_bits(drawn))
+    bits = _draw_bernoulli(ours, 3, 700, 0.9)
+    same_bits = bits is not None and torch.equal(bits, pack_bits(drawn))
     return same_bits and torch.equal(ours.get_state(), theirs.get_state())
 
 
@@ -121,20 +158,22 @@ def _signed(n: Tensor) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Return a mask (M, K) bool as bits, (M, ceil(K / 8)) uint8, the lowest bit first."""
+    """Return a mask (M, K), zero or not, as bits (M, ceil(K / 8)) uint8, the lowest bit first."""
     M, K = mask.shape
-    whole = torch.nn.functional.pad(mask.to(torch.uint8), (0, -K % 8)).view(M, -(-K // 8), 8)
+    kept = (mask != 0).to(torch.uint8)
+    whole = torch.nn.functional.pad(kept, (0, -K % 8)).view(M, -(-K // 8), 8)
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (whole << places).sum(2, dtype=torch.uint8)
 
 
-# Where C++ has no kernel for a device.
+def draw_bits(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
+    """Return `keep_mask` as bits, by PyTorch's operations."""
+    return pack_bits(keep_mask(seed, (rows, cols), p, first_column))
+
+
+# Where neither C++ nor Triton has a kernel for a device.
 ops.LIBRARY.impl("pack_keep", pack_bits, "CompositeExplicitAutograd")
-ops.LIBRARY.impl(
-    "draw_keep",
-    lambda seed, rows, cols, p, first=0: pack_bits(keep_mask(seed, (rows, cols), p, first)),
-    "CompositeExplicitAutograd",
-)
+ops.LIBRARY.impl("draw_keep", draw_bits, "CompositeExplicitAutograd")
 
 
 def unpack_bits(bits: Tensor, K: int) -> Tensor:

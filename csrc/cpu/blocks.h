@@ -224,6 +224,8 @@ inline const PairLoadOps<float>& PairOps::from<float>() const {
 
 // Rows of dropout's mask as bits, (cols + 7) / 8 bytes; bits past the end are 0.
 struct MaskOps {
+  // The hashes of `count` columns from one on.
+  void (*columns)(int64_t from, int64_t count, const int64_t (&seed)[2], uint32_t* hashes);
   // Drawn: bit k is whether the hash of row ^ columns[k] is at least the threshold.
   void (*draw)(uint32_t row, const uint32_t* columns, int64_t cols, int32_t threshold,
                uint8_t* bits);

@@ -218,7 +218,7 @@ constexpr Blocks make_blocks(const char* name) {
           storage_ops<Float16>(),
           {&multiply<float>, kTilePanels},
           {&multiply<double>, kTilePanels},
-          {&draw_bits, &pack_bits, &twist, &bernoulli},
+          {&hash_columns, &draw_bits, &pack_bits, &twist, &bernoulli},
           &kPairOps};
 }
 

@@ -104,19 +104,16 @@ Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64
                   cols);
   STD_TORCH_CHECK(p >= 0 && p <= 1, "p must be from 0 to 1, got ", p);
   check_memory("seed", operand);
-  const auto* seeds = static_cast<const int64_t*>(operand.data());
-  const int64_t first = seeds[0], second = seeds[operand.stride(0)];
+  const auto* given = static_cast<const int64_t*>(operand.data());
+  const int64_t seeds[] = {given[0], given[operand.stride(0)]};
   const cpu::Scratch<uint32_t> columns(cols);
-  for (int64_t k = 0; k < cols; ++k) {
-    columns.get()[k] =
-        static_cast<uint32_t>(cpu::mix(cpu::mix((first_column + k) ^ second) ^ first));
-  }
+  cpu::blocks().mask.columns(first_column, cols, seeds, columns.get());
   // Of 2^32 values the smallest p * 2^32 are dropped.
   const double dropped = std::min(std::nearbyint(std::ldexp(p, 32)), std::ldexp(1.0, 32) - 1);
   const auto threshold = static_cast<int32_t>(static_cast<int64_t>(dropped) - (int64_t{1} << 31));
   const Tensor bits = cpu::empty_bits(seed, rows, cols);
   cpu::for_each_row(bits, [&](int64_t row, uint8_t* to) {
-    const int64_t hash = cpu::mix(cpu::mix((row & 0xFFFFFFFF) ^ first) ^ row >> 32 ^ second);
+    const int64_t hash = cpu::mix(cpu::mix((row & 0xFFFFFFFF) ^ seeds[0]) ^ row >> 32 ^ seeds[1]);
     cpu::blocks().mask.draw(static_cast<uint32_t>(hash), columns.get(), cols, threshold, to);
   });
   return bits;
