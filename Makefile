@@ -34,7 +34,8 @@ test: INTERPRETED = triton-in_loop
 test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) --backends $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) tests/gpu/test_triton_mask.py \
+	  --backends $(INTERPRETED)
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \

@@ -55,6 +55,31 @@ def test_a_mask_passes_the_benchmarks_gate(way, dtype):
     Gate(case).check(step)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (37, 96), (300, 1025), (8192, 4096)], ids=str)
+def test_the_masks_bits_are_the_cpus(size):
+    draw, pack = torch.ops.lora_ext.draw_keep, torch.ops.lora_ext.pack_keep
+    seed = torch.tensor([5, 9])
+    for p, first in ((0.0, 0), (0.05, 17), (1.0, 2**33)):
+        assert torch.equal(draw(seed.cuda(), *size, p, first).cpu(), draw(seed, *size, p, first))
+    mask = torch.empty(size, dtype=torch.bool, device="cuda").bernoulli_(0.9)
+    for given in (mask, mask.byte(), mask.T.contiguous().T, mask.half()):
+        assert torch.equal(pack(given).cpu(), pack(mask.cpu()))
+
+
+def test_more_than_2_to_the_31_elements_of_a_mask():
+    if torch.cuda.mem_get_info()[0] < 6 * GIB:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    rows, cols = 2**18 + 3, 2**13 + 5
+    seed = torch.tensor([5, 6])
+    bits = torch.ops.lora_ext.draw_keep(seed.cuda(), rows, cols, 0.3)
+    assert torch.equal(bits.cpu(), torch.ops.lora_ext.draw_keep(seed, rows, cols, 0.3))
+    mask = torch.zeros(rows, cols, dtype=torch.bool, device="cuda")
+    mask[-3:] = torch.rand(3, cols, device="cuda") < 0.5
+    packed = torch.ops.lora_ext.pack_keep(mask)
+    assert torch.equal(packed[-3:], torch.ops.lora_ext.pack_keep(mask[-3:]))
+    assert not packed[:-3].any()
+
+
 @pytest.mark.parametrize("draw", ["hash", "torch"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_captured_graph_draws_a_new_mask_at_each_replay(name, draw):

@@ -41,3 +41,24 @@ def test_a_call_is_one_graph_with_our_operators(cuda, adapter):
     (targets,) = found
     ours = {target for target in targets if "lora_ext" in target}
     assert ours == {f"lora_ext_triton.linear_{way}.default" for way in ("fwd", "bwd")}
+
+
+@pytest.mark.parametrize("draw", ["hash", "torch"])
+def test_a_drop_is_one_operator_more(cuda, draw):
+    """The hash's bits, or the draw's packed, by a kernel each; their gradient draws none."""
+    x, weight = (torch.empty(s, dtype=torch.bfloat16) for s in ((6, 24), (40, 24)))
+    A, B = (torch.empty(s, dtype=torch.float32, requires_grad=True) for s in ((24, 4), (4, 40)))
+    found = []
+
+    def record(graph: torch.fx.GraphModule, inputs):
+        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        found.extend(str(n.target) for part in parts for n in part.graph.nodes)
+        return graph
+
+    def call(*tensors):
+        return lora_linear(*tensors, 0.5, dropout=0.1, dropout_mask=draw)
+
+    y = torch.compile(call, fullgraph=True, backend=record)(x, weight, None, A, B)
+    assert y.device.type == "cuda"
+    masks = [t for t in found if t.startswith("lora_ext.")]
+    assert masks == [f"lora_ext.{'draw_keep' if draw == 'hash' else 'pack_keep'}.default"]

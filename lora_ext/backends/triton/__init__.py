@@ -7,6 +7,7 @@
     regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
     forward_launches.py   the launches of each forward regime
     backward_launches.py  the launches of each backward regime
+    mask.py               dropout's mask as bits: kernels and launches
     tuning.py             the choice among them, measured once, and the plan of a call
 
 `import triton` and every question to a device wait for the first tensor: the one costs 0.3 s and
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...call import Call, LowRank, Weight
-from ...ops import define
+from ...dropout import draw_bits, pack_bits
+from ...ops import LIBRARY, define
 from .. import reference
 from .regimes import REGIMES
 
@@ -176,6 +178,22 @@ def _backward(
     return dx, dweight, dbias, dA, dB
 
 
+def _draw_keep(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
+    """Kernel of the operator lora_ext::draw_keep: one launch, or PyTorch's operations."""
+    if why_not_here(seed.device) is not None:
+        return draw_bits(seed, rows, cols, p, first_column)
+    with _current(seed.device):
+        return _mask().draw_keep(seed, rows, cols, p, first_column)
+
+
+def _pack_keep(mask: Tensor) -> Tensor:
+    """Kernel of the operator lora_ext::pack_keep: one launch, or PyTorch's operations."""
+    if why_not_here(mask.device) is not None:
+        return pack_bits(mask)
+    with _current(mask.device):
+        return _mask().pack_keep(mask)
+
+
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensors'."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
@@ -188,6 +206,13 @@ def _tuning() -> ModuleType:
     return import_module(f"{__name__}.tuning")
 
 
+@functools.cache
+def _mask() -> ModuleType:
+    return import_module(f"{__name__}.mask")
+
+
 if find_spec("triton") is not None:
     _LIBRARY.impl("linear_fwd", _forward, "CUDA")
     _LIBRARY.impl("linear_bwd", _backward, "CUDA")
+    LIBRARY.impl("draw_keep", _draw_keep, "CUDA")
+    LIBRARY.impl("pack_keep", _pack_keep, "CUDA")
