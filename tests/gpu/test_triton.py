@@ -306,6 +306,7 @@ def tuner(monkeypatch, tmp_path) -> list:
         return float(-len(measured))  # the last measured wins
 
     monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(tuning, "captured", lambda run: run)
     monkeypatch.setattr(forward_launches, "launch", lambda kernel, grid, arguments: None)
     yield measured
     tuning.tuning_file.cache_clear()
@@ -331,6 +332,77 @@ def test_tuning_measures_once_a_bucket_and_keeps_the_winner(monkeypatch, tuner):
     monkeypatch.setattr(tuning, "_chosen", {})
     choice_of(forward_of(8000, 4096, 4096))
     assert len(tuner) == 2 * each
+
+
+def test_the_tuning_file_has_every_candidates_predicted_and_measured_time(tuner):
+    chosen = choice_of(forward_of(8000, 4096, 4096))
+    (entry,) = json.loads(tuning.tuning_file(H100).read_text()).values()
+    found = regimes.candidates("forward", Problem(8192, 4096, 4096, 16), H100)
+    predicted = {c.name: c.time_us for c in reversed(found)}
+    assert {c["regime"]: c["predicted_us"] for c in entry["candidates"]} == predicted
+    assert [c["measured_us"] for c in entry["candidates"]] == [
+        -1e3 * (1 + i) for i in range(len(predicted))
+    ]
+    assert entry["chosen"][0] == chosen[0] and entry["by_graph"] is False
+
+
+def test_small_problems_are_timed_by_a_graph_and_eagerly_where_none_can_be(monkeypatch, tuner):
+    replays = []
+
+    def captured(run):
+        replays.append(lambda: run())
+        return replays[-1]
+
+    monkeypatch.setattr(tuning, "captured", captured)
+    choice_of(forward_of(8000, 4096, 4096))
+    assert not replays and len(tuner) == 5
+    choice_of(forward_of(16, 4096, 4096))
+    assert tuner[5:] == replays and len(replays) == 6
+
+    def refuse(run):
+        raise RuntimeError("a capture is under way")
+
+    monkeypatch.setattr(tuning, "captured", refuse)
+    choice_of(forward_of(512, 1024, 1024))
+    assert len(tuner) == 16
+    entries = json.loads(tuning.tuning_file(H100).read_text()).values()
+    assert [entry["by_graph"] for entry in entries] == [False, True, False]
+
+
+def test_a_graph_is_captured_on_a_side_stream_after_a_first_run(monkeypatch):
+    """Of torch.cuda what it asks, in order; a device is not at hand."""
+    told = []
+
+    class Told:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __enter__(self):
+            told.append(f"in {self.name}")
+
+        def __exit__(self, *error):
+            told.append(f"out {self.name}")
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+        def replay(self):
+            told.append("replay")
+
+    for name, value in {
+        "Stream": lambda: Told("side"),
+        "current_stream": lambda: Told("main"),
+        "stream": lambda stream: stream,
+        "CUDAGraph": lambda: Told("graph"),
+        "graph": lambda graph: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = tuning.captured(lambda: told.append("run") or 7)
+    assert told == [
+        "side waits for main", "in side", "run", "out side", "main waits for side",
+        "in graph", "run", "out graph",
+    ]  # fmt: skip
+    assert replay() == 7 and told[8:] == ["replay"]
 
 
 def test_the_tuning_file_is_of_these_kernels(monkeypatch, tuner, tmp_path):

@@ -17,6 +17,7 @@ from .forward_launches import (
     Launch,
     base_operands,
     bits_of,
+    fresh,
     loop_factor,
     split_scale,
     strides,
@@ -62,7 +63,7 @@ def two_launches(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
         t, dB_parts = pass_over_dy(call)
         dx = dy = w = None
         if operands is not None:
-            dx = call.dy.new_empty(M, K)
+            dx = fresh(call.dy, M, K)
             dy, w = operands(call.dy, call.weight)
         return finish(call, dy, w, t, dB_parts, dx)
 
@@ -191,7 +192,12 @@ class Finish:
             ),
             **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
-            **card.product_options(p.kind, call.B.dtype, p.masked or tile.warps == 4),
+            # Of two blocks an SM, which ptxas aims at with 99 KB, Triton 3.6 spills 32 bytes.
+            **card.product_options(
+                p.kind,
+                call.B.dtype,
+                p.masked or tile.warps == 4 or card.shared_bytes < 128 * cards.KIB,
+            ),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
             BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),

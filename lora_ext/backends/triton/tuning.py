@@ -2,7 +2,8 @@
 
 A choice holds for a bucket of M (the next power of two), so that a new batch size does not tune
 again, and for the life of the process, so that the same inputs give the same bits. It is kept on
-disk inside Triton's cache, a file a card and version.
+disk inside Triton's cache, a file a card and version, with each candidate's cost as predicted and
+as measured.
 """
 
 import functools
@@ -29,6 +30,9 @@ from .forward_launches import Forward
 from .regimes import REGIMES, Candidate, Problem, candidates
 
 _MAX_PLANS = 1024
+# Problems whose kernels may take less than the host needs to launch them are timed by a CUDA graph:
+# all candidates of one in the same way.
+_GRAPH_BELOW_US = 150.0
 _MAX_BOX = 2**31 - 1  # a descriptor's sizes and coordinates are 32-bit
 _LOG = logging.getLogger(__name__)
 Choice = tuple[str, Tile]
@@ -152,10 +156,11 @@ def choose(direction: str, call: Forward | Backward, p: Problem, card: Card) -> 
     if len(found) == 1 or card.interpreted or not may_measure():
         return found[0].name, found[0].tile
     kept = _read(card).get(repr(key[1:]))
-    match = [c for c in found if [c.name, *astuple(c.tile)] == kept]
-    best = match[0] if match else _fastest(direction, call, p, card, found)
-    if not match:
-        _write(card, repr(key[1:]), [best.name, *astuple(best.tile)])
+    chosen = kept.get("chosen") if isinstance(kept, dict) else None
+    best = next((c for c in found if [c.name, *astuple(c.tile)] == chosen), None)
+    if best is None:
+        best, times = _fastest(direction, call, p, card, found)
+        _write(card, repr(key[1:]), {"chosen": [best.name, *astuple(best.tile)], **times})
     _chosen[key] = best.name, best.tile
     return best.name, best.tile
 
@@ -175,32 +180,67 @@ def may_measure() -> bool:
 
 def _fastest(
     direction: str, call: Forward | Backward, p: Problem, card: Card, found: list[Candidate]
-) -> Candidate:
-    """Return the candidate whose median time is the shortest: of each regime the cheapest is timed.
+) -> tuple[Candidate, dict[str, Any]]:
+    """Return the candidate whose median time is the shortest, and what was predicted and measured.
 
-    So PyTorch's own ways are timed too, and a call is never slower than the fastest of them. Plain
-    where none runs here.
+    Of each regime the cheapest is timed, so PyTorch's own ways are timed too, and a call is never
+    slower than the fastest of them. Plain where none runs here.
     """
     best_of = {c.name: c for c in reversed(found)}
-    times = [(_measure(direction, call, p, card, c), c.name) for c in best_of.values()]
-    ran = [(time_ms, name) for time_ms, name in times if time_ms is not None]
-    return best_of[min(ran)[1]] if ran else best_of["plain"]
+    by_graph = min(c.time_us for c in found) < _GRAPH_BELOW_US
+    times = {}
+    for graph in (True, False) if by_graph else (False,):
+        times = {n: _measure(direction, call, p, card, c, graph) for n, c in best_of.items()}
+        if any(time_us is not None for time_us in times.values()):
+            break
+    ran = [(time_us, name) for name, time_us in times.items() if time_us is not None]
+    report = [
+        {"regime": n, "tile": astuple(c.tile), "predicted_us": c.time_us, "measured_us": times[n]}
+        for n, c in best_of.items()
+    ]
+    how = {"by_graph": graph, "candidates": report}
+    return best_of[min(ran)[1]] if ran else best_of["plain"], how
 
 
 def _measure(
-    direction: str, call: Forward | Backward, p: Problem, card: Card, candidate: Candidate
+    direction: str,
+    call: Forward | Backward,
+    p: Problem,
+    card: Card,
+    candidate: Candidate,
+    by_graph: bool,
 ) -> float | None:
-    """Return the median milliseconds of a candidate; None where it can't run here.
+    """Return the median microseconds of a candidate, L2 cold; None where it can't run here.
 
     Whatever it raises, a compiler's crash too, is logged and costs it the choice: the user's call
     has other ways to run.
     """
     try:
-        run = planned(direction, candidate.name, call, p, candidate.tile, card)
-        return triton.testing.do_bench(lambda: run(call), warmup=5, rep=20, return_mode="median")
+        plan = planned(direction, candidate.name, call, p, candidate.tile, card)
+        run = captured(lambda: plan(call)) if by_graph else lambda: plan(call)
+        bench = triton.testing.do_bench
+        return round(1e3 * bench(run, warmup=5, rep=20, return_mode="median"), 3)
     except Exception as error:
         _LOG.warning("%s %s by %s can't run here: %s", direction, p, candidate, error)
         return None
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the replay of a CUDA graph of one call: the time of its kernels and not the host's."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and makes what a stream's first call makes
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()  # the graph's memory lives as long as the replay does
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 @functools.cache
@@ -221,7 +261,7 @@ def _read(card: Card) -> dict[str, Any]:
         return {}
 
 
-def _write(card: Card, key: str, value: list) -> None:
+def _write(card: Card, key: str, value: dict[str, Any]) -> None:
     """Add a choice to the file: a new one is written next to it and takes its place."""
     path = tuning_file(card)
     try:
