@@ -64,8 +64,9 @@ def empty_like_factor(factor: Tensor) -> Tensor:
     hands on without a copy.
     """
     if is_transposed(factor):
-        return factor.new_empty(factor.shape[1], factor.shape[0]).t()
-    return factor.new_empty(factor.shape)
+        rows, cols = factor.shape
+        return torch.empty((cols, rows), dtype=factor.dtype, device=factor.device).t()
+    return torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
 
 
 def is_transposed(factor: Tensor) -> bool:
