@@ -346,6 +346,24 @@ MUTANTS = {
         "cols, false);",
         BACKWARD,
     ),
+    "carried_part_without_scale": (
+        "cpu/product.h",
+        "sums_.get(), words_, scale, nullptr, false",
+        "sums_.get(), words_, 1, nullptr, false",
+        FORWARD + BACKWARD,
+    ),
+    "carried_part_at_every_block": (
+        "cpu/product.h",
+        "k + leg_.step < depth ? Along<P>{} : along",
+        "along",
+        FORWARD + BACKWARD,
+    ),
+    "carried_part_of_the_first_rows": (
+        "cpu/product.h",
+        "low_.left.block(row, 0, rows",
+        "low_.left.block(0, 0, rows",
+        FORWARD + BACKWARD,
+    ),
     "edge_columns_not_summed": (
         "cpu/multiply_impl.h",
         "scale * sum + start;",
@@ -517,9 +535,9 @@ def lowered_avx512(target: Path) -> Path:
     change(target / "cpu/isa.cpp", has, "true", times=4)
     # Each dtype through products of our own, where PyTorch's are the faster ones on AVX-512.
     table = target / "cpu/route.cpp"
-    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d, (\d+), (\d+), (true|false), .*\},'
+    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d(, \d+){3}, (true|false), .*\},'
     table.write_text(
-        re.sub(line, r"\1, false, 0, 2, 4, false, kNever, kNever, kNever},", table.read_text())
+        re.sub(line, r"\1, false, 0, 2, 20, 4, false, kNever, kNever, kNever},", table.read_text())
     )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
