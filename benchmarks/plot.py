@@ -170,7 +170,7 @@ def _speedup(axes: Any, runs: Sequence[dict[str, Any]]) -> int:
     axes.invert_yaxis()
     axes.set_xlabel("plain layer's time over ours (right of 1: ours is faster)")
     axes.set_ylabel("M,K,N,R")
-    # Above the axes, where no point can lie under it.
+    # Above the axes, where no point is under it.
     axes.legend(fontsize=7, ncols=2, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return -(-len(runs) // 2)
 

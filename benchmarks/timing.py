@@ -56,7 +56,7 @@ def measure(
 def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
     """Take one sample of each timer a round, until the budget is spent.
 
-    What drifts (clock frequency, other processes) thus falls on all alike. The order rotates from
+    What drifts (clock frequency, other processes) falls on all alike. The order rotates from
     round to round and runs backwards in every second one, so that none always follows the same.
     At least 5 rounds are run, or 3 where 5 would take more than twice the budget.
     """

@@ -173,7 +173,7 @@ def save_plot(plain: Result, ours: Result, path: Path, title: str) -> None:
     panels = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
     (losses, times), (gaps, quotients) = panels
     steps = range(1, len(plain.losses) + 1)
-    # The curves lie on each other: a broad line under a thin one shows both.
+    # The curves are on top of each other: a broad line under a thin one shows both.
     for run, color, width, marker in zip((plain, ours), COLORS, (5, 1.5), "os", strict=True):
         style = {"color": color, "alpha": 0.7}
         losses.plot(steps, run.losses, linewidth=width, label=run.name, **style)
@@ -195,6 +195,6 @@ def save_plot(plain: Result, ours: Result, path: Path, title: str) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
     for above, below in panels.T:
         below.set_xlabel("step")
-        # Above the axes, where no point can lie under it.
+        # Above the axes, where no point is under it.
         above.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
     figure.savefig(path, dpi=150)
