@@ -35,8 +35,8 @@ __device__ inline unsigned bits_from(const Bits& keep, int64_t row, int64_t k) {
   return keep.data[row * keep.row_stride + k / 8] >> k % 8;
 }
 
-// How a factor's (kRows, kDepth) tile is laid out in shared memory. The pitch is a chunk more than a row:
-// 16-byte reads of 8 neighbouring rows then fall into different banks.
+// How a factor's (kRows, kDepth) tile is laid out in shared memory. The pitch is a chunk more than
+// a row: 16-byte reads of 8 neighbouring rows then fall into different banks.
 template <typename T, Order kOrder, int kRows, int kDepth>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T);
