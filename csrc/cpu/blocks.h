@@ -164,7 +164,7 @@ struct Addend {
   }
 };
 
-// What will be read next and is far away, as panels of as many rows as those at hand: one line of
+// What will be read next and lies far away, as panels of as many rows as those at hand: one line of
 // a row of each is asked for while those are worked on. Strides in bytes; it may reach past the end
 // of what there is.
 struct Ahead {

@@ -197,7 +197,7 @@ class Right {
     fill_({address(k, col), depth, cols, row_stride_, col_stride_}, keep_.from(k, col), panels);
   }
 
-  // For prefetching: where an element of what fill reads is, and how far apart rows are in bytes.
+  // For prefetching: where an element of what fill reads lies, and how far apart rows are in bytes.
   const char* address(int64_t k, int64_t col) const {
     return data_ + (k * row_stride_ + col * col_stride_) * element_;
   }

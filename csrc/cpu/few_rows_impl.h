@@ -1,5 +1,5 @@
-// The block operations for few rows, dot and combine_rows: each reads a factor in place. Part of
-// blocks_impl.h.
+// The block operations for few rows, dot and combine_rows: each reads a factor where it lies. Part
+// of blocks_impl.h.
 #pragma once
 
 #include <cstdint>

@@ -236,7 +236,7 @@ void gradient(const Hidden<T, P>& hidden, View<const T> right, Bits keep, double
   hidden.with_view([&](auto view) {
     const int64_t M = right.rows, R = out.rows;
     if (M <= kFewRows && out.col_stride != 1 && out.row_stride == 1 && keep.data == nullptr) {
-      // Of few rows one product, whose result is written in place.
+      // Of few rows one product, whose result is written as it lies.
       const Packed<P> factor(Right<P>(view, kFewRows));
       const Leg<P> leg = {Left<P>(right.transposed()), factor.right(), scale};
       for_each_part(out.cols, even_part(out.cols, out.cols, 512, 16, num_threads()),

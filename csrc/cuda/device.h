@@ -1,4 +1,4 @@
-// The device that a tensor is on, and PyTorch's own operators there.
+// The device that a tensor lies on, and PyTorch's own operators there.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

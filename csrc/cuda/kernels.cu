@@ -228,7 +228,7 @@ void product(const Context& context, const Matrix& left, const Bits& keep, const
   });
 }
 
-// A direction of the layer: its kernel, and how the right factors are stored.
+// A direction of the layer: its kernel, and how the right factors lie.
 struct Forward {
   static constexpr Order kRight = kDepthInner, kLowRight = kRowsInner;
   template <typename Tile>

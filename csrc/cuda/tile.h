@@ -9,7 +9,7 @@
 
 namespace lora_ext::cuda {
 
-// Which dimension of a factor is contiguous in its shared tile, and in memory where a tile is to
+// Which dimension of a factor lies contiguous in its shared tile, and in memory where a tile is to
 // be copied 16 bytes at a time: the summed one (x, weight), or the other.
 enum class Order { kDepthInner, kRowsInner };
 
@@ -35,8 +35,8 @@ __device__ inline unsigned bits_from(const Bits& keep, int64_t row, int64_t k) {
   return keep.data[row * keep.row_stride + k / 8] >> k % 8;
 }
 
-// How a factor's (kRows, kDepth) tile is laid out in shared memory. The pitch is a chunk more than
-// a row: 16-byte reads of 8 neighbouring rows then fall into different banks.
+// How a factor's (kRows, kDepth) tile lies in shared memory. The pitch is a chunk more than a row:
+// 16-byte reads of 8 neighbouring rows then fall into different banks.
 template <typename T, Order kOrder, int kRows, int kDepth>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T);
@@ -51,7 +51,7 @@ struct SharedTile {
     return kDepthInner ? row * kPitch + k : k * kPitch + row;
   }
 
-  // All threads of the block together. What is past the factor's rows or past `end` is zero.
+  // All threads of the block together. What lies past the factor's rows or past `end` is zero.
   template <int kThreads>
   static __device__ void load(T* tile, const Factor& from, int64_t row, int64_t k, int64_t end) {
     if (from.in_chunks) {
