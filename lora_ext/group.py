@@ -10,7 +10,7 @@ Only classes change, to subclasses of the same name: parameters, keys, hooks and
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import nn
 
 from .find_mlp import GatedMLP, find_gated_mlp, mlp_forward
 from .inject import require_module
-from .layers import LinearWithLoRA
 from .parts import is_adapted
 from .siblings import Siblings, parent_forward, sibling_forward
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
 _KEY = "_lora_group"  # of a module: the group that it belongs to
 
 
@@ -85,21 +85,22 @@ def group_(model: nn.Module, *, recompute: str = "act") -> Report:
     ungroup_(model)
     report = Report()
     for name, parent in model.named_modules():
-        children = parent._modules
-        adapted = [n for n, child in children.items() if child is not None and is_adapted(child)]
-        if isinstance(parent, LinearWithLoRA) or is_adapted(parent) or not adapted:
+        if is_adapted(parent) or isinstance(parent, _CONTAINERS) or not any(_adapted_of(parent)):
             continue
         mlp = find_gated_mlp(parent, recompute)
         if isinstance(mlp, GatedMLP):
             report.mlps[name] = mlp
             _change_class(parent, mlp, mlp_forward)
             continue
-        adapted = [n for n in adapted if _KEY not in children[n].__dict__]  # type: ignore[union-attr]
+        adapted: dict[int, tuple[str, nn.Module]] = {}  # each once, none that another parent has
+        for n, m in _adapted_of(parent):
+            if _KEY not in m.__dict__:
+                adapted.setdefault(id(m), (n, m))
         if len(adapted) < 2:
             if mlp:
                 report.left[name] = mlp
             continue
-        siblings = Siblings(adapted, [children[n] for n in adapted])  # type: ignore[misc]
+        siblings = Siblings(*zip(*adapted.values(), strict=True))
         report.siblings[name] = siblings
         _change_class(parent, siblings, parent_forward)
         for layer in siblings.layers:
@@ -131,6 +132,15 @@ def ungroup_(model: nn.Module) -> int:
         module.__class__ = type(module)._lora_base  # type: ignore[assignment]
         del module.__dict__[_KEY]
     return len(ours)
+
+
+def _adapted_of(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module's adapted linears by name, those in its lists and dictionaries too."""
+    for name, child in parent._modules.items():
+        if isinstance(child, _CONTAINERS):
+            yield from ((f"{name}.{n}", m) for n, m in _adapted_of(child))
+        elif child is not None and is_adapted(child):
+            yield name, child
 
 
 # ---- classes of the same name, with a forward of ours ----

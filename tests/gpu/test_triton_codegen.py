@@ -221,7 +221,7 @@ QUICK = ("sm_90", "bf16-R16")
 )
 def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeypatch):
     """No spills, shared memory that is there, no atomic sums, matrix units fed by wide loads."""
-    # Compiled anew whatever the machine has compiled before, and only read here.
+    # Compiled again whatever the machine has compiled before, and only read here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
     rows = [inspect(family, types, index) for index in range(len(distinct(family, types)))]

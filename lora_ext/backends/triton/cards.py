@@ -135,7 +135,7 @@ class Tile:
         block_k: elements of the summed dimension a step.
         warps: warps a program.
         stages: depth of the load pipeline.
-        max_r: largest BLOCK_R with which h fits beside the accumulator (regime in_loop).
+        max_r: largest BLOCK_R with which h fits next to the accumulator (regime in_loop).
         descriptors: loads x and weight by tensor descriptors.
         group_m: tiles of rows in a band, see common.tile_of.
 

@@ -46,7 +46,7 @@ class Problem:
         adapter_size: bytes an element of A and of B.
         has_bias: whether a forward adds one.
         descriptors: whether tensor descriptors can describe both operands of the base product.
-        masked: whether dropout's mask lies on x.
+        masked: whether dropout's mask is on x.
         needs: which of dx, dA and dB a backward returns.
 
     """
