@@ -135,7 +135,7 @@ def test_right_mlp_is_accepted():
 
 
 def kept_elements(forward, x: Tensor, layers) -> int:
-    """Return how many elements a forward keeps beside x and the parameters."""
+    """Return how many elements a forward keeps next to x and the parameters."""
     tensors = [x, *(p for layer in layers if layer for p in layer.parameters())]
     known = {t.untyped_storage().data_ptr() for t in tensors}
     kept = {}
