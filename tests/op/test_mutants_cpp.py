@@ -130,8 +130,8 @@ MUTANTS = {
     ),
     "last_block_of_the_sums_alone": (
         "cpu/product.h",
-        "after(k, col));\n      }\n      addend = {sum, ld};",
-        "after(k, col));\n      }\n      addend = {};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
         FORWARD + BACKWARD,
     ),
     "last_leg_alone": (
