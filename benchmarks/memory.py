@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {
+    "base": "the floor: no LoRA, biases trained",
     "plain": "plain layer",
     "compile": "plain layer, `torch.compile`",
     "peft": "PEFT",
