@@ -119,6 +119,10 @@ class Text:
         at = min(at, self.match[at])
         return BEFORE_A_BLOCK.search(self.code[max(0, at - 120) : at]) is not None
 
+    def is_scope(self, at: int) -> bool:
+        """Whether a character is one of the two of `::`."""
+        return self.code[at] == ":" and ":" in (self.code[at - 1], self.code[at + 1])
+
     def left(self, at: int, stop: str) -> int:
         """Return where the piece begins that ends at `at`: after an open bracket or a stop."""
         while at > 0:
@@ -127,7 +131,7 @@ class Text:
                 if c == "}" and self.is_block(at - 1):
                     return at
                 at = self.match[at - 1]
-            elif c in OPEN or c in stop:
+            elif c in OPEN or (c in stop and not self.is_scope(at - 1)):
                 return at
             else:
                 at -= 1
@@ -141,7 +145,7 @@ class Text:
                 if c == "{" and self.is_block(at) and ";" in stop and "," not in stop:
                     return at
                 at = self.match[at] + 1
-            elif c in CLOSE or c in stop:
+            elif c in CLOSE or (c in stop and not self.is_scope(at)):
                 return at
             else:
                 at += 1
@@ -174,10 +178,12 @@ class Text:
 
     def expression(self, change: Change) -> tuple[int, int]:
         """Return the expression around a change: up to a comma, an assignment or a bracket."""
-        start, end = self.left(change.start, ",;?"), self.right(change.end, ",;?")
+        choice = re.search(r"(?<!:):(?!:)", self.code[change.start : change.end])
+        stop = ",;" if choice else ",;?:"
+        start, end = self.left(change.start, stop), self.right(change.end, stop)
         if self.right(change.start, ",") < change.end and self.code[start - 1] in OPEN:
             close = self.match[start - 1] + 1  # arguments swapped: their call
-            start, end = self.left(start - 1, ",;?"), self.right(close, ",;?")
+            start, end = self.left(start - 1, stop), self.right(close, stop)
         assigned = [m.end() for m in ASSIGNED.finditer(self.code, start, change.start)]
         start = max([start, *assigned])
         if returned := re.match(r"\s*return\b", self.code[start : change.start]):
