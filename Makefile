@@ -61,7 +61,7 @@ bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
 
 readme-results: install
-	$(RUN) -m benchmarks.readme $(ARGS)
+	$(RUN) -m docs.results $(ARGS)
 
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results

@@ -1,6 +1,6 @@
 """Run docs/example.py cell by cell, and write docs/example.md with what each cell prints and draws.
 
-    python docs/render.py
+    python -m docs.render
 
 A cell begins at `# %%`, one of text at `# %% [markdown]`, as editors and Jupyter know them.
 """
@@ -14,8 +14,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import make_header
+
 SCRIPT = Path(__file__).resolve().with_name("example.py")
-MADE = "<!-- made from docs/example.py by `python docs/render.py` -->"
+MADE = "<!-- made from docs/example.py by `python -m docs.render` -->"
 
 
 def cells_of(script: str) -> list[tuple[str, str]]:
@@ -68,9 +70,6 @@ def run(cells: list[tuple[str, str]], picture: str) -> tuple[list[str], list[byt
 
 def conditions() -> str:
     """Return a line on the machine that the page's figures come from."""
-    sys.path.insert(0, str(SCRIPT.parents[1]))
-    from benchmarks.report import make_header
-
     header = make_header("cpu", "")
     return (
         f"The figures below are of one run on {header['device']} ({header['instruction_set']}), "

@@ -133,7 +133,7 @@ def test_the_example_page_is_of_its_script():
     at = 0
     for kind, text in render.cells_of(render.SCRIPT.read_text()):
         cell = f"```python\n{text}\n```" if kind == "python" else text
-        assert cell in page[at:], f"run python docs/render.py: the page lacks\n{cell}"
+        assert cell in page[at:], f"run python -m docs.render: the page lacks\n{cell}"
         at = page.index(cell, at) + len(cell)
     pictures = re.findall(r"\]\((example-\d\.svg)\)", page)
     assert len(pictures) == 2 and all((ROOT / "docs" / name).exists() for name in pictures)
