@@ -24,7 +24,7 @@ BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 Needs = tuple[bool, bool, bool, bool, bool]
-# The overload and not the packet, which would choose it anew at each call (1 us).
+# The overload and not the packet, which would choose it again at each call (1 us).
 _FWD = torch.ops.lora_ext.linear_fwd.default
 _BWD = torch.ops.lora_ext.linear_bwd.default
 _FWD_GROUP = torch.ops.lora_ext.linears_fwd.default

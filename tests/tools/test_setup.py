@@ -51,7 +51,7 @@ def which_only_under(folder: object):
 
 
 def make_nvcc(folder: Path, release: str = CUDA, library: str = "lib") -> Path:
-    """Write an nvcc that answers what setup.py asks, and the runtime library beside it."""
+    """Write an nvcc that answers what setup.py asks, and the runtime library next to it."""
     nvcc = folder / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(NVCC.format(release=release, folder=folder))

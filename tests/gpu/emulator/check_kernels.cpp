@@ -21,8 +21,8 @@ namespace {
 
 enum class Layout { kDense, kPadded, kShifted, kTransposed };
 
-// A matrix of T (or, is_float, of float: a result), and the memory it has: what lies between rows
-// is NaN.
+// A matrix of T (or, is_float, of float: a result), and the memory it has: what is between rows is
+// NaN.
 template <typename T>
 class Values {
  public:
