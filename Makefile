@@ -39,7 +39,7 @@ test test-all: install
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \
-	  -k "not hopper or many_blocks or tile or threads or a_mask"
+	  -k "not own_base or many_blocks or tile or threads or a_mask"
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000
