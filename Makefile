@@ -35,11 +35,11 @@ test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) tests/gpu/test_triton_mask.py \
-	  --backends $(INTERPRETED)
+	  tests/gpu/test_triton_persistent.py --backends $(INTERPRETED)
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \
-	  -k "not hopper or many_blocks or tile or threads or a_mask"
+	  -k "not own_base or many_blocks or tile or threads or a_mask"
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000
@@ -72,7 +72,7 @@ bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
 
 readme-results: install
-	$(RUN) -m benchmarks.readme $(ARGS)
+	$(RUN) -m docs.results $(ARGS)
 
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results
