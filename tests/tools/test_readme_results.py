@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import GRIDS, readme
+from benchmarks import GRIDS
+from docs import results as readme
 from tests.tools.test_plot import made_run
 
 SHAPES = GRIDS["cpu"]["standard"]

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import GRIDS, Shape, memory
-from .plot import draw, draw_means, machine_of, name_of
-from .providers import DEFAULT
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
+from benchmarks import GRIDS, Shape
+from benchmarks.plot import draw, draw_means, machine_of, name_of
+from benchmarks.providers import DEFAULT
+from benchmarks.report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
+
+from . import memory_tables
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
@@ -120,7 +122,7 @@ def made(
     """Return the whole text that each page should have."""
     kept, models = runs(folder), folder / "models"
     texts = {readme: means(kept), page: tables(kept, model_runs(models))}
-    texts[memory_page] = memory.tables(memory.memory_runs(models))
+    texts[memory_page] = memory_tables.tables(memory_tables.memory_runs(models))
     return {path: replaced(path.read_text(), text) for path, text in texts.items()}
 
 
@@ -142,7 +144,7 @@ def check(
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the sections and the picture; with --check return 1 and say so if they differ."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme", description=__doc__.partition("\n")[0]
+        prog="python -m docs.results", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
