@@ -173,6 +173,18 @@ def with_lora(
     return build
 
 
+def with_biases(work: Work, dropout: float = 0.0) -> Step:
+    """Return the floor: linears with a bias trained in place of LoRA, so the base and dx alone."""
+    model = _frozen_copy(work.model)
+    for name, _, _ in list(adapters(model, work.adapted)):
+        linear = model.get_submodule(name)
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        linear.bias = nn.Parameter(bias.detach().clone())
+    step = Step(work, model)
+    step.held = False  # it trains another thing
+    return step
+
+
 def with_peft(*, dora: bool = False, then: Callable[[nn.Module], Any] = lambda _: None):
     """Return a provider: peft's LoRA or DoRA on the same linears, and `then` called."""
 
@@ -232,6 +244,7 @@ MODELS: dict[str, Callable[[torch.dtype], Work]] = {
 }
 OURS, PLAIN = lora_ext.replace_linear_with_lora, testing.replace_linear_with_lora
 PROVIDERS: dict[str, Callable[..., Step]] = {
+    "base": with_biases,
     "plain": with_lora(PLAIN),
     "compile": with_lora(PLAIN, compiled=True),
     "peft": with_peft(),
