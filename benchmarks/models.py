@@ -233,6 +233,14 @@ def _group(recompute: str) -> Callable[[nn.Module], Any]:
     return lambda model: lora_ext.group_(model, recompute=recompute)
 
 
+def _group_and_compile_loss(model: Any) -> None:
+    """Run groups, and the loss over the vocabulary by the compiler: one tensor of logits less."""
+    if not hasattr(model, "loss_function"):
+        raise Unavailable("the model has no loss function of its own")
+    lora_ext.group_(model)
+    model.loss_function = torch.compile(model.loss_function)
+
+
 MODELS: dict[str, Callable[[torch.dtype], Work]] = {
     "minilm": minilm,
     "gpt2": gpt2,
@@ -255,6 +263,7 @@ PROVIDERS: dict[str, Callable[..., Step]] = {
     "accelerated_groups": with_peft(then=_accelerate(groups=True)),
     "grouped": with_lora(OURS, then=_group("act")),
     "grouped_all": with_lora(OURS, then=_group("all")),  # keeps x alone
+    "grouped_loss_compile": with_lora(OURS, then=_group_and_compile_loss),
     "peft_dora": with_peft(dora=True),
     "accelerated_dora": with_peft(dora=True, then=_accelerate()),
 }

@@ -16,6 +16,7 @@ LABELS = {
     "lora_ext": "single layers of ours",
     "lora_ext_compile": "single layers of ours, `torch.compile`",
     "grouped": "groups",
+    "grouped_loss_compile": "groups, and the loss by `torch.compile`",
     "grouped_all": '`group_(model, recompute="all")`',
 }
 MODELS = {
