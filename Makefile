@@ -7,8 +7,8 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint docs wheel \
-  wheel-check clean
+.PHONY: install demo test test-all test-long mutants coverage install-matrix bench readme-results \
+  gpu-check lint docs wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -57,11 +57,22 @@ test-long: install
 mutants: install
 	$(RUN) -m tests.tools.mutants $(ARGS)
 
+# Lines of lora_ext that `make test`'s first job does not run; tests/README.md says why.
+coverage: install
+	$(RUN) -m pip install --quiet "coverage>=7.10" pytest-cov
+	OMP_WAIT_POLICY=passive $(PYTEST) -m "not slow" --cov=lora_ext \
+	  --cov-report=term-missing:skip-covered $(ARGS)
+
+# A row for each thing that can be missing or odd, a build in an odd path, and other torches:
+# ARGS="--torches torch==2.11.0 torch==2.13.0" downloads them.
+install-matrix: install
+	$(RUN) -m tests.tools.install_matrix --build $(ARGS)
+
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
 
 readme-results: install
-	$(RUN) -m benchmarks.readme $(ARGS)
+	$(RUN) -m docs.results $(ARGS)
 
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results
