@@ -471,16 +471,20 @@ def print_verdict(folder: str, name: str) -> None:
     os.environ["LORA_EXT_FAULT"] = str(["", *MUTANTS].index(name) if name in MUTANTS else 0)
     torch.ops.load_library(f"{folder}/{LOWERED if lowered else 'switched'}.so")
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
+    why = why_refused(cases)
+    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
+
+
+def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
+    """Return why the checks refuse the C++ kernels that are loaded; None if they do not."""
     linear = linear_of("cpp")
-    why = refused(linear, cases)
-    why = why or refused_group("cpp") or refused_acts(cpp)
+    why = refused(linear, cases) or refused_group("cpp") or refused_acts(cpp)
     torch.set_num_threads(MANY_THREADS)
-    why = (
+    return (
         why
         or refused(linear, CASES_OF_MANY)
         or refused_group("cpp", names=["panels_for_all_threads"])
     )
-    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 
 if __name__ == "__main__":
