@@ -39,6 +39,7 @@ STOP_S = 5.0  # from the interrupt, at which pytest still prints its summary, to
 # A rehearsal's: one small shape on the CPU, Triton's kernels in its interpreter.
 REHEARSED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 TINY = "16,32,32,4"
+INTERPRETED = "linear,reference,lora_ext,triton.in_loop"  # the interpreter takes seconds a regime
 
 
 class Stage(NamedTuple):
@@ -69,6 +70,7 @@ class Commands(NamedTuple):
         small = ("--shape", TINY, "--seconds", "0.01")
         which = ("--dtype", "bf16", "--mode", mode, "--providers", providers)
         if self.rehearsal:  # which takes one shape, and it once
+            which = tuple(INTERPRETED if word == ALL else word for word in which)
             named = arguments.index("--shape") if "--shape" in arguments else len(arguments)
             arguments = (*arguments[:named], *arguments[named + 2 :])
         return self.bench("bench_linear", *which, *arguments, small=small)
@@ -94,6 +96,7 @@ def stages(out: Path, rehearsal: bool = False) -> list[Stage]:
     c = Commands(out, rehearsal)
     on = ("--device", "cpu" if rehearsal else "cuda")
     one, small = ("--shape", LARGE), ("--shape", TINY, "--small", TINY, "--calls", "1")
+    some = ("--providers", INTERPRETED)
     build = [
         *PYTHON,
         "setup.py",
@@ -109,7 +112,7 @@ def stages(out: Path, rehearsal: bool = False) -> list[Stage]:
     tiny = ("--shape", TINY, "--seconds", "0.01")
     return [
         Stage("ladder", 70, c.bench("ladder", *c.json("ladder"), small=tiny), "triton"),
-        Stage("steps", 60, c.bench("steps", *c.json("steps"), small=small)),
+        Stage("steps", 60, c.bench("steps", *c.json("steps"), small=(*small, *some))),
         Stage("build", 55, build, "pybind11"),
         Stage("report", 15, [*PYTHON, "-m", "lora_ext"]),
         Stage("cuda tests", 50, c.pytest(cuda), "pytest"),
