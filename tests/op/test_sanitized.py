@@ -3,7 +3,7 @@
 Built without optimisation and loaded in place of lora_ext._C, with AVX2. PyTorch is not
 instrumented, but it takes its memory from the sanitizer, so that reading or writing past a tensor
 on either side shows. For ThreadSanitizer the kernels' threads are not OpenMP's but those of
-threads.cpp, which it sees. The libraries have a race in them behind a switch, which has to be found.
+threads.cpp, which it sees. The libraries have a race in them behind a switch: it has to be found.
 """
 
 import os
