@@ -1,7 +1,7 @@
 """What is timed: shapes, the tensors of a case, the work it costs; and how commands name them.
 
 M rows of x, K in_features, N out_features, R rank. The commands: `python -m benchmarks.NAME --help`
-for bench_linear, bench_model, bench_overhead, lower_bound, plot, readme, roofline and routes.
+for bench_linear, bench_model, bench_overhead, lower_bound, plot, roofline and routes.
 """
 
 import argparse
@@ -70,7 +70,7 @@ _POWERS_R = tuple(2**p for p in range(8))  # 1 to 128
 _WIDE = (1024, 2048, 3072, 4096)  # K
 
 # quick: a decode step, a short batch and a training batch. rows, ranks: one size varied. strides:
-# rows of x and weight that lie a multiple of 4 KiB apart, in which caches hold few at once.
+# rows of x and weight that are a multiple of 4 KiB apart, in which caches hold few at once.
 GRIDS: dict[str, dict[str, tuple[Shape, ...]]] = {
     "cpu": {
         "standard": _CPU,
@@ -133,7 +133,7 @@ def make_case(
 
     Args:
         shape: M, K, N, R.
-        device: where they lie.
+        device: where they are.
         dtype: of all but A and B.
         mode: of MODES.
         adapter_dtype: of A and B; None takes `dtype`, so that none does more arithmetic.

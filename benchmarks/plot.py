@@ -1,4 +1,4 @@
-"""Draw the runs that bench_linear wrote: speedup by shape, time against rows and rank, memory."""
+"""Draw runs of bench_linear (speedup, time by rows and rank, memory) and of fine-tuning."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import Shape, flops, writable
@@ -26,6 +27,9 @@ RUN_COLORS = (
     "#3fa7a0",
     "#444444",
 )
+GREY = "#555555"
+ROUNDING = 1e-9  # shown instead of an exact zero, which a logarithmic axis can't show
+TOP = 2.5  # of the axes of times, over the median: one step that stalls would flatten all others
 SWEEP = 4  # so many sizes of M or R, all else equal, are a sweep
 
 
@@ -131,7 +135,10 @@ def draw_means(runs: Sequence[dict[str, Any]], path: Path) -> None:
         at, mean = lines.index((machine_of(run), row["dtype"])) + shift, geometric_mean(gains) or 0
         axes.plot([min(gains), max(gains)], [at, at], color=color, linewidth=2, alpha=0.35)
         axes.plot(mean, at, "o", color=color, label=label)
-        axes.annotate(f"{mean:.2f}x", (mean, at), (0, 6), textcoords="offset points", fontsize=7)
+        above = 5 if shift < 0 else -12  # where the other mode's line is not
+        axes.annotate(
+            f"{mean:.2f}x", (mean, at), (0, above), textcoords="offset points", fontsize=7
+        )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
@@ -170,7 +177,7 @@ def _speedup(axes: Any, runs: Sequence[dict[str, Any]]) -> int:
     axes.invert_yaxis()
     axes.set_xlabel("plain layer's time over ours (right of 1: ours is faster)")
     axes.set_ylabel("M,K,N,R")
-    # Above the axes, where no point can lie under it.
+    # Above the axes, where no point is under it.
     axes.legend(fontsize=7, ncols=2, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return -(-len(runs) // 2)
 
@@ -231,6 +238,56 @@ def _sizes_below(axes: Any, cells: Cells, size: str) -> None:
     shape = next(iter(cells))
     fixed = ", ".join(f"{s}={getattr(shape, s)}" for s in Shape._fields if s != size)
     axes.set_xlabel(f"{'rows M' if size == 'M' else 'rank R'}  ({fixed})")
+
+
+def draw_steps(plain: Any, ours: Any, path: Path, title: str) -> None:
+    """Write a PNG of two training runs: losses and their difference left, step times right.
+
+    Args:
+        plain: has `name`, `losses` in nats and `step_ms`, of each step; a Result of finetune.
+        ours: likewise, of as many steps.
+        path: where the PNG goes.
+        title: stands above.
+
+    """
+    # Figure and canvas by themselves: no pyplot, so no display and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 5.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    panels = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
+    (losses, times), (gaps, quotients) = panels
+    steps = range(1, len(plain.losses) + 1)
+    # The curves are on top of each other: a broad line under a thin one shows both.
+    for run, of, width in ((plain, PLAIN, 5), (ours, OURS, 1.5)):
+        style = {"color": COLORS[of], "alpha": 0.7}
+        losses.plot(steps, run.losses, linewidth=width, label=run.name, **style)
+        label = f"{run.name}, median {median(run.step_ms):.0f} ms"
+        times.plot(steps, run.step_ms, MARKERS[of], markersize=4, label=label, **style)
+    times.set_ylim(0, TOP * median(plain.step_ms))
+    by_step = [(abs(a - b), p / o) for a, b, p, o in zip(
+        plain.losses, ours.losses, plain.step_ms, ours.step_ms, strict=True
+    )]  # fmt: skip
+    shown, ratios = [max(gap, ROUNDING) for gap, _ in by_step], [each for _, each in by_step]
+    gaps.semilogy(steps, shown, color=GREY)
+    gaps.set_ylim(ROUNDING, max(1e-5, 3 * max(shown)))
+    quotients.plot(steps, ratios, ".", color=GREY)
+    quotients.axhline(1, color="black", linewidth=0.8)
+    quotients.set_ylim(0, TOP * median(ratios))
+    names = ("training loss (nats)", "time of a step (ms)", "|difference|\n(nats)", "plain / ours")
+    for axes, name in zip(panels.flat, names, strict=True):
+        axes.set_ylabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+    for above, below in panels.T:
+        below.set_xlabel("step")
+        # Above the axes, where no point is under it.
+        above.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

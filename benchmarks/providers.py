@@ -237,14 +237,14 @@ def _regime(name: str) -> Callable[[Case], Step]:
     def build(case: Case) -> Step:
         step = _backend("triton")(case)
         from lora_ext.backends.triton.cards import card_of
-        from lora_ext.backends.triton.tuning import kind_of
+        from lora_ext.backends.triton.tuning import describable, kind_of
 
         problem = Problem(
             *case.shape,
             kind_of(case.x.dtype),
             case.x.element_size(),
             case.A.element_size(),
-            descriptors=False,
+            descriptors=describable(case.x) and describable(case.weight),
             masked=case.dropout > 0,
         )
         if not REGIMES["forward"][name].tiles(problem, card_of(case.x.device)):

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def measure(
 def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
     """Take one sample of each timer a round, until the budget is spent.
 
-    What drifts (clock frequency, other processes) thus falls on all alike. The order rotates from
+    What drifts (clock frequency, other processes) falls on all alike. The order rotates from
     round to round and runs backwards in every second one, so that none always follows the same.
     At least 5 rounds are run, or 3 where 5 would take more than twice the budget.
     """
@@ -80,6 +80,18 @@ def summarize(samples_ms: list[float]) -> Times:
     """Return the median, p20 and p80 of at least two samples."""
     fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")
     return Times(statistics.median(samples_ms), fifths[0], fifths[3])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the ends of a 95 % confidence interval of the median, whatever the distribution.
+
+    Two of the sorted values: the median is below the k-th as often as a coin that is thrown so many
+    times shows fewer than k heads. None for fewer than 6 values, which have no such pair.
+    """
+    n, k, below = len(values), 0, 0.0
+    while (below := below + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    return (sorted(values)[k - 1], sorted(values)[n - k]) if k else None
 
 
 def cpu_timer(run: Run) -> Timer:

@@ -1,4 +1,4 @@
-"""`python -m lora_ext`: what was found, which backend would run and why, and a self-test."""
+"""`python -m lora_ext`: what was found, which backend runs and why, a self-test, and the gain."""
 
 import argparse
 import platform
@@ -15,6 +15,7 @@ import torch
 import lora_ext
 from lora_ext.backends import BACKENDS, choose, cpp, unsupported_reasons
 from lora_ext.call import Call, LowRank, Weight
+from lora_ext.gains import STEP, hints, measured, routes
 from lora_ext.testing import Case, broken_rules, errors, expect, gradients, make_inputs
 
 # No size is a multiple of every block.
@@ -35,19 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_table("found", _found())
     for device in ("cpu", "cuda"):
         _print_table(f"backends for {device}", _choices(device))
-    _print_table("whose product makes y = x @ weight.T on this CPU", _base_products())
+    why_not = {device: _reasons(device) for device in _devices()}
+    _print_table("whose product makes y = x @ weight.T on this CPU", routes(why_not["cpu"]["cpp"]))
     results = list(_self_tests())
     _print_table("self-test", results)
     wrong = [name for name, result in results if not result.startswith("passed")]
     if wrong:
         print(f"lora_ext {lora_ext.__version__} is NOT right on this machine: {', '.join(wrong)}")
         return 1
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    _print_table(f"plain layer's time over ours here, {STEP}", measured())
+    _print_table("what would make it faster", list(hints(why_not)) or [("nothing", "known here")])
     for name in expected:
-        if all(reasons := [_reasons(device)[name] for device in devices]):
+        if all(reasons := [of[name] for of in why_not.values()]):
             print(f"backend {name!r} is expected and can't run here: {reasons[0]}")
             return 1
-    runs = " and ".join(f"on {d} with backend {_first_that_runs(d)!r}" for d in devices)
+    runs = " and ".join(f"on {d} with backend {_first_that_runs(d)!r}" for d in why_not)
     print(f"lora_ext {lora_ext.__version__} works {runs}.")
     return 0
 
@@ -80,21 +83,9 @@ def _choices(device: str) -> Iterator[tuple[str, str]]:
         yield name, reason or ("runs" if name == chosen else f"can run, comes after {chosen}")
 
 
-def _base_products() -> Iterator[tuple[str, str]]:
-    """By dtype: ours, which takes the low-rank part along, or PyTorch's; by csrc/cpu/route.cpp."""
-    for dtype in ("float32", "bfloat16", "float16", "float64"):
-        if _reasons("cpu")["cpp"] is not None:
-            yield dtype, "PyTorch's, and the low-rank part too: the extension does not run here"
-        elif dtype in import_module("lora_ext._C").build_info()["own_products"]:
-            yield dtype, "ours, which takes the low-rank part along"
-        else:
-            yield dtype, "PyTorch's, the faster one here but for few rows; ours adds the rest"
-
-
 def _self_tests() -> Iterator[tuple[str, str]]:
     """Run every backend that can run on every device there is, against float64."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
+    for device in _devices():
         for name, reason in _reasons(device).items():
             if reason is None:
                 try:
@@ -117,6 +108,10 @@ def _compare(name: str, device: str) -> str:
     if broken:
         return f"failed: {broken[0]}"
     return f"passed: y and five gradients, error at most {', '.join(said)} of what is allowed"
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def _reasons(device: str) -> dict[str, str | None]:

@@ -71,6 +71,26 @@ def _codes_of(module: nn.Module, x: Tensor, kind: type) -> Weight | str | None:
     return bitsandbytes.codes_of(module, x)
 
 
+def why_not_low(lora: nn.Module, layer: type, *, kind: type = Parameter) -> str | None:
+    """Say why the A and B of a low-rank part may not be read; None if they may.
+
+    Args:
+        lora: the low-rank part.
+        layer: the class it must be, LoRALayer; not a subclass, which may compute otherwise.
+        kind: see `base_of`.
+
+    """
+    if type(lora) is not layer:
+        return f"lora is a {type(lora).__name__}, not a {layer.__name__}"
+    own = lora.__dict__
+    factors = own["_parameters"]
+    if type(factors.get("A")) is not kind or type(factors.get("B")) is not kind:
+        return f"lora has an A or B that is not a {kind.__name__}"
+    if (why := hooks_of(own, 1)) is not None:  # its one pre-hook is layers._part_of_the_output
+        return f"lora {why}"
+    return None
+
+
 def hooks_of(own: dict[str, Any], expected_pre_hooks: int) -> str | None:
     """Say what is attached to a module that reading it would skip; None for nothing.
 

@@ -7,6 +7,7 @@ no (M, N) of memory. There is no copy of x, and none of it in A's dtype.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -14,9 +15,9 @@ from .backends import BACKENDS, choose, reference
 from .bases import hooks_of
 from .call import Call, LowRank
 from .checks import HALF, check_dropout
-from .dropout import draw_keep, scale_of
+from .dropout import draw_keep, drop, scale_of
 from .fp8 import call_fp8, is_fp8
-from .functional import cast_by_autocast, lora_delta, rows_of
+from .functional import adapted, cast_by_autocast, rows_of
 
 _PLAIN = (Tensor, Parameter)
 _PIECE = 1 << 17  # elements of y that are added to at a time: they stay in a core's cache
@@ -47,6 +48,45 @@ def call_base(base: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
 def _of_torchao(base: nn.Module) -> bool:
     weight = base._parameters.get("weight")
     return type(base) is nn.Linear and type(weight).__module__.startswith("torchao.")
+
+
+def lora_delta(
+    x: Tensor, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0, mask: str = "hash"
+) -> Tensor:
+    """Low-rank part alone: `scale * (x @ A @ B)`.
+
+    What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
+    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of torch.func
+    and torch.export get PyTorch's own products and gradient.
+
+    Args:
+        x: input, (..., in_features); a nested tensor too.
+        A: (in_features, rank).
+        B: (rank, out_features).
+        scale: factor of the product.
+        dropout: as `lora_linear` has it.
+        mask: as `lora_linear`'s `dropout_mask`.
+
+    Returns:
+        (..., out_features), in x's dtype (autocast's inside an autocast region).
+
+    """
+    plain = type(x) is Tensor and type(A) in _PLAIN and type(B) in _PLAIN and not x.is_nested
+    if plain and not torch._C._are_functorch_transforms_active():
+        return adapted(x, None, None, *_taken(A, B, x), scale, None, dropout, mask)
+    if dropout:
+        check_dropout(dropout, mask)
+        x, scale = drop(x, dropout), scale * scale_of(dropout)
+    # F.linear and not `@`: the same product, and defined on nested tensors too.
+    h = F.linear(x, A.to(x.dtype).T)
+    return scale * F.linear(h, B.to(x.dtype).T)
+
+
+def _taken(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B in dtypes that the kernels take next to x: x's, or float32 over halves."""
+    if A.dtype == B.dtype == torch.float32 and x.dtype in HALF:
+        return A, B
+    return A.to(x.dtype), B.to(x.dtype)
 
 
 def add_low_rank(
@@ -82,9 +122,7 @@ def add_low_rank(
         return y + lora_delta(x, A, B, scale, dropout=dropout, mask=mask).to(y.dtype)
     if torch.is_autocast_enabled(x.device.type):
         x, _, _, A, B = cast_by_autocast(x, None, None, A, B)
-    over_half = A.dtype == B.dtype == torch.float32 and x.dtype in HALF
-    if not over_half and (A.dtype, B.dtype) != (x.dtype, x.dtype):
-        A, B = A.to(x.dtype), B.to(x.dtype)
+    A, B = _taken(A, B, x)
     if dropout:
         check_dropout(dropout, mask)
         scale *= scale_of(dropout)

@@ -136,6 +136,13 @@ def check_hyperparameters(rank: Any, alpha: Any, scaling: Any) -> None:
         )
 
 
+def adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """Return the dtype of A and B over a base: torch's default where the kernels take it there."""
+    default = torch.get_default_dtype()
+    fits = default == base or (base in HALF and default == torch.float32)
+    return default if fits or not base.is_floating_point or base.itemsize == 1 else base
+
+
 def check_dropout(p: Any, mask: Any = "hash") -> None:
     """Raise TypeError or ValueError unless `p` is a probability and `mask` a way to draw."""
     if not isinstance(p, (int, float)) or isinstance(p, bool):

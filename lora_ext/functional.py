@@ -4,18 +4,16 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import BACKENDS, choose, reference
 from .call import Call, LowRank, Weight
 from .checks import HALF, check_arguments, check_dropout, fit
-from .dropout import draw_keep, drop, scale_of
+from .dropout import draw_keep, scale_of
 
 if TYPE_CHECKING:
     from .panels import Panels
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _NO_TRANSFORM = (
     "lora_linear has no rule for the transforms of torch.func (vmap, grad, jvp, ...): call a "
     "LinearWithLoRA, by torch.func.functional_call where the parameters are arguments"
@@ -241,41 +239,6 @@ def _differentiable_gradients(
     if dx is not None:
         dx = dx.view(x_shape)
     return dx, dweight, dbias, dA, dB, None
-
-
-def lora_delta(
-    x: Tensor, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0, mask: str = "hash"
-) -> Tensor:
-    """Low-rank part alone: `scale * (x @ A @ B)`.
-
-    What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
-    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of torch.func
-    and torch.export get PyTorch's own products and gradient.
-
-    Args:
-        x: input, (..., in_features); a nested tensor too.
-        A: (in_features, rank).
-        B: (rank, out_features).
-        scale: factor of the product.
-        dropout: as `lora_linear` has it.
-        mask: as `lora_linear`'s `dropout_mask`.
-
-    Returns:
-        (..., out_features), in x's dtype (autocast's inside an autocast region).
-
-    """
-    plain = type(x) is Tensor and type(A) in _PLAIN and type(B) in _PLAIN and not x.is_nested
-    if plain and not torch._C._are_functorch_transforms_active():
-        over_half = A.dtype == B.dtype == torch.float32 and x.dtype in HALF
-        if not over_half and (A.dtype, B.dtype) != (x.dtype, x.dtype):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-        return adapted(x, None, None, A, B, scale, None, dropout, mask)
-    if dropout:
-        check_dropout(dropout, mask)
-        x, scale = drop(x, dropout), scale * scale_of(dropout)
-    # F.linear and not `@`: the same product, and defined on nested tensors too.
-    h = F.linear(x, A.to(x.dtype).T)
-    return scale * F.linear(h, B.to(x.dtype).T)
 
 
 def cast_by_autocast(

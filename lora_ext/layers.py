@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .backends import NAMES
-from .bases import base_of, hooks_of, parameter_of, why_not_now
+from .bases import base_of, parameter_of, why_not_low, why_not_now
 from .call import Weight
-from .called import add_low_rank, call_base
+from .called import add_low_rank, call_base, lora_delta
 from .checks import (
     HALF,
     SCALINGS,
+    adapter_dtype,
     check_backend,
     check_dropout,
     check_hyperparameters,
     check_linear,
 )
 from .conv1d import sizes_of
-from .functional import adapted, lora_delta
+from .functional import adapted
 from .panels import Panels
 
 
@@ -160,13 +161,13 @@ class LinearWithLoRA(nn.Module):
         self.linear = cast(nn.Linear, linear)
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
         # Created on the default device, as the reference does it, and then moved: a seed gives the
-        # same A wherever the weight lies.
+        # same A wherever the weight is.
         self.lora = LoRALayer(
             *sizes_of(linear),
             rank,
             alpha,
             scaling=scaling,
-            dtype=_adapter_dtype(weight.dtype) if dtype is None else dtype,
+            dtype=adapter_dtype(weight.dtype) if dtype is None else dtype,
             device="meta" if weight.is_meta else None,
             dropout=dropout,
             dropout_mask=dropout_mask,
@@ -206,7 +207,7 @@ class LinearWithLoRA(nn.Module):
                 over_codes = self._why_not_over_codes(x)
         if type(weight) is str:
             return f"linear {weight}"
-        return _why_low(modules["lora"], Parameter) or why_not_now(x) or over_codes or weight
+        return why_not_low(modules["lora"], LoRALayer) or why_not_now(x) or over_codes or weight
 
     def _why_not_over_codes(self, x: Tensor) -> str | None:
         A = self.lora._parameters.get("A")
@@ -220,7 +221,7 @@ class LinearWithLoRA(nn.Module):
         """Call the linear, and add what the low-rank part gives."""
         y, fresh = call_base(self.linear, x)
         lora = self.lora
-        if _why_low(lora, Parameter) is not None or why_not_now(x) is not None:
+        if why_not_low(lora, LoRALayer) is not None or why_not_now(x) is not None:
             return y + lora(x).to(y.dtype)
         dropout = lora.dropout if lora.training else 0.0
         drawn: Any = {"dropout": dropout, "mask": lora.dropout_mask}
@@ -285,30 +286,12 @@ def why_composed(linear: nn.Module, lora: LoRALayer, *, kind: type = Parameter) 
     """
     if type(base := base_of(linear, kind=kind)) is str:
         return f"linear {base}"
-    return _why_low(lora, kind)
-
-
-def _why_low(lora: nn.Module, kind: type) -> str | None:
-    if type(lora) is not LoRALayer:
-        return f"lora is a {type(lora).__name__}, not a LoRALayer"
-    own = lora.__dict__
-    factors = own["_parameters"]
-    if type(factors.get("A")) is not kind or type(factors.get("B")) is not kind:
-        return f"lora has an A or B that is not a {kind.__name__}"
-    if (why := hooks_of(own, 1)) is not None:  # its one pre-hook is _part_of_the_output
-        return f"lora {why}"
-    return None
+    return why_not_low(lora, LoRALayer, kind=kind)
 
 
 def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
     """Yield (name, layer) for each LinearWithLoRA in the model, once each."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LinearWithLoRA))
-
-
-def _adapter_dtype(base: torch.dtype) -> torch.dtype:
-    default = torch.get_default_dtype()
-    fits = default == base or (base in HALF and default == torch.float32)
-    return default if fits or not base.is_floating_point or base.itemsize == 1 else base
 
 
 def _part_of_the_output(lora: nn.Module, args: Any) -> None:

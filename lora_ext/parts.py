@@ -32,6 +32,8 @@ def parts_of(layers: Sequence[nn.Module], x: Tensor) -> list[Part] | str:
     """Return the layers as data, or why one of them must be called by itself now."""
     if (why := why_not_now(x)) is not None:
         return why
+    if torch.jit.is_tracing():
+        return "torch.jit.trace takes no lists of tensors that may be None"
     if x.numel() < LEAST and not torch.is_grad_enabled():
         return "so small a call gains less than lists of operands cost"
     if torch.compiler.is_compiling():

@@ -13,17 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from . import grouped
-from .parts import parts_of
+from .dropout import draw_keep
+from .parts import Part, parts_of
 
 MOST_MISSES = 3  # times that siblings may be called in another way than before
+
+
+Place = tuple[int, int]  # a layer's index, and how often its module has called it before
 
 
 class Scope:
     """One call of the siblings' module: what is held for them, and what is seen while learning."""
 
     def __init__(self) -> None:
-        self.held: dict[int, tuple[Tensor, Mode, Tensor | None]] = {}
-        self.seen: list[tuple[int, Mode, Tensor | None, Tensor | None]] = []
+        self.held: dict[Place, tuple[Tensor, Run]] = {}
+        self.seen: list[tuple[Place, Mode, Tensor | None, Tensor | None]] = []
+        self._calls: dict[int, int] = {}
+
+    def place(self, index: int) -> Place:
+        """Count a call of a layer."""
+        nth = self._calls.get(index, 0)
+        self._calls[index] = nth + 1
+        return index, nth
 
 
 class Mode:
@@ -46,14 +57,52 @@ class Mode:
         return self.x is other.x and self.rest == other.rest
 
 
+class Run:
+    """Siblings computed together, and the random numbers that were drawn for them."""
+
+    def __init__(self, mode: Mode, places: Sequence[Place], parts: Sequence[Part]) -> None:
+        self.mode, self._places, self._parts = mode, places, parts
+        self._draws = any(part.dropout for part in parts)
+        self._asked = 1
+        self._before = _random_state(mode.x) if self._draws else None
+        self._after: Tensor | None = None
+
+    def drew(self) -> None:
+        """Note that the masks are drawn."""
+        self._after = _random_state(self.mode.x) if self._draws else None
+
+    def why_not(self, place: Place, mode: Mode) -> str | None:
+        """Say why a layer's result is not that of this call, as it would be alone."""
+        if not self.mode.is_of(mode):
+            return "got another tensor, or was in another mode"
+        if self._draws and self._places[self._asked] != place:
+            return "was called in another order"
+        if self._after is not None and not torch.equal(self._after, _random_state(mode.x)):
+            return "was called after something else drew random numbers"
+        self._asked += 1
+        return None
+
+    def give_back(self) -> None:
+        """Leave the generator as if the layers not asked for had not drawn, where that is known."""
+        if self._before is None or self._after is None:
+            return
+        x = self.mode.x
+        if torch.equal(self._after, _random_state(x)):
+            _set_random_state(x, self._before)
+            for part in self._parts[: self._asked]:
+                if part.dropout:
+                    draw_keep(x, part.dropout, part.mask)
+            self._before = None
+
+
 class Siblings:
     """Adapted linears of one module. All that is held is held by a call of that module."""
 
     def __init__(self, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
         self.names, self.layers = list(names), list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
-        self._runs: dict[int, tuple[int, ...]] = {}  # by the first: those of one x, in order
-        self._next: dict[int, tuple[int, ...]] | None = None  # the runs from some call on
+        self._runs: dict[Place, tuple[Place, ...]] = {}  # by the first: those of one x, in order
+        self._next: dict[Place, tuple[Place, ...]] | None = None  # the runs from some call on
         self._to_recompute = 0  # calls that a checkpoint will make again
         self._misses = 0
         self._tries = 0
@@ -62,7 +111,7 @@ class Siblings:
 
     def state(self) -> str:
         """Say what runs together, and why not if something does not."""
-        runs = " and ".join("+".join(self.names[i] for i in run) for run in self._runs.values())
+        runs = " and ".join("+".join(self.names[i] for i, _ in run) for run in self._runs.values())
         why = f"run alone where {self._why}" if self._why else ""
         if runs:
             return f"run {runs} together" + (f"; {why}" if why else "")
@@ -108,62 +157,70 @@ class Siblings:
         idle = not self._runs and not self.learning
         if idle or index is None or type(x) is not Tensor:
             return alone()
-        mode = Mode(x)
-        if (held := scope.held.pop(index, None)) is not None:
-            y, its_mode, drawn = held
-            if not its_mode.is_of(mode):
-                self._miss(f"{self.names[index]} got another tensor, or was in another mode", scope)
-                return alone()
-            if drawn is not None and not torch.equal(drawn, _random_state(x)):
-                self._miss("something else draws random numbers between them", scope)
-            return y
-        if (run := self._runs.get(index)) is not None:
-            layers = [self.layers[i] for i in run]
-            parts = parts_of(layers, x)
-            ys = parts if isinstance(parts, str) else grouped.run(x, parts)
-            if not isinstance(ys, str):
-                drawn = _random_state(x) if any(part.dropout for part in parts) else None  # type: ignore[union-attr]
-                scope.held |= {i: (y, mode, drawn) for i, y in zip(run[1:], ys[1:], strict=True)}
-                return ys[0]
-            self._why = ys
+        mode, place = Mode(x), scope.place(index)
+        if (held := scope.held.pop(place, None)) is not None:
+            y, run = held
+            if (why := run.why_not(place, mode)) is None:
+                return y
+            self._miss(f"{self.names[index]} {why}", scope, run)
+            return alone()
+        if (places := self._runs.get(place)) is not None:
+            first = self._run(scope, mode, places)
+            if first is not None:
+                return first
         if not self.learning:
             return alone()
         draws = self.layers[index].training
         before = _random_state(x) if draws else None
         y = alone()
-        scope.seen.append((index, mode, before, _random_state(x) if draws else None))
+        scope.seen.append((place, mode, before, _random_state(x) if draws else None))
         return y
+
+    def _run(self, scope: Scope, mode: Mode, places: Sequence[Place]) -> Tensor | None:
+        """Compute the layers of a run and hold all but the first; None where they run alone."""
+        parts = parts_of([self.layers[i] for i, _ in places], mode.x)
+        if isinstance(parts, str):
+            self._why = parts
+            return None
+        run = Run(mode, places, parts)
+        ys = grouped.run(mode.x, parts)
+        if isinstance(ys, str):
+            self._why = ys
+            return None
+        run.drew()
+        scope.held |= {place: (y, run) for place, y in zip(places[1:], ys[1:], strict=True)}
+        return ys[0]
 
     def end(self, scope: Scope) -> None:
         """Learn from a call of the module that returned."""
         if scope.held:
-            names = ", ".join(self.names[i] for i in scope.held)
-            self._miss(f"{names} was not called", scope)
+            names = ", ".join(self.names[i] for i, _ in scope.held)
+            *_, (_, run) = scope.held.values()
+            self._miss(f"{names} was not called", scope, run)
         elif scope.seen and self.learning:
             self._tries += 1
             self._learn(scope.seen)
 
-    def _learn(self, seen: list[tuple[int, Mode, Tensor | None, Tensor | None]]) -> None:
+    def _learn(self, seen: list[tuple[Place, Mode, Tensor | None, Tensor | None]]) -> None:
         """Find the runs: layers of one tensor in one mode, between which nothing else draws."""
-        runs: list[list[tuple[int, Mode, Tensor | None, Tensor | None]]] = []
+        runs: list[list[tuple[Place, Mode, Tensor | None, Tensor | None]]] = []
         why = "no two get the same tensor"
         for call in seen:
-            index, mode, before, _ = call
+            (index, _), mode, before, _ = call
             run = next((run for run in reversed(runs) if run[0][1].is_of(mode)), None)
-            if run is not None and any(index == other for other, *_ in run):
-                continue  # called twice: the second time alone
-            after = run[-1][3] if run else None
-            if run and (before is None or after is None or torch.equal(before, after)):
-                run.append(call)
-                continue
-            if run:
+            if run is not None and all(index != other for (other, _), *_ in run):
+                after = run[-1][3]
+                if before is None or after is None or torch.equal(before, after):
+                    run.append(call)
+                    continue
                 why = "something else draws random numbers between them"
             runs.append([call])
-        found = [tuple(index for index, *_ in run) for run in runs if len(run) > 1]
+        found = [tuple(place for place, *_ in run) for run in runs if len(run) > 1]
         self._next = {run[0]: run for run in found} or None
         self._why = None if found else why
 
-    def _miss(self, why: str, scope: Scope) -> None:
+    def _miss(self, why: str, scope: Scope, run: Run) -> None:
+        run.give_back()
         scope.held.clear()
         self._next, self._why = {}, why
         self._misses += 1
@@ -179,7 +236,15 @@ def _is_checkpointed() -> bool:
 
 
 def _random_state(x: Tensor) -> Tensor:
-    return torch.get_rng_state() if x.is_cpu else torch.cuda.get_rng_state(x.device)
+    """Return the state of the generator that dropout of x draws from; of one that has none, any."""
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+
+
+def _set_random_state(x: Tensor, state: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.set_rng_state(state, x.device)
+    else:
+        torch.set_rng_state(state)
 
 
 def parent_forward(module, siblings: Siblings, forward, args, kwargs):

@@ -23,7 +23,7 @@ from lora_ext.testing import Linear
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.gpu import interpreter
 
-    interpreter.mend()
+    interpreter.repair()
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ VARIANTS: dict[str, list[Backend]] = {
                 "backward": "two_launches",
                 "descriptors": True,
             },
+            "persistent": {"forward": "persistent"},
             "decode": {"forward": "decode"},
             "torch_base": {"forward": "torch_base", "backward": "torch_base"},
             "addmm": {"forward": "addmm", "backward": "addmm"},
@@ -162,7 +163,7 @@ def names_of_item(item: pytest.Item) -> set[str]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend that runs on --device, set up; new tensors lie there."""
+    """Each backend that runs on --device, set up; new tensors are there."""
     device = request.config.getoption("--device")
     on_device = contextlib.nullcontext() if device == "cpu" else torch.device(device)
     with request.param.around(), on_device:

@@ -15,6 +15,7 @@ from benchmarks.timing import peak_mib
 from lora_ext.backends import NAMES
 
 from .data import DemoError, require
+from .log import Log
 from .report import check_same_start, conditions, finish
 from .tasks import TASKS, Settings, Task
 from .train import HEAD_ONLY, OURS, PLAIN, Run, train_and_score
@@ -65,16 +66,18 @@ def compare(task: Task, out: Path, console: Any) -> None:
     base, batches = task.build(seed), task.batches(seed)
     kinds = [HEAD_ONLY, PLAIN, OURS] if task.modules_to_save else [PLAIN, OURS]
     runs = [Run(kind, task, base) for kind in kinds]
-    plain, ours = runs[-2:]
+    results = [run.result for run in runs]
+    log, (plain, ours) = Log(task, results, out, console), runs[-2:]
     check_same_start(plain.model, ours.model)
     console.print(conditions(ours, task.settings))
     for group in (runs[:-2], runs[-2:]):
-        train_and_score(group, task, batches, seed, console)
+        train_and_score(group, task, batches, seed, log)
+    log.stage("peak memory of a step, on the largest batch")
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     for run in runs:
         run.result.peak_mib = peak_mib(lambda run=run: run.backward(task, largest), "cpu")
         run.optimizer.zero_grad()
-    finish([run.result for run in runs], plain.result, ours, task, out, console)
+    finish(results, plain.result, ours, task, out, log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = None if sys.stdout.isatty() else 110
         console = Console(highlight=False, width=width, quiet=os.environ.get("RANK", "0") != "0")
         torch.set_num_threads(settings.threads)
+        console.print("reading the texts and the model")
         task = TASKS[settings.task](settings)
         console.print(f"[bold]{task.title}[/]")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -4,20 +4,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
 
 import lora_ext
+from benchmarks.plot import draw_steps
+from benchmarks.timing import interval
 
 from .data import DemoError
+from .log import Log
 from .tasks import Settings, Task
 from .train import ALPHA, OURS, PLAIN, RANK, Result, Run, use_backend
-
-COLORS, GREY = ("#d1702c", "#1f5fa8"), "#555555"  # of the plain layer and of ours
-ROUNDING = 1e-9  # shown instead of an exact zero, which a logarithmic axis can't show
-TOP = 2.5  # of the axes of times, over the median: one step that stalls would flatten all others
 
 
 class CheckFailed(DemoError):
@@ -88,6 +86,16 @@ def ratios(plain: Result, ours: Result) -> list[float]:
     return [p / o for p, o in zip(plain.step_ms, ours.step_ms, strict=True)]
 
 
+def trust(by_step: Sequence[float]) -> str:
+    """Return a line on how far the median of the steps' ratios can be trusted."""
+    ends = interval(by_step)
+    if ends is None:
+        return f"{len(by_step)} steps are too few to say how far the ratio of times can be trusted"
+    said = f"ratio of times: from {ends[0]:.2f} to {ends[1]:.2f} at 95 % confidence"
+    open_ = ends[0] <= 1 <= ends[1]
+    return said + ", so these steps don't tell which is faster" * open_
+
+
 def rows(results: Sequence[Result], base: Result, task: Task) -> list[list[str]]:
     """Return the table's rows: label, one cell for each run, plain over ours where it tells.
 
@@ -97,6 +105,8 @@ def rows(results: Sequence[Result], base: Result, task: Task) -> list[list[str]]
     plain, ours = by_name[PLAIN], by_name[OURS]
     gaps = {r.name: max(differences(base, r)) for r in (plain, ours) if r is not base}
     by_step = f"{median(ratios(plain, ours)):.2f}x"
+    if interval(ratios(plain, ours)) is None:
+        by_step += f" of {len(plain.step_ms)} steps"
     memory = f"{plain.peak_mib / ours.peak_mib:.2f}x" if plain.peak_mib and ours.peak_mib else ""
     made = []
     for label, values, shown, ratio in (
@@ -126,7 +136,7 @@ def conditions(run: Run, settings: Settings) -> str:
 
 
 def finish(
-    results: Sequence[Result], base: Result, whole: Run, task: Task, out: Path, console: Any
+    results: Sequence[Result], base: Result, whole: Run, task: Task, out: Path, log: Log
 ) -> None:
     """Print the table, draw the plot and save the adapter in the folder `out`, check all of it.
 
@@ -138,7 +148,8 @@ def finish(
     """
     from rich.table import Table
 
-    settings, by_name = task.settings, {result.name: result for result in results}
+    settings, console = task.settings, log.console
+    by_name = {result.name: result for result in results}
     plain, ours = by_name[PLAIN], by_name[OURS]
     table = Table("")
     for heading in (*by_name, "plain / ours"):
@@ -146,9 +157,12 @@ def finish(
     for cells in rows(results, base, task):
         table.add_row(*cells)
     console.print(table)
+    console.print(trust(ratios(plain, ours)))
+    log.stage("plot")
     picture, adapter = (out / f"{settings.task}{end}" for end in (".png", "-adapter.safetensors"))
-    save_plot(plain, ours, picture, f"{task.title}\n{conditions(whole, settings)}")
+    draw_steps(plain, ours, picture, f"{task.title}\n{conditions(whole, settings)}")
     console.print(f"plot {picture}", soft_wrap=True)
+    log.stage("checks: the losses, and the adapter loaded into a fresh model")
     for compared in (plain, ours):
         if compared is not base:
             console.print(check_losses(base, compared, task.loss_bound))
@@ -157,44 +171,4 @@ def finish(
     if not settings.quick and settings.steps is None and not task.learned(ours.before, ours.after):
         scores = [task.shown.format(score) for score in (ours.before, ours.after)]
         raise CheckFailed(f"{task.metric} went from {' to '.join(scores)}: it has not learned")
-    console.print("[green]all checks passed[/]")
-
-
-def save_plot(plain: Result, ours: Result, path: Path, title: str) -> None:
-    """Write a PNG: losses and their difference on the left, step times and their ratio right."""
-    # Figure and canvas by themselves: no pyplot, so no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 5.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    panels = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
-    (losses, times), (gaps, quotients) = panels
-    steps = range(1, len(plain.losses) + 1)
-    # The curves lie on each other: a broad line under a thin one shows both.
-    for run, color, width, marker in zip((plain, ours), COLORS, (5, 1.5), "os", strict=True):
-        style = {"color": color, "alpha": 0.7}
-        losses.plot(steps, run.losses, linewidth=width, label=run.name, **style)
-        label = f"{run.name}, median {median(run.step_ms):.0f} ms"
-        times.plot(steps, run.step_ms, marker, markersize=4, label=label, **style)
-    times.set_ylim(0, TOP * median(plain.step_ms))
-    shown = [max(gap, ROUNDING) for gap in differences(plain, ours)]
-    gaps.semilogy(steps, shown, color=GREY)
-    gaps.set_ylim(ROUNDING, max(1e-5, 3 * max(shown)))
-    by_step = ratios(plain, ours)
-    quotients.plot(steps, by_step, ".", color=GREY)
-    quotients.axhline(1, color="black", linewidth=0.8)
-    quotients.set_ylim(0, TOP * median(by_step))
-    names = ("training loss (nats)", "time of a step (ms)", "|difference|\n(nats)", "plain / ours")
-    for axes, name in zip(panels.flat, names, strict=True):
-        axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-    for above, below in panels.T:
-        below.set_xlabel("step")
-        # Above the axes, where no point can lie under it.
-        above.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
-    figure.savefig(path, dpi=150)
+    log.stage("all checks passed")

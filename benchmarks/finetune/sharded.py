@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from .log import Log
 from .report import check_same_loss, check_same_start, conditions, finish
 from .tasks import Batch, Task
 from .train import OURS, PLAIN, Run, train_and_score
@@ -90,18 +91,19 @@ def compare_sharded(task: Task, out: Path, console: Any) -> None:
     one.result.name = f"{OURS}, 1 process"
     plain, ours = (ShardedRun(kind, task, base) for kind in (PLAIN, OURS))
     check_same_start(plain.model, ours.model)
+    results = [run.result for run in (plain, ours, one)]
+    log = Log(task, results, out, console)
     console.print(f"FSDP2 over {dist.get_world_size()} processes (gloo)")
     console.print(conditions(one, task.settings))
-    train_and_score([plain, ours], task, batches, seed, console)
+    train_and_score([plain, ours], task, batches, seed, log)
     loss, trained, rank = task.held_out_loss(ours.model), ours.trained(), dist.get_rank()
     dist.destroy_process_group()
     if rank > 0:
         return
-    train_and_score([one], task, batches, seed, console)
+    train_and_score([one], task, batches, seed, log)
     for run in (plain, ours, one):
         run.result.rank_mib = local_mib(run)
     whole = Run(OURS, task, base)
     whole.model.load_state_dict(trained, strict=False)
     check_same_loss(whole.model, loss, task, "gathered from the ranks")
-    results = [run.result for run in (plain, ours, one)]
-    finish(results, one.result, whole, task, out, console)
+    finish(results, one.result, whole, task, out, log)

@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext import testing
 
+from .log import Log
 from .tasks import Batch, Task
 
 RANK, ALPHA = 8, 16.0
@@ -110,21 +110,25 @@ def train_in_lockstep(
 
 
 def train_and_score(
-    runs: Sequence[Run], task: Task, batches: Sequence[Batch], seed: int, console: Any
+    runs: Sequence[Run], task: Task, batches: Sequence[Batch], seed: int, log: Log
 ) -> None:
     """Score the runs, train them in lockstep under a progress bar, and score them again."""
     from rich.progress import Progress
 
     names = " and ".join(run.result.name for run in runs)
-    with Progress(console=console) as progress:
+    log.stage(f"{names}: {task.metric} before")
+    for run in runs:
+        run.result.before = task.score(run.model)
+    log.stage(f"{names}: {len(batches)} training steps")
+    with Progress(console=log.console) as progress:
         bar = progress.add_task(names, total=len(batches))
 
         def advance() -> None:
             losses = "  ".join(f"{run.result.losses[-1]:.4f}" for run in runs)
             progress.update(bar, advance=1, description=f"{names}, loss {losses}")
+            log.save()
 
-        for run in runs:
-            run.result.before = task.score(run.model)
         train_in_lockstep(runs, task, batches, seed, advance)
-        for run in runs:
-            run.result.after = task.score(run.model)
+    log.stage(f"{names}: {task.metric} after")
+    for run in runs:
+        run.result.after = task.score(run.model)

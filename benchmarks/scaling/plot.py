@@ -39,7 +39,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             axes.set_axisbelow(True)
-    for axes in panels[:, -1]:  # of both columns, where no bar can lie under it
+    for axes in panels[:, -1]:  # of both columns, where no bar is under it
         axes.get_legend().set_visible(True)
     figure.supxlabel(_caption(document), fontsize=7, color="#555555", x=0.01, ha="left")
     figure.savefig(path, dpi=110)

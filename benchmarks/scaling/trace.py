@@ -62,7 +62,7 @@ class Trace:
     """One rank's step.
 
     Attributes:
-        memory: bytes of each of KINDS: `weights` (frozen) and `adapters` as they lie sharded,
+        memory: bytes of each of KINDS: `weights` (frozen) and `adapters` as they are sharded,
             `gradients` and `optimizer` of the adapters, `activations` that are kept between forward
             and backward; with them `gathered`, parameters whole at the end of the forward, and
             `peak`, the most that is held at any time, all of it included.

@@ -24,7 +24,7 @@ BUILD_CUDA = f"with a CUDA torch and a CUDA toolkit (nvcc): LORA_EXT_BUILD=cuda 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, Parameter)
 Needs = tuple[bool, bool, bool, bool, bool]
-# The overload and not the packet, which would choose it anew at each call (1 us).
+# The overload and not the packet, which would choose it again at each call (1 us).
 _FWD = torch.ops.lora_ext.linear_fwd.default
 _BWD = torch.ops.lora_ext.linear_bwd.default
 _FWD_GROUP = torch.ops.lora_ext.linears_fwd.default
@@ -113,7 +113,9 @@ def load_cuda() -> str | None:
         return f"torch {torch.__version__} is not built for CUDA, lora_ext._cuda is"
     if _not_loaded is None:
         built = import_module("lora_ext._C").build_info()["cuda"].split()[0]
-        if built != "none" and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        if built == "none":
+            return f"the library lora_ext._cuda is there, but not of the last build; {BUILD_CUDA}"
+        if built.split(".")[0] != torch.version.cuda.split(".")[0]:
             return (
                 f"the library lora_ext._cuda is built for CUDA {built}, torch "
                 f"{torch.__version__} for {torch.version.cuda}; {BUILD_CUDA}"

@@ -138,7 +138,7 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = 
         dropout_mask: how lora_dropout draws its mask in training: "torch" as PEFT does, so that
             under a seed a CPU run has PEFT's own masks and generator state; "hash" from a drawn
             seed, which is faster. Compiled code draws masks of its own either way, as PEFT's does.
-        groups: run q, k and v, and gated MLPs, as one operation each: `lora_ext.group_`.
+        groups: run q, k and v, and MLPs, as one operation each: `lora_ext.group_`.
 
     Returns:
         The layers accelerated, those left with the reason, and how each adapter would run, active

@@ -3,7 +3,7 @@
     y = base(x) + sum over the active adapters of  lora_B(lora_A(dropout(x))) * scaling
     x (..., in), lora_A.weight (rank, in), lora_B.weight (out, rank), y (..., out)
 
-Judged anew at each call, because adapters, hooks and weights may change between two.
+Judged again at each call, because adapters, hooks and weights may change between two.
 """
 
 from typing import Any, NamedTuple

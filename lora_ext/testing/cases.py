@@ -1,4 +1,4 @@
-"""The problems: a case says what is multiplied and how it lies in memory; its inputs are drawn."""
+"""The problems: a case says what is multiplied and how it is stored; its inputs are drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ DTYPES = [(FP32, None), (BF16, None), (FP16, None), (FP64, None), (BF16, FP32), 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem: x (lead..., K), weight (N, K), rank R, and how the tensors lie in memory.
+    """A problem: x (lead..., K), weight (N, K), rank R, and how the tensors are stored.
 
     Attributes:
         lead: leading dimensions of x; () for a vector.

@@ -15,7 +15,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from lora_ext.backends import triton as backend
-from lora_ext.backends.triton import cards, forward_launches, tuning
+from lora_ext.backends.triton import cards, launches, tuning
 from lora_ext.backends.triton.regimes import REGIMES
 from tests.gpu.codegen import StandInDriver
 
@@ -39,7 +39,7 @@ def stand_in(with_triton: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(where, name, value))
         if not with_triton:
             stack.enter_context(
-                mock.patch.object(forward_launches, "launch", lambda kernel, grid, arguments: None)
+                mock.patch.object(launches, "launch", lambda kernel, grid, arguments: None)
             )
         yield
 

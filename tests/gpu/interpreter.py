@@ -1,7 +1,7 @@
-"""Mends Triton's interpreter (3.6 to 3.8), so that it computes what a GPU would, and sooner.
+"""Repairs Triton's interpreter (3.6 to 3.8), so that it computes what a GPU would, and sooner.
 
 Its bfloat16 is uint16 to NumPy: `tl.dot` multiplies the bit patterns, and a cast from float32 cuts
-the low half off instead of rounding to the nearest. And it patches `triton.language` anew for each
+the low half off instead of rounding to the nearest. And it patches `triton.language` again for each
 call of a device function: nearly half of its time in kernels made of small functions. A third of
 the rest goes into building the same few types and shapes for every value.
 """
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 
 @functools.cache
-def mend() -> None:
+def repair() -> None:
     """Replace the interpreter's cast and dot where bfloat16 is involved. Once a process."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton import cards, forward_launches, tuning
+from lora_ext.backends.triton import cards, launches, tuning
 from lora_ext.backends.triton.backward_launches import Backward
 from lora_ext.backends.triton.forward_launches import Forward
 from lora_ext.backends.triton.regimes import REGIMES
@@ -25,6 +25,7 @@ BASE_KERNELS = (
     "lora_linear_decode_kernel",
     "lora_linear_fwd_kernel",
     "lora_linear_fwd_in_loop_kernel",
+    "lora_linear_fwd_persistent_kernel",
     "lora_linear_bwd_dx_kernel",
 )
 N = K = 4096
@@ -115,7 +116,7 @@ def tile_label(tile) -> str:
 
 
 @cache
-def launches(family: str, dtypes: str) -> list[tuple[str, Launch]]:
+def distinct(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     """Return a label and the launch for each different kernel that the problems end in."""
     found: dict[str, tuple[str, Launch]] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +129,7 @@ def launches(family: str, dtypes: str) -> list[tuple[str, Launch]]:
                 key = repr((kernel.__name__, kinds))
                 found.setdefault(key, (label, (kernel, grid, arguments)))
 
-            patch.setattr(forward_launches, "launch", record)
+            patch.setattr(launches, "launch", record)
             run()
     return list(found.values())
 
@@ -148,7 +149,7 @@ def specialised(argument: object, param: Any) -> object:
 
 def inspect(family: str, types: str, index: int) -> Inspected:
     """Compile one launch and read it."""
-    tile, (kernel, grid, options) = launches(family, types)[index]
+    tile, (kernel, grid, options) = distinct(family, types)[index]
     rows = options["BLOCK_M"]
     wide = 0
     if DTYPES[types].loops:
@@ -220,10 +221,10 @@ QUICK = ("sm_90", "bf16-R16")
 )
 def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeypatch):
     """No spills, shared memory that is there, no atomic sums, matrix units fed by wide loads."""
-    # Compiled anew whatever the machine has compiled before, and only read here.
+    # Compiled again whatever the machine has compiled before, and only read here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
-    rows = [inspect(family, types, index) for index in range(len(launches(family, types)))]
+    rows = [inspect(family, types, index) for index in range(len(distinct(family, types)))]
     print(f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops")
     for row in rows:
         print(f"{row} {family:7} {row.figures()}")

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_ext.backends.triton import cards, forward_launches, mask
+from lora_ext.backends.triton import cards, launches, mask
 from lora_ext.dropout import draw_bits, pack_bits
 from tests.conftest import Backend
 from tests.gpu import codegen
@@ -89,7 +89,7 @@ def test_rows_past_2_to_the_31_elements_are_drawn_and_packed(kernels, monkeypatc
             )
             kernel[(1,)](**arguments)
 
-    monkeypatch.setattr(forward_launches, "launch", last_program)
+    monkeypatch.setattr(launches, "launch", last_program)
     drawn = mask.draw_keep(seed, rows, cols, p)
     first = rows // 32 * 32
     for row in range(first, rows):
@@ -113,7 +113,7 @@ def launches_of(run) -> list:
     """Return what a function launches, as meta tensors."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_launches, "launch", lambda *launch: found.append(launch))
+        patch.setattr(launches, "launch", lambda *launch: found.append(launch))
         run()
     return found
 

@@ -165,7 +165,7 @@ def test_what_is_left_has_its_reason(model):
     )
 
 
-def test_a_second_call_starts_anew(model):
+def test_a_second_call_starts_again(model):
     prepack_(model)
     model[0].backend = "reference"
     report = prepack_(model)

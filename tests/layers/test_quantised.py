@@ -13,7 +13,7 @@ from lora_ext import (
     replace_linear_with_lora,
     save_adapter,
 )
-from lora_ext.functional import lora_delta
+from lora_ext.called import lora_delta
 from lora_ext.testing import Case, make_inputs
 from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from tests.layers.test_inject import names_of

@@ -223,7 +223,7 @@ def test_what_a_group_does_not_take_goes_by_single_layers(spoil):
         return
     ys = lora_linears(x, layers)
     torch.set_rng_state(state)
-    assert all(map(torch.equal, ys, [layer(x) for layer in layers]))
+    assert_same(ys, [layer(x) for layer in layers])
 
 
 def test_more_layers_than_a_product_has_legs():

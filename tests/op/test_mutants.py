@@ -42,7 +42,7 @@ def refused(linear: Linear, cases: list[Case] = CASES) -> str | None:
 
 
 def changed(path: str, *changes: tuple[str, str]) -> ModuleType:
-    """Return a module of lora_ext with lines of its source changed, beside the real one."""
+    """Return a module of lora_ext with lines of its source changed, next to the real one."""
     source = (FOLDER / path).read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{path} has {old!r} {source.count(old)} times: fix the test"

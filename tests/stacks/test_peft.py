@@ -113,7 +113,7 @@ def test_saved_and_loaded_through_peft(tmp_path, calls):
 
 
 def test_adapters_are_switched_merged_and_disabled(calls):
-    """Each step beside a PEFT model that is led through the same."""
+    """Each step next to a PEFT model that is led through the same."""
     ours, theirs = make(), make()
     accelerate(ours)
     models = (ours, theirs)

@@ -1,6 +1,7 @@
 """The demo's parts that need no model: data, arguments, messages, table, plot, checks."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -162,23 +163,11 @@ def test_rows_show_every_measure_with_its_unit():
     got = {label.strip(): cells for label, *cells in rows}
     assert got["accuracy after"] == ["0.900", "-", "-", ""]
     # By step, where the half of the run was slow for both.
-    assert got["time a step, median (ms)"] == ["100.0", "11.0", "5.5", "2.00x"]
+    assert got["time a step, median (ms)"] == ["100.0", "11.0", "5.5", "2.00x of 4 steps"]
     assert got["peak memory of a step (MiB)"] == ["-", "300", "200", "1.50x"]
     assert got["loss difference to plain LoRA"] == ["-", "-", "2.5e-01", ""]
     assert got["of all"] == ["1.00%", "0.00%", "0.00%", ""]
     assert "parameters and optimizer a rank (MiB)" not in got
-
-
-@need("matplotlib")
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("longest_ms", [200.0, 9000.0], ids=["even", "one step stalls"])
-def test_save_plot_writes_a_png(tmp_path, longest_ms):
-    path = tmp_path / "made.png"
-    times_ms = [longest_ms, 100.0, 100.0]
-    results = [made_result(name, [1.0, 0.5, 0.2], times_ms) for name in ("plain", "ours")]
-    report.save_plot(*results, path, "title\nconditions")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
 
 
 @pytest.fixture
@@ -242,9 +231,41 @@ def test_a_whole_run_prints_draws_and_saves(tmp_path, capsys, monkeypatch):
     assert command.main(["--seed", "1", "--threads", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     measures = "time a step, median (ms)", "peak memory of a step (MiB)"
-    for text in ("head only", *measures, "losses agree over 4 steps", "all checks passed"):
+    stages = [
+        f"plain LoRA and lora_ext: {what}" for what in ("accuracy before", "4 training steps")
+    ]
+    checked = "losses agree over 4 steps", "4 steps are too few to say", "all checks passed"
+    for text in ("head only", *stages, *measures, *checked):
         assert out.count(text) >= 1, text
-    assert {path.name for path in tmp_path.iterdir()} == {"sms.png", "sms-adapter.safetensors"}
+    names = {"sms.json", "sms.png", "sms-adapter.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@need("rich", "transformers")
+def test_a_run_that_is_cut_leaves_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "sms", Toy)
+    step, taken = train.Run.step, []
+
+    def cut_in_the_ninth(run, *arguments):  # 4 of the head, then plain and ours in turn
+        taken.append(run.result.name)
+        if len(taken) == 9:
+            raise KeyboardInterrupt
+        step(run, *arguments)
+
+    monkeypatch.setattr(train.Run, "step", cut_in_the_ninth)
+    assert command.main(["--threads", "1", "--out", str(tmp_path)]) == 130
+    document = json.loads((tmp_path / "sms.json").read_text())
+    by_name = {run["name"]: run for run in document["runs"]}
+    assert document["stage"] == "plain LoRA and lora_ext: 4 training steps"
+    assert [len(run["losses"]) for run in by_name.values()] == [4, 2, 2]
+    assert by_name["head only"]["after"] is not None is by_name["lora_ext"]["after"]
+
+
+def test_trust_says_when_it_is_open_which_is_faster():
+    assert "too few to say" in report.trust([1.1] * 5)
+    clear, unclear = report.trust([1.1, 1.2] * 5), report.trust([0.9, 1.2] * 5)
+    assert "from 1.10 to 1.20 at 95 %" in clear and "don't tell" not in clear
+    assert "don't tell which is faster" in unclear
 
 
 @need("rich", "transformers", "matplotlib")

@@ -1,6 +1,7 @@
 """The plots of the benchmarks: which panels a set of runs gives, and that they can be drawn."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,3 +69,14 @@ def test_means_have_a_line_for_each_machine_and_dtype(tmp_path):
     runs = [made_run(GRIDS["cpu"]["standard"], mode) for mode in ("fwd", "fwd_bwd")]
     plot.draw_means(runs, tmp_path / "means.png")
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("longest_ms", [200.0, 9000.0], ids=["even", "one step stalls"])
+def test_steps_are_drawn(tmp_path, longest_ms):
+    path = tmp_path / "made.png"
+    of_each = {"losses": [1.0, 0.5, 0.2], "step_ms": [longest_ms, 100.0, 100.0]}
+    results = [SimpleNamespace(name=name, **of_each) for name in ("plain", "ours")]
+    plot.draw_steps(*results, path, "title\nconditions")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_ext import __main__ as report
+from lora_ext import gains
 from lora_ext.backends import BACKENDS, NAMES, cpp
 from tests.conftest import small_call
 
@@ -28,7 +29,9 @@ def tables(text: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
+    monkeypatch.setattr(gains, "SECONDS", 0.0)
+
     def run(*arguments: str, status: int = 0) -> dict[str, dict[str, str]]:
         assert report.main(arguments) == status
         return tables(capsys.readouterr().out)
@@ -100,6 +103,45 @@ def test_what_is_expected_has_to_run(run, monkeypatch):
         run("--expect", "mkl")
 
 
+def test_the_gain_is_measured_and_what_would_help_is_named(run, monkeypatch):
+    monkeypatch.setenv("LORA_EXT_CPU_ISA", "avx2")
+    text = run()
+    (measured,) = (rows for title, rows in text.items() if title.startswith("plain layer's time"))
+    for dtype in ("float32", "bfloat16"):
+        ratio, low, high = map(
+            float,
+            re.match(
+                r"([\d.]+)x \(([\d.]+) to ([\d.]+)\): plain [\d.]+ ms", measured[dtype]
+            ).groups(),
+        )
+        assert 0 < low <= ratio <= high
+    help_ = text["what would make it faster"]
+    assert help_["instruction-set"] == "unset LORA_EXT_CPU_ISA, which holds the kernels to avx2"
+
+
+def test_without_the_extension_the_command_that_builds_it_is_named(run, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(BACKENDS["cpp"], "unsupported", lambda call: "not built")
+    text = run()
+    assert "--no-build-isolation -e ." in text["what would make it faster"]["C++-kernels"]
+    (routes,) = (rows for title, rows in text.items() if title.startswith("whose product"))
+    assert all(routes[dtype].startswith("PyTorch's") for dtype in ("float32", "bfloat16"))
+
+
+@pytest.mark.parametrize(("threads", "cpus", "said"), [(1, 8, True), (4, 8, False), (9, 8, True)])
+def test_threads_that_do_not_fit_the_cpus_are_named(monkeypatch, threads, cpus, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(gains.os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    helps = dict(gains.hints({"cpu": {"cpp": "not built"}}))
+    assert ("threads" in helps) == said
+
+
+def test_a_gpu_without_kernels_is_told_what_they_lack():
+    reasons = {"triton": "needs a C compiler", "cpp": "not built", "reference": None}
+    helps = list(gains.hints({"cpu": {"cpp": "not built"}, "cuda": reasons}))
+    assert ("GPU kernels", "triton: needs a C compiler") in helps
+
+
 @pytest.fixture
 def no_answers_kept():
     """Ask again about the CUDA library, and forget the answers."""
@@ -126,7 +168,7 @@ def test_cuda_library_next_to_a_torch_for_the_cpu_is_named(monkeypatch, no_answe
     )
 
 
-@pytest.mark.parametrize("built", ["12.8 for 8.0 9.0 and PTX", "13.0 for 8.0"])
+@pytest.mark.parametrize("built", ["12.8 for 8.0 9.0 and PTX", "13.0 for 8.0", "none"])
 def test_cuda_library_of_another_major_version_is_named(monkeypatch, no_answers_kept, built):
     extension = SimpleNamespace(build_info=lambda: {"cuda": built})
     loaded = []
@@ -140,6 +182,9 @@ def test_cuda_library_of_another_major_version_is_named(monkeypatch, no_answers_
         assert why is None and loaded == ["_cuda.so"]
         return
     assert not loaded
+    if built == "none":  # left over from an earlier build
+        assert why.startswith("the library lora_ext._cuda is there, but not of the last build")
+        return
     assert why.startswith("the library lora_ext._cuda is built for CUDA 12.8, torch ")
     assert f"torch {torch.__version__} for 13.2; with a CUDA torch" in why
 

@@ -3,8 +3,10 @@
     common.py             what the kernels share: loads, dropout's mask, products, the epilogue
     forward_kernels.py    kernels of y and h, those for few rows too
     backward_kernels.py   kernels of the gradients
+    persistent_kernels.py kernels of y and dx that take tile after tile, from sm_90 on
     cards.py              what is known of a card: its limits, its speeds, its tile sizes
     regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
+    launches.py           what launches share: operands, options, the launch itself
     forward_launches.py   the launches of each forward regime
     backward_launches.py  the launches of each backward regime
     mask.py               dropout's mask as bits: kernels and launches

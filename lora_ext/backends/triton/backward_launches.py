@@ -13,7 +13,7 @@ from .. import reference
 from . import cards
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card, Tile
-from .forward_launches import (
+from .launches import (
     Launch,
     base_operands,
     bits_of,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 KIB = 1024
+_BY_WARPGROUP = ("sm_90", "sm_100")  # matrix instructions of 64 rows and 4 warps
 # Dense matrix FLOPs a clock and SM (CU on AMD): (half, tf32, fp32 without matrix units).
 _FLOPS_PER_CLOCK = {
     "sm_80": (2048, 1024, 128),
@@ -77,6 +78,27 @@ class Card:
         """Whether tensor descriptors load by a copy engine (TMA) here."""
         return self.interpreted or self.family in ("sm_90", "sm_100", "sm_120")
 
+    @property
+    def persists(self) -> bool:
+        """Whether the persistent regime runs here: TMA, and room for a launch next to its own."""
+        return self.interpreted or self.family in _BY_WARPGROUP
+
+    @property
+    def joins(self) -> bool:
+        """Whether its second launch can start while the first one runs."""
+        return self.persists and not self.interpreted
+
+    def join_options(self, R: int) -> dict[str, Any]:
+        """Return the options of a launch that joins the one before it.
+
+        Its programs leave registers for the first launch's, which would else be waited for: what
+        a program of 128 threads and 40 registers asks for. A larger rank has none to leave.
+        """
+        options: dict[str, Any] = {"DEPENDENT": self.joins}
+        if self.joins:
+            options |= {"launch_pdl": True, "maxnreg": 232 if R <= 32 else 255}
+        return options
+
     def flops_per_us(self, kind: str) -> float:
         """Dense FLOPs a microsecond that a good kernel reaches, for kind half, tf32 or fp32."""
         a_clock = _FLOPS_PER_CLOCK[self.family][("half", "tf32", "fp32").index(kind)]
@@ -113,8 +135,9 @@ class Tile:
         block_k: elements of the summed dimension a step.
         warps: warps a program.
         stages: depth of the load pipeline.
-        max_r: largest BLOCK_R with which h fits beside the accumulator (regime in_loop).
+        max_r: largest BLOCK_R with which h fits next to the accumulator (regime in_loop).
         descriptors: loads x and weight by tensor descriptors.
+        group_m: tiles of rows in a band, see common.tile_of.
 
     """
 
@@ -125,6 +148,7 @@ class Tile:
     stages: int
     max_r: int = 64
     descriptors: bool = False
+    group_m: int = 8
 
     def options(self, *, w_transposed: bool = False) -> dict[str, Any]:
         """Return the options by which every kernel around a base product gets its tile.
@@ -137,7 +161,7 @@ class Tile:
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
-            "GROUP_M": 8,
+            "GROUP_M": self.group_m,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -218,7 +242,6 @@ _GEMM = {
 _TF32 = (Tile(64, 64, 32, 4, 3),)
 # Large enough to be quick where a program costs 10 ms, small enough for the tests to cross.
 _INTERPRETER = (Tile(64, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2, descriptors=True))
-_BY_WARPGROUP = ("sm_90", "sm_100")  # matrix instructions of 64 rows and 4 warps
 
 
 def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
@@ -226,6 +249,30 @@ def gemm_tiles(card: Card, kind: str) -> tuple[Tile, ...]:
     if card.interpreted:
         return _INTERPRETER
     return {"half": _GEMM[card.family], "tf32": _TF32, "fp32": ()}[kind]
+
+
+# With bands of 16 tiles a wave of 128x256 reads 17 MB of x and as much of weight; with bands of 8,
+# 8 and 34. Ranks above 64 spill next to the wide tile.
+_PERSISTENT = {
+    "sm_90": (
+        Tile(128, 256, 64, 8, 3, descriptors=True, group_m=16),
+        Tile(128, 128, 64, 8, 4, max_r=128, descriptors=True, group_m=16),
+    ),
+    "sm_100": (Tile(128, 128, 64, 8, 4, max_r=128, descriptors=True, group_m=16),),
+}
+
+
+def persistent_tiles(card: Card, kind: str, R: int) -> tuple[Tile, ...]:
+    """Return the tiles of programs that stay for the tiles of a base product."""
+    if card.interpreted:
+        return (Tile(32, 64, 64, 4, 2, max_r=128, descriptors=True, group_m=2),)
+    tiles = _PERSISTENT.get(card.family, ()) if kind == "half" else ()
+    return tuple(tile for tile in tiles if R <= tile.max_r)
+
+
+def persistent_r(card: Card, R: int) -> int:
+    """Return the ranks at a time of a persistent epilogue: on sm_100 64 next to 4 parts spill."""
+    return block_r(R, EPILOGUE_R if card.family == "sm_100" else MAX_BLOCK_R)
 
 
 def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
@@ -252,15 +299,19 @@ def delta_tile(card: Card) -> Tile:
     return Tile(64, 128, 32, 8, 2 if card.family == "gfx942" else 3)
 
 
-def shrink_tile(card: Card, kind: str, M: int) -> Tile:
-    """Return the tile for h = x @ A; its columns are BLOCK_R."""
+def shrink_tile(card: Card, kind: str, M: int, *, joined: bool = False) -> Tile:
+    """Return the tile for h = x @ A; its columns are BLOCK_R.
+
+    `joined`: with shared memory left for a program of the next launch on the same SM.
+    """
     if card.interpreted:
         return Tile(64, 0, 32, 4, 2)
     block_m = 16 if M <= 16 else 64
     if kind != "half":
         return Tile(block_m, 0, 32, 4, 2)
     warps = 4 if card.family in _BY_WARPGROUP or M <= 16 else 8
-    return Tile(block_m, 0, 64, warps, 2 if card.family == "gfx942" else 4)
+    stages = 2 if card.family == "gfx942" else 3 if joined else 4
+    return Tile(block_m, 0, 64, warps, stages)
 
 
 def dy_tile(card: Card, kind: str, M: int) -> Tile:

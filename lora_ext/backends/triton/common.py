@@ -75,7 +75,7 @@ def store_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Store what of `tile` lies inside (rows, cols), in the matrix's dtype."""
+    """Store what of `tile` is inside (rows, cols), in the matrix's dtype."""
     offs, inside = offsets(row, col, rows, cols, stride_row, stride_col, BLOCK_ROWS, BLOCK_COLS)
     tl.store(matrix + offs, tile.to(matrix.dtype.element_ty), mask=inside)
 

@@ -6,6 +6,7 @@ else.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .common import (
     add_bias,
@@ -150,6 +151,7 @@ def lora_shrink_kernel(
     R: tl.constexpr,
     STRIDE_AK: tl.constexpr,
     STRIDE_AR: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,8 +160,11 @@ def lora_shrink_kernel(
     """h[s] = (keep * x)[:, part s of K] @ a[part s of K]; what reads h sums the parts in order.
 
     x (M, K), a (K, R), h (splits, M, R) contiguous. Program (i, j, s): the tile
-    (BLOCK_M, BLOCK_R) at (i, j) of part s, in a float32 accumulator.
+    (BLOCK_M, BLOCK_R) at (i, j) of part s, in a float32 accumulator. JOINED: the next launch may
+    start at once; it waits for h by itself.
     """
+    if JOINED:
+        gdc_launch_dependents()
     m0 = tl.program_id(0) * BLOCK_M
     r0 = tl.program_id(1) * BLOCK_R
     s = tl.program_id(2)

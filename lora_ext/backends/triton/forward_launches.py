@@ -4,8 +4,7 @@ A regime is planned once for all calls of the same sizes, strides and dtypes: it
 one of them and returns another function, which takes any of them, allocates and launches.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,16 @@ from .forward_kernels import (
     lora_linear_fwd_kernel,
     lora_shrink_kernel,
 )
+from .launches import (
+    Launch,
+    base_operands,
+    bits_of,
+    fresh,
+    loop_factor,
+    split_scale,
+    strides,
+)
+from .persistent_kernels import lora_linear_fwd_persistent_kernel
 from .regimes import Problem, decode_splits
 
 _SUM_N = 128  # columns of y that a program of decode's second launch sums
@@ -90,6 +99,38 @@ def two_launches(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         x, w = operands(call.x, call.weight.T)
         scale, power = split_scale(call.scale, y.dtype)
         finish(x=x, w=w, bias=call.bias, b=call.B, h=parts, h_out=h, y=y, scale=scale, power=power)
+        return y, h
+
+    return run
+
+
+def persistent(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
+    """Launch h, and with it, on the same SMs, programs that stay for the tiles of y."""
+    M, K, N, R = p.M, p.K, p.N, p.R
+    shrink = Shrink(call, p, card, joined=card.joins)
+    operands, options = base_operands(call.weight.T, tile)
+    rounded, strides_b = loop_factor(call.B, call.x.dtype, tile)
+    y_box = [tile.block_m, tile.block_n // 2]
+    kernel = Launch(
+        lora_linear_fwd_persistent_kernel,
+        (min(card.sms, _tiles(M, N, tile)),),
+        **dict(M=M, N=N, K=K, R=R, SPLITS=shrink.splits, PROGRAMS=card.sms),
+        BLOCK_R=cards.persistent_r(card, R),
+        **strides("stride_b", "rn", strides_b),
+        **(card.product_options(p.kind, call.x.dtype) | card.join_options(R)),
+        **options,
+    )
+
+    def run(call: Forward) -> tuple[Tensor, Tensor]:
+        y, h = fresh(call.x, M, N), fresh(call.x, M, R)
+        b = rounded(call.B)  # not between the launches: the second joins the one before it
+        parts = shrink(call)
+        x, w = operands(call.x, call.weight.T)
+        scale, power = split_scale(call.scale, y.dtype)
+        kernel(
+            x=x, w=w, bias=call.bias, b=b, h=parts, h_out=h,
+            y=TensorDescriptor.from_tensor(y, y_box), scale=scale, power=power,
+        )  # fmt: skip
         return y, h
 
     return run
@@ -182,12 +223,14 @@ def plain(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
 class Shrink:
     """h = (keep * x) @ A in float32, planned: (splits, M, R), to be summed by what reads it.
 
-    Splits K until there is a program for each SM, in parts of at least 4 steps.
+    Splits K until there is a program for each SM, in parts of at least 4 steps. `joined`: the next
+    launch may start while it runs.
     """
 
-    def __init__(self, call: Forward, p: Problem, card: Card):
+    def __init__(self, call: Forward, p: Problem, card: Card, *, joined: bool = False):
         M, K, R = p.M, p.K, p.R
-        tile, block_r = cards.shrink_tile(card, p.kind, M), cards.block_r(R)
+        tile = cards.shrink_tile(card, p.kind, M, joined=joined)
+        block_r = cards.block_r(R)
         tiles_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         self.M, self.R = M, R
         self.rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
@@ -195,7 +238,7 @@ class Shrink:
         self.kernel = Launch(
             lora_shrink_kernel,
             (tiles_m, blocks_r, self.splits),
-            **dict(M=M, K=K, R=R, splits=self.splits),
+            **dict(M=M, K=K, R=R, splits=self.splits, JOINED=joined),
             **dict(BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r),
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_x", "mk", call.x.stride()),
@@ -213,7 +256,7 @@ class Shrink:
 
 def _finish(
     call: Forward, p: Problem, tile: Tile, card: Card, splits: int, **options: Any
-) -> "Launch":
+) -> Launch:
     """Plan the launch that fills y, or adds to it (BASE_DONE), from `splits` parts of h."""
     M, K, N, R = p.M, p.K, p.N, p.R
     return Launch(
@@ -226,11 +269,6 @@ def _finish(
     )
 
 
-def fresh(like: Tensor, *shape: int) -> Tensor:
-    """Return memory of a tensor's dtype and device: `like.new_empty` takes three times as long."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
 def _tiles(M: int, N: int, tile: Tile) -> int:
     return triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
 
@@ -241,64 +279,3 @@ def _base_strides(call: Forward) -> dict[str, int]:
         strides("stride_b", "rn", call.B.stride()),
     )
     return strides("stride_x", "mk", call.x.stride()) | w | b
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Launch a kernel: the one place all launches pass, for the tests to look in."""
-    kernel[grid](**arguments)
-
-
-class Launch:
-    """A kernel and everything of its launch but the tensors and the factors."""
-
-    def __init__(self, kernel: Any, grid: tuple[int, ...], **fixed: Any):
-        self.kernel, self.grid, self.fixed = kernel, grid, fixed
-
-    def __call__(self, **arguments: Any) -> None:
-        """Launch it with the rest of its arguments."""
-        launch(self.kernel, self.grid, arguments | self.fixed)
-
-
-def strides(prefix: str, dims: str, both: Sequence[int] | None) -> dict[str, int]:
-    """Return strides under the kernels' names: "stride_x", "mk" for stride_xm and stride_xk."""
-    return {prefix + dim: stride for dim, stride in zip(dims, both or (0, 0), strict=True)}
-
-
-def base_operands(w: Tensor, tile: Tile) -> tuple[Callable[[Tensor, Tensor], Any], dict[str, Any]]:
-    """Return what turns x and w (K, N) into a base product's operands, and its options."""
-    if not tile.descriptors:
-        return lambda x, w: (x, w), tile.options()
-    x_box, transposed = [tile.block_m, tile.block_k], w.stride(1) != 1
-    w_box = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-
-    def described(x: Tensor, w: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-        w = w.T if transposed else w
-        return TensorDescriptor.from_tensor(x, x_box), TensorDescriptor.from_tensor(w, w_box)
-
-    return described, tile.options(w_transposed=transposed)
-
-
-def loop_factor(
-    factor: Tensor, dtype: torch.dtype, tile: Tile
-) -> tuple[Callable[[Tensor], Tensor], Sequence[int]]:
-    """Return what makes A or B an operand of the products in a loop, and its strides then.
-
-    Matrix instructions of 64 rows read it from shared memory, in x's dtype. Rounded in the loop, a
-    float32 one would keep each step waiting for the one before: it is rounded once, by PyTorch.
-    """
-    if factor.dtype == dtype or tile.block_m < 64:
-        return lambda factor: factor, factor.stride()
-    return lambda factor: factor.to(dtype), factor.to(dtype).stride()
-
-
-def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Return (factor of h, power of two for the rest), see common.add_low_rank."""
-    if dtype != torch.float16:
-        return scale, 1.0
-    mantissa, exponent = math.frexp(scale)
-    return mantissa, math.ldexp(1.0, exponent)
-
-
-def bits_of(keep: Tensor | None) -> Tensor | None:
-    """Return the bytes that tuning.words_of took."""
-    return None if keep is None else keep.view(torch.uint8)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import offsets
-from .forward_launches import Launch
+from .launches import Launch
 
 # Columns of a program: enough rows share the hash of a column, 20 operations in place of 8.
 _ROWS, _COLS = 32, 1024

@@ -19,6 +19,7 @@ from .cards import Card, Tile
 # without the paired-SM instructions that cuBLAS has.
 GEMM_EFFICIENCY = {"sm_100": 0.7}
 DEFAULT_EFFICIENCY = 0.95
+PERSISTENT_EFFICIENCY = {"sm_90": 0.96, "sm_100": 0.7}  # loads go on during an epilogue
 
 
 class Bytes(NamedTuple):
@@ -45,7 +46,7 @@ class Problem:
         adapter_size: bytes an element of A and of B.
         has_bias: whether a forward adds one.
         descriptors: whether tensor descriptors can describe both operands of the base product.
-        masked: whether dropout's mask lies on x.
+        masked: whether dropout's mask is on x.
         needs: which of dx, dA and dB a backward returns.
 
     """
@@ -81,6 +82,7 @@ class Kernel:
     """What one launch moves and computes; `tiles` of it run one an SM (0: as many as fit).
 
     `cached` bytes are scratch that one launch writes and the next reads, small enough for L2.
+    `joined`: the next one runs at the same time, and waits for it only where its work ends.
     """
 
     bytes: int
@@ -88,6 +90,7 @@ class Kernel:
     tiles: int = 0
     efficiency: float = 1.0
     cached: int = 0
+    joined: bool = False
 
     def time_us(self, card: Card, kind: str) -> float:
         """Return its time: the longer of bytes and FLOPs, and a launch.
@@ -102,8 +105,20 @@ class Kernel:
 
 
 def time_us(kernels: list[Kernel], card: Card, kind: str) -> float:
-    """Return the time of kernels one after the other."""
-    return sum(kernel.time_us(card, kind) for kernel in kernels)
+    """Return the time of kernels one after the other, of joined ones at once."""
+    return sum(kernel.time_us(card, kind) for kernel in together(kernels))
+
+
+def together(kernels: list[Kernel]) -> list[Kernel]:
+    """Return kernels with what a joined one moves and computes added to the next one's."""
+    found: list[Kernel] = []
+    first = Kernel(0, 0)
+    for kernel in kernels:
+        whole = replace(kernel, bytes=first.bytes + kernel.bytes, flops=first.flops + kernel.flops)
+        first = whole if kernel.joined else Kernel(0, 0)
+        if not kernel.joined:
+            found.append(whole)
+    return found
 
 
 def bytes_of(kernels: list[Kernel]) -> int:
@@ -151,6 +166,17 @@ def _two_launches(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     of = p.bytes
     moved = of.x + of.weight + of.bias + of.B + of.parts + of.h + of.y
     return [_shrink(p), _base(p, tile, card, moved, p.K, p.N)]
+
+
+def _persistent(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
+    return _stay(_two_launches(p, tile, card), card)
+
+
+def _stay(kernels: list[Kernel], card: Card) -> list[Kernel]:
+    """Two launches, the second one of programs that stay, joined to the first."""
+    first, base = kernels
+    efficiency = PERSISTENT_EFFICIENCY.get(card.family, DEFAULT_EFFICIENCY)
+    return [replace(first, joined=True), replace(base, efficiency=efficiency)]
 
 
 def _torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
@@ -251,6 +277,12 @@ def _in_loop_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return tuple(t for t in _gemm_tiles(p, card) if p.R <= t.max_r)
 
 
+def _persistent_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
+    """Those for a result that a descriptor can describe too."""
+    can = p.descriptors and card.persists and p.N * p.size % 16 == 0
+    return cards.persistent_tiles(card, p.kind, p.R) if can else ()
+
+
 def _decode_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return cards.decode_tiles(card, p.kind, p.M) if p.M <= card.few_rows else ()
 
@@ -290,6 +322,9 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "in_loop": Regime(_in_loop_tiles, _in_loop),
         # h = x @ A, split over K where rows are few; then the base product with h at hand.
         "two_launches": Regime(_gemm_tiles, _two_launches),
+        # The same two at the same time: programs that stay for tile after tile, and wait for h
+        # after the first one's base product.
+        "persistent": Regime(_persistent_tiles, _persistent),
         # Two launches with the base product split over K too, for few rows.
         "decode": Regime(_decode_tiles, _decode),
         # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.

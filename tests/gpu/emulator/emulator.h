@@ -3,7 +3,7 @@
 // is decided by a seed, for the worst: the order of threads, and when an asynchronous copy is done.
 //
 // - Between two barriers one warp runs as far as it can before the next one starts, in an order
-//   drawn anew at each barrier; so what a missing barrier would have kept apart is far apart.
+//   drawn again at each barrier; so what a missing barrier would have kept apart is far apart.
 // - A copy is done where it is issued or, as often, as late as its group allows.
 // - Shared memory is NaN before a block starts, and no larger than the launch asks for.
 // - A warp-wide instruction that not all 32 lanes reach, a barrier that not all threads reach and a
