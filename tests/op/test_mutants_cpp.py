@@ -103,8 +103,8 @@ MUTANTS = {
     ),
     "last_block_of_the_sums_alone": (
         "cpu/product.h",
-        "after(k, col));\n      }\n      addend = {sum, ld};",
-        "after(k, col));\n      }\n      addend = {};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
     ),
     "last_leg_alone": (
         "cpu/product.h",
@@ -287,6 +287,21 @@ MUTANTS = {
         "cols, !masked);",
         "cols, false);",
     ),
+    "carried_part_without_scale": (
+        "cpu/product.h",
+        "sums_.get(), words_, scale, nullptr, false",
+        "sums_.get(), words_, 1, nullptr, false",
+    ),
+    "carried_part_at_every_block": (
+        "cpu/product.h",
+        "k + leg_.step < depth ? Along<P>{} : along",
+        "along",
+    ),
+    "carried_part_of_the_first_rows": (
+        "cpu/product.h",
+        "low_.left.block(row, 0, rows",
+        "low_.left.block(0, 0, rows",
+    ),
     "edge_columns_not_summed": (
         "cpu/multiply_impl.h",
         "scale * sum + start;",
@@ -415,9 +430,9 @@ def lowered_avx512(target: Path) -> Path:
     change(target / "cpu/isa.cpp", has, "true", times=4)
     # Each dtype through products of our own, where PyTorch's are the faster ones on AVX-512.
     table = target / "cpu/route.cpp"
-    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d, (\d+), (\d+), (true|false), .*\},'
+    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d(, \d+){3}, (true|false), .*\},'
     table.write_text(
-        re.sub(line, r"\1, false, 0, 2, 4, false, kNever, kNever, kNever},", table.read_text())
+        re.sub(line, r"\1, false, 0, 2, 20, 4, false, kNever, kNever, kNever},", table.read_text())
     )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
