@@ -7,8 +7,8 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
-.PHONY: install demo test test-all test-long mutants bench readme-results gpu-check lint docs wheel \
-  wheel-check clean
+.PHONY: install demo test test-all test-long mutants coverage install-matrix bench readme-results \
+  gpu-check lint docs wheel wheel-check pefts-suite clean
 
 install: $(INSTALLED)
 
@@ -39,7 +39,7 @@ test test-all: install
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
 	  -p tests.gpu.emulated_cuda --backends cpp \
-	  -k "not hopper or many_blocks or tile or threads or a_mask"
+	  -k "not own_base or many_blocks or tile or threads or a_mask"
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000
@@ -53,15 +53,30 @@ test-long: install
 	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
 	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
 
+# PEFT's own tests of LoRA and DoRA with `accelerate` on everywhere: pip downloads them.
+pefts-suite: install
+	$(RUN) -m tests.stacks.pefts_suite $(ARGS)
+
 # Faults made by rule; fails if one survives. ARGS="--parts files,call --count 40 --seed 1".
 mutants: install
 	$(RUN) -m tests.tools.mutants $(ARGS)
+
+# Lines of lora_ext that `make test`'s first job does not run; tests/README.md says why.
+coverage: install
+	$(RUN) -m pip install --quiet "coverage>=7.10" pytest-cov
+	OMP_WAIT_POLICY=passive $(PYTEST) -m "not slow" --cov=lora_ext \
+	  --cov-report=term-missing:skip-covered $(ARGS)
+
+# A row for each thing that can be missing or odd, a build in an odd path, and other torches:
+# ARGS="--torches torch==2.11.0 torch==2.13.0" downloads them.
+install-matrix: install
+	$(RUN) -m tests.tools.install_matrix --build $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks.bench_linear --device cpu $(ARGS)
 
 readme-results: install
-	$(RUN) -m benchmarks.readme $(ARGS)
+	$(RUN) -m docs.results $(ARGS)
 
 # For a CUDA machine; NO_VENV=1 takes PYTHON as it is and no network. OUT: where results go.
 OUT ?= benchmarks/results

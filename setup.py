@@ -29,6 +29,8 @@ OLDEST_GCC = 12  # __builtin_shufflevector, _Float16 in C++, __builtin_cpu_suppo
 # No -march: each kernel file names the instruction set it is compiled for.
 CXX_FLAGS = "-O3 -g0 -std=c++20 -Wall -fvisibility=hidden -ffp-contract=fast".split()
 CXX_FLAGS += ["-fno-math-errno"]
+CUDA_LIBRARY = "lora_ext._cuda"
+BUILT_CUDA = "LORA_EXT_BUILT_CUDA"  # the macro by which lora_ext._C tells what _cuda was built with
 SHARED = ["csrc/call.cpp", "csrc/checks.cpp"]  # by both extensions
 
 
@@ -68,6 +70,8 @@ def builder(kernels: Callable[[Path], Path] | None = None, required: bool = Fals
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExtensions(BuildExtension):
+        failed: set[str] = set()
+
         def finalize_options(self) -> None:
             # pip would take a new folder each time, and a wheel compile what an install has.
             if self.build_temp is None:
@@ -76,41 +80,41 @@ def builder(kernels: Callable[[Path], Path] | None = None, required: bool = Fals
             super().finalize_options()
 
         def build_extensions(self) -> None:
-            for ext in [e for e in self.extensions if e.name == "lora_ext._cuda"]:
-                folder = Path(self.build_temp, ext.name).resolve()
-                try:  # before _C, which tells what it was built with
-                    ext.extra_objects = [str(kernels(folder))]
-                except (OSError, subprocess.CalledProcessError) as error:
-                    if required:
-                        raise
-                    print(f"lora_ext: the CUDA kernels are not built: {error}", flush=True)
-                    self.extensions.remove(ext)
-                    for other in self.extensions:
-                        other.define_macros = [*other.define_macros[:-1], built_cuda("none")]
+            # _cuda before _C, which tells whether there is one.
+            self.extensions.sort(key=lambda ext: ext.name != CUDA_LIBRARY)
             super().build_extensions()
+            self.extensions[:] = [ext for ext in self.extensions if ext.name not in self.failed]
 
         def build_extension(self, ext: Extension) -> None:
             # A folder each: both compile SHARED, with macros of their own.
             of_all, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
-            super().build_extension(ext)
-            self.build_temp = of_all
+            try:
+                if ext.name == CUDA_LIBRARY:
+                    ext.extra_objects = [str(kernels(Path(self.build_temp).resolve()))]
+                super().build_extension(ext)
+            except Exception as error:  # nvcc's, the C++ compiler's, ninja's or the linker's
+                if required or ext.name != CUDA_LIBRARY:
+                    raise
+                print(f"lora_ext: the CUDA kernels are not built: {error}", flush=True)
+                self.failed.add(ext.name)
+                for other in self.extensions:
+                    kept = [macro for macro in other.define_macros if macro[0] != BUILT_CUDA]
+                    other.define_macros = [*kept, (BUILT_CUDA, '"none"')]
+            finally:
+                self.build_temp = of_all
 
     return BuildExtensions
 
 
 def cpu_extension(cuda: str) -> Extension:
     """Return lora_ext._C, which tells with what CUDA the other one was built."""
-    return extension("lora_ext._C", [*find("*.cpp"), *find("cpu/*.cpp")], [built_cuda(cuda)])
-
-
-def built_cuda(cuda: str) -> tuple[str, str]:
-    """Return the macro by which lora_ext._C tells that."""
-    return "LORA_EXT_BUILT_CUDA", f'"{cuda}"'
+    macros = [(BUILT_CUDA, f'"{cuda}"')]
+    return extension("lora_ext._C", [*find("*.cpp"), *find("cpu/*.cpp")], macros)
 
 
 def cuda_extension(nvcc: str) -> Extension:
     """Return lora_ext._cuda, a library that registers operators; the CUDA runtime is inside it."""
-    result = extension("lora_ext._cuda", [*SHARED, *find("cuda/*.cpp")])
+    result = extension(CUDA_LIBRARY, [*SHARED, *find("cuda/*.cpp")])
     result.define_macros.append(("USE_CUDA", None))  # torch's headers then declare its streams
     # Nothing of torch's Python, and no other copy of the runtime.
     result.libraries = ["c10", "torch", "torch_cpu", "torch_cuda", "cudart_static", "dl", "rt"]

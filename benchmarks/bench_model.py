@@ -3,6 +3,7 @@
 Forward, loss, backward and AdamW on the CPU. All start from the same adapters; their losses over
 three steps must agree before a row is printed, with --dropout under the same masks. DoRA is held
 to peft's DoRA. Compiled code draws masks of its own, so with --dropout its losses are not held.
+The provider "base" trains biases in place of LoRA: what no LoRA layer can be faster than.
 """
 
 import argparse

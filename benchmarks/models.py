@@ -173,6 +173,18 @@ def with_lora(
     return build
 
 
+def with_biases(work: Work, dropout: float = 0.0) -> Step:
+    """Return the floor: linears with a bias trained in place of LoRA, so the base and dx alone."""
+    model = _frozen_copy(work.model)
+    for name, _, _ in list(adapters(model, work.adapted)):
+        linear = model.get_submodule(name)
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        linear.bias = nn.Parameter(bias.detach().clone())
+    step = Step(work, model)
+    step.held = False  # it trains another thing
+    return step
+
+
 def with_peft(*, dora: bool = False, then: Callable[[nn.Module], Any] = lambda _: None):
     """Return a provider: peft's LoRA or DoRA on the same linears, and `then` called."""
 
@@ -221,6 +233,14 @@ def _group(recompute: str) -> Callable[[nn.Module], Any]:
     return lambda model: lora_ext.group_(model, recompute=recompute)
 
 
+def _group_and_compile_loss(model: Any) -> None:
+    """Run groups, and the loss over the vocabulary by the compiler: one tensor of logits less."""
+    if not hasattr(model, "loss_function"):
+        raise Unavailable("the model has no loss function of its own")
+    lora_ext.group_(model)
+    model.loss_function = torch.compile(model.loss_function)
+
+
 MODELS: dict[str, Callable[[torch.dtype], Work]] = {
     "minilm": minilm,
     "gpt2": gpt2,
@@ -232,6 +252,7 @@ MODELS: dict[str, Callable[[torch.dtype], Work]] = {
 }
 OURS, PLAIN = lora_ext.replace_linear_with_lora, testing.replace_linear_with_lora
 PROVIDERS: dict[str, Callable[..., Step]] = {
+    "base": with_biases,
     "plain": with_lora(PLAIN),
     "compile": with_lora(PLAIN, compiled=True),
     "peft": with_peft(),
@@ -242,6 +263,7 @@ PROVIDERS: dict[str, Callable[..., Step]] = {
     "accelerated_groups": with_peft(then=_accelerate(groups=True)),
     "grouped": with_lora(OURS, then=_group("act")),
     "grouped_all": with_lora(OURS, then=_group("all")),  # keeps x alone
+    "grouped_loss_compile": with_lora(OURS, then=_group_and_compile_loss),
     "peft_dora": with_peft(dora=True),
     "accelerated_dora": with_peft(dora=True, then=_accelerate()),
 }

@@ -135,7 +135,10 @@ def draw_means(runs: Sequence[dict[str, Any]], path: Path) -> None:
         at, mean = lines.index((machine_of(run), row["dtype"])) + shift, geometric_mean(gains) or 0
         axes.plot([min(gains), max(gains)], [at, at], color=color, linewidth=2, alpha=0.35)
         axes.plot(mean, at, "o", color=color, label=label)
-        axes.annotate(f"{mean:.2f}x", (mean, at), (0, 6), textcoords="offset points", fontsize=7)
+        above = 5 if shift < 0 else -12  # where the other mode's line is not
+        axes.annotate(
+            f"{mean:.2f}x", (mean, at), (0, above), textcoords="offset points", fontsize=7
+        )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")

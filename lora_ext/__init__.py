@@ -5,7 +5,7 @@ from .adapters import load_adapter, lora_state_dict, save_adapter
 from .adapters_peft import load_peft_adapter, save_peft_adapter
 from .explain import explain
 from .functional import lora_linear
-from .gated_mlp import lora_gated_mlp
+from .gated_mlp import lora_gated_mlp, lora_mlp
 from .group import group_, ungroup_
 from .grouped import lora_linears
 from .inject import mark_only_lora_as_trainable, merge_, replace_linear_with_lora, unmerge_
@@ -24,6 +24,7 @@ __all__ = [
     "load_adapter",
     "load_peft_adapter",
     "lora_gated_mlp",
+    "lora_mlp",
     "lora_linear",
     "lora_linears",
     "lora_state_dict",

@@ -3,7 +3,7 @@
     hidden = act(gate) * up
     d_up = d_hidden * act(gate)      d_gate = d_hidden * up * act'(gate)
 
-The C++ kernels have the same in one pass (csrc/cpu/act_impl.h).
+The C++ kernels have the same in one pass (csrc/cpu/act_impl.h). Without a gate, hidden = act(up).
 """
 
 from collections.abc import Callable
@@ -39,6 +39,12 @@ ACTS = {
         lambda g: F.relu(g).square(),
         lambda da, g, out: torch.mul(da, F.relu(g).mul_(2), out=out),
     ),
+}
+
+_relu_backward = _ATEN.threshold_backward.grad_input
+# Of an MLP without a gate.
+UNGATED = ACTS | {
+    "relu": Act(F.relu, lambda da, g, out: _relu_backward(da, g, 0, grad_input=out)),
 }
 
 

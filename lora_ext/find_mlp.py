@@ -1,25 +1,40 @@
-"""Gated MLPs in a model: modules whose own forward is `down(act(gate(x)) * up(x))`, on a probe."""
+"""MLPs in a model: modules that compute `down(act(gate(x)) * up(x))` or `down(act(up(x)))`.
 
+Their own forward must show it on a probe. Dropout may follow `down`, or stand anywhere while it is
+off.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import gated_mlp
-from .acts import ACTS
+from .acts import ACTS, UNGATED
+from .gated_mlp import Formula
 from .parts import is_adapted, part_of, parts_of
 from .quantised_linear import QuantisedLinear
 
 _LINEARS = (nn.Linear, QuantisedLinear)
 
 
-class GatedMLP:
-    """A module that is `down(act(gate(x)) * up(x))`: the names of its linears, and `act`."""
+class MLP:
+    """A module that is an MLP: the names of its linears, and what is between and after them."""
 
-    def __init__(self, first: tuple[str, ...], down: str, act: str, recompute: str) -> None:
-        self.first, self.down, self.act, self.recompute = first, down, act, recompute
+    def __init__(self, first: tuple[str, ...], down: str, formula: Formula) -> None:
+        self.first, self.down, self.formula = first, down, formula
+        self.recompute = "act"
+        self.dropout: str | None = None  # an nn.Dropout after `down`
+        self.off: list[str] = []  # nn.Dropout modules elsewhere
         self.children: dict[str, int] = {}  # of the module when it was probed
         self._why: str | None = None
+
+    @property
+    def act(self) -> str:
+        """The activation, a name of acts.UNGATED."""
+        return self.formula.act
 
     def state(self) -> str:
         """Say whether it runs as one operation."""
@@ -31,18 +46,21 @@ class GatedMLP:
         if {name: id(child) for name, child in children.items()} != self.children:
             self._why = "its parts are others than those that were probed"
             return None
+        if any(children[name].training and children[name].p for name in self.off):
+            self._why = "dropout is on between its linears"
+            return None
         parts = parts_of([children[name] for name in (*self.first, self.down)], x)
         y: Any = parts
         if not isinstance(parts, str):
-            y = gated_mlp.run(x, parts[:-1], parts[-1], self.act, self.recompute)
+            y = gated_mlp.run(x, parts[:-1], parts[-1], self.formula, self.recompute)
         if isinstance(y, str):
             self._why = y
             return None
-        return y
+        return y if self.dropout is None else children[self.dropout](y)
 
 
-def mlp_forward(module, mlp: GatedMLP, forward, args, kwargs):
-    """Run a gated MLP as one operation, or by its own forward."""
+def mlp_forward(module, mlp: MLP, forward, args, kwargs):
+    """Run an MLP as one operation, or by its own forward."""
     if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
         y = mlp.call(module, args[0])
         if y is not None:
@@ -50,65 +68,100 @@ def mlp_forward(module, mlp: GatedMLP, forward, args, kwargs):
     return forward(module, *args, **kwargs)
 
 
-def find_gated_mlp(parent: nn.Module, recompute: str = "act") -> GatedMLP | str:
-    """Return a module's gated MLP if it provably is one; else why not, "" for nothing like it."""
+def find_mlp(parent: nn.Module, recompute: str = "act") -> MLP | str:
+    """Return a module's MLP if it provably is one; else why not, "" for nothing like it."""
     children: dict[str, Any] = {n: m for n, m in parent._modules.items() if m is not None}
     linears = {n: m for n, m in children.items() if is_adapted(m) or type(m) in _LINEARS}
-    by_sizes = {name: (m.in_features, m.out_features) for name, m in linears.items()}
-    if len(linears) == 3:
-        downs = [n for n, (K, N) in by_sizes.items() if list(by_sizes.values()).count((N, K)) == 2]
-    else:
-        downs = [
-            n for n, (K, _) in by_sizes.items() if any(2 * K == N for _, N in by_sizes.values())
-        ]
-    if len(linears) not in (2, 3) or len(downs) != 1 and len(set(by_sizes.values())) > 1:
+    candidates = list(_candidates({n: (m.in_features, m.out_features) for n, m in linears.items()}))
+    if not candidates:
         return ""
-    others = [m for n, m in children.items() if n not in linears]
+    drops = {n: m for n, m in children.items() if type(m) is nn.Dropout}
+    others = [m for n, m in children.items() if n not in linears and n not in drops]
     if len(others) > 1 or parent._parameters or parent._buffers:
-        return "it has more parts than the linears and the activation of a gated MLP"
+        return "it has more parts than the linears and the activation of an MLP"
     if any(next(m.parameters(), None) is not None for m in others):
         return "its activation has parameters"
-    for down in downs or list(linears):
-        first = [name for name in linears if name != down]
-        orders = [tuple(first), tuple(reversed(first))] if len(first) == 2 else [tuple(first)]
-        for order in orders:
-            act = _act_on_probe(parent, [linears[n] for n in order], linears[down])
-            if act in ACTS:
-                mlp = GatedMLP(order, down, act, recompute)
-                mlp.children = {name: id(child) for name, child in parent._modules.items()}
-                return mlp
-    return act or "its forward is not that of a gated MLP on a probe"
+    why = ""
+    for first, down, gated in candidates:
+        layers = [linears[name] for name in (*first, down)]
+        # Dropout that is on shows whether it comes last. If not, it must be off.
+        for dropout in [*drops] * (len(drops) == 1) + [None]:
+            with _probability(drops.values(), 0.5 if dropout else 0.0):
+                act = _act_on_probe(parent, layers, gated, drops.get(dropout or ""))
+            if act not in UNGATED:
+                why = act or why
+                continue
+            mlp = MLP(first, down, Formula(act, gated))
+            mlp.recompute, mlp.dropout = recompute, dropout
+            mlp.off = [name for name in drops if name != dropout]
+            mlp.children = {name: id(child) for name, child in parent._modules.items()}
+            return mlp
+    return why or "its forward is not that of an MLP on a probe"
 
 
-def _act_on_probe(parent: nn.Module, first: list[nn.Module], down: nn.Module) -> str:
+def _candidates(
+    sizes: dict[str, tuple[int, int]],
+) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """Yield what linears of these sizes, (in, out), may be: the first ones, down, and if gated."""
+    for down, (K, _) in sizes.items():
+        first = [name for name in sizes if name != down]
+        widths = [sizes[name][1] for name in first]
+        if len({sizes[name][0] for name in first}) != 1:
+            continue
+        if widths == [K, K]:
+            yield tuple(first), down, True
+            yield tuple(reversed(first)), down, True
+        elif widths == [2 * K]:
+            yield tuple(first), down, True
+        elif widths == [K]:
+            yield tuple(first), down, False
+
+
+@contextmanager
+def _probability(drops: Iterable[nn.Dropout], p: float) -> Iterator[None]:
+    before = [(module, module.p) for module in drops]
+    try:
+        for module, _ in before:
+            module.p = p
+        yield
+    finally:
+        for module, own in before:
+            module.p = own
+
+
+def _act_on_probe(
+    parent: nn.Module, layers: list[nn.Module], gated: bool, dropout: nn.Module | None
+) -> str:
     """Return the activation with which the formula gives what the module does; or why none.
 
     On small and on large values, which a clamp would show, in eval and in training, where the order
-    of the layers' random numbers shows as well.
+    of the layers' random numbers shows as well. `layers` ends with `down`.
     """
-    like = _like(first[0])
+    like = _like(layers[0])
     if like.is_meta:
         return "its weights are on meta"
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, first[0].in_features, generator=generator).to(like)  # type: ignore[call-overload]
+    probe = torch.randn(3, layers[0].in_features, generator=generator).to(like)  # type: ignore[call-overload]
     modules = list(parent.modules())
     before = [module.training for module in modules]
     devices = [like.device] if like.is_cuda else []
     try:
         for module in modules:
             module.training = True  # some quantised bases are read in training alone
-        for part in (part_of(layer, probe) for layer in (*first, down)):
+        for part in (part_of(layer, probe) for layer in layers):
             if isinstance(part, str):
                 return part
         with torch.no_grad(), torch.random.fork_rng(devices):
-            acts = list(ACTS)
+            acts = list(ACTS if gated else UNGATED)
             for training in (False, True):
                 for module in modules:
                     module.training = training
                 for x in (probe, 30 * probe):
                     _seed(x.device)
                     want = parent.forward(x)
-                    acts = [act for act in acts if _gives(want, x, first, down, act)]
+                    acts = [
+                        act for act in acts if _gives(want, x, layers, Formula(act, gated), dropout)
+                    ]
     except Exception as error:  # what a module of another kind makes of the probe
         return f"its forward does not take one tensor ({type(error).__name__})"
     finally:
@@ -138,13 +191,17 @@ def _seed(device: torch.device) -> None:
             torch.cuda.manual_seed(0)
 
 
-def _gives(want: Any, x: Tensor, first: list[nn.Module], down: nn.Module, act: str) -> bool:
+def _gives(
+    want: Any, x: Tensor, layers: list[nn.Module], formula: Formula, dropout: nn.Module | None
+) -> bool:
     _seed(x.device)
-    ys = [layer(x) for layer in first]
-    gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
-    got = down(ACTS[act].value(gate) * up)
+    *first, down = layers
+    got = down(formula.of([layer(x) for layer in first]))
+    got = got if dropout is None else dropout(got)
     if not isinstance(want, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
         return False
     # Half dtypes round more than two activations differ.
     exact = got.dtype in (torch.float16, torch.bfloat16)
-    return torch.equal(got, want) or (not exact and torch.allclose(got, want, 1e-5, 1e-6))
+    if exact or torch.equal(got, want):
+        return torch.equal(got, want)
+    return bool((got - want).abs().max() <= 1e-5 * want.abs().max())

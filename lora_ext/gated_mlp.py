@@ -1,20 +1,20 @@
-"""lora_gated_mlp(): a gated MLP with adapters, its gradient by hand and little kept for it.
+"""lora_gated_mlp() and lora_mlp(): MLPs with adapters, a gradient by hand and little kept for it.
 
-    y = down(act(gate(x)) * up(x))
+    y = down(act(gate(x)) * up(x))      y = down(act(up(x)))
 
 Composed, autograd keeps gate(x), act(gate(x)), up(x) and their product. Here gate(x) and up(x) are
 kept, or x alone, and the rest is computed again.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import grouped
-from .acts import ACTS
+from .acts import ACTS, UNGATED
 from .backends import gated, gated_backward, reference
 from .call import Call, LowRank, Weight
 from .codes import VALUES
@@ -63,37 +63,85 @@ def lora_gated_mlp(
             raise TypeError(f"{name} must be a module, got {type(layer).__name__}")
     if act not in ACTS:
         raise ValueError(f"act must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
+    first = [gate] if up is None else [gate, up]
+    return _run_layers(x, first, down, Formula(act), recompute)
+
+
+def lora_mlp(
+    x: Tensor, up: nn.Module, down: nn.Module, act: str, *, recompute: str = "act"
+) -> Tensor:
+    """Run an MLP, its linears adapted or not: `down(act(up(x)))`.
+
+    As `lora_gated_mlp` does; autograd would keep act(up(x)) as well, and more where the activation
+    is composed of several operations.
+
+    Args:
+        x: (..., in_features).
+        up: LinearWithLoRA or nn.Linear to (..., hidden).
+        down: likewise, from (..., hidden).
+        act: "relu", or one that `lora_gated_mlp` takes.
+        recompute: "act" keeps up(x) for the backward; "all" keeps x alone.
+
+    Returns:
+        y, (..., out_features of `down`).
+
+    Raises:
+        TypeError: a layer that is no module; and what a layer's own call raises.
+        ValueError: an unknown `act` or `recompute`; and what a layer's own call raises.
+
+    """
+    for name, layer in (("up", up), ("down", down)):
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(layer).__name__}")
+    if act not in UNGATED:
+        raise ValueError(f"act must be one of {', '.join(map(repr, UNGATED))}, got {act!r}")
+    return _run_layers(x, [up], down, Formula(act, gated=False), recompute)
+
+
+class Formula(NamedTuple):
+    """What is between the linears: act(gate) * up of two results or of one's halves; or act(up)."""
+
+    act: str
+    gated: bool = True
+
+    def of(self, ys: Sequence[Tensor]) -> Tensor:
+        """Return the value by differentiable operations."""
+        if not self.gated:
+            return UNGATED[self.act].value(ys[0])
+        gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
+        return ACTS[self.act].value(gate) * up
+
+
+def _run_layers(x: Tensor, first: list[nn.Module], down: nn.Module, act: Formula, recompute: str):
     if recompute not in ("act", "all"):
         raise ValueError(f"recompute must be 'act' or 'all', got {recompute!r}")
-    first = [gate] if up is None else [gate, up]
     parts = parts_of([*first, down], x)
     y = parts if isinstance(parts, str) else run(x, parts[:-1], parts[-1], act, recompute)
     return composed(x, first, down, act) if isinstance(y, str) else y
 
 
-def composed(x: Tensor, first: Sequence[nn.Module], down: nn.Module, act: str) -> Tensor:
-    """Call the layers; of gate and up, or of one that holds both."""
+def composed(x: Tensor, first: Sequence[nn.Module], down: nn.Module, act: Formula) -> Tensor:
+    """Call the layers; of gate and up, or of one that holds both, or of up alone."""
     ys: Any = lora_linears(x, first)
-    gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
-    return down(ACTS[act].value(gate) * up)
+    return down(act.of(ys))
 
 
 def run(
     x: Tensor,
     first: Sequence[Part],
     down: Part,
-    act: str,
+    act: Formula,
     recompute: str = "act",
     backend: str | None = None,
 ) -> Tensor | str:
-    """Run the parts, of gate and up or of one that holds both; or say why not, before any draw."""
+    """Run the parts, `first` as in `composed`; or say why not, before any draw."""
     one = prepared(x, first, backend)
     if isinstance(one, str):
         return one
     N = [out_features(call) for call in one.calls]
-    hidden = N[0] if len(N) == 2 else N[0] // 2
-    if N not in ([hidden, hidden], [2 * hidden]):
-        return f"gate and up have {N} features"
+    hidden = N[0] // 2 if act.gated and len(N) == 1 else N[0]
+    if N not in ([[hidden, hidden], [2 * hidden]] if act.gated else [[hidden]]):
+        return f"what comes before down has {N} features"
     # Of no rows: the product that it will get is not made yet.
     two = prepared(one.x.new_empty(0, hidden), [down], backend)
     if isinstance(two, str):
@@ -111,8 +159,8 @@ def run(
     return with_shape(y, x.shape)
 
 
-def _values(x: Tensor, one: Group, two: Group, act: str):
-    """Return y as a matrix, the results of gate and up, all h, and the groups with their masks."""
+def _values(x: Tensor, one: Group, two: Group, act: Formula):
+    """Return y as a matrix, the results before `down`, all h, and the groups with their masks."""
     one = with_masks(one, x)
     ys, hs = forward(one)
     hidden = _product(ys, act, one.name or two.name)
@@ -121,14 +169,23 @@ def _values(x: Tensor, one: Group, two: Group, act: str):
     return y, ys, [*hs, *last_h], [*one.calls, *two.calls]
 
 
-def _product(ys: Sequence[Tensor], act: str, name: str | None) -> Tensor:
-    """Return act(gate) * up in new memory."""
+def _product(ys: Sequence[Tensor], how: Formula, name: str | None) -> Tensor:
+    """Return what `down` gets, in new memory."""
+    act = how.act
+    if not how.gated:
+        return UNGATED[act].value(ys[0])
     gate, up = ys if len(ys) == 2 else ys[0].chunk(2, 1)
     return gated(name, gate, up, act)
 
 
-def _gradients(d_hidden: Tensor, ys: Sequence[Tensor], act: str, name: str | None) -> list[Tensor]:
-    """Return the gradients of gate's and up's results; `d_hidden` may be written over."""
+def _gradients(
+    d_hidden: Tensor, ys: Sequence[Tensor], how: Formula, name: str | None
+) -> list[Tensor]:
+    """Return the gradients of the results before `down`; `d_hidden` may be written over."""
+    act = how.act
+    if not how.gated:
+        UNGATED[act].derivative(d_hidden, ys[0], d_hidden)
+        return [d_hidden]
     if len(ys) == 2:
         (gate, up), (d_gate, d_up) = ys, (d_hidden, torch.empty_like(d_hidden))
         results = [d_gate, d_up]
@@ -210,8 +267,7 @@ def _differentiable(ctx, dy, x, tensors, lows, act):
 
     with torch.enable_grad():
         ys = [one(rows_of(x), i) for i in range(len(lows) - 1)]
-        gate, up = ys if len(ys) == 2 else ys[0].chunk(2, 1)
-        y = with_shape(one(ACTS[act].value(gate) * up, len(lows) - 1), x.shape)
+        y = with_shape(one(act.of(ys), len(lows) - 1), x.shape)
         given = [x, *tensors]
         wanted = [
             i for i, need in enumerate([ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]) if need

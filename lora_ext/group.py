@@ -2,7 +2,8 @@
 
 Two kinds, by structure alone:
 
-- a gated MLP, which find_mlp.py recognises by a probe. It then runs `lora_gated_mlp`.
+- an MLP, gated or not, which find_mlp.py recognises by a probe. It then runs as `lora_gated_mlp` or
+  `lora_mlp` would.
 - siblings, adapted linears of one module that get the same tensor, which siblings.py sees at the
   module's first call.
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .find_mlp import GatedMLP, find_gated_mlp, mlp_forward
+from .find_mlp import MLP, find_mlp, mlp_forward
 from .inject import require_module
 from .parts import is_adapted
 from .siblings import Siblings, parent_forward, sibling_forward
@@ -31,20 +32,20 @@ class Report:
     """What `group_` did; `print` it, again after a step.
 
     Attributes:
-        mlps: gated MLPs by the name of their module.
+        mlps: MLPs by the name of their module.
         siblings: groups of linears by the name of their module.
         left: modules with several linears that stay as they are, and why.
 
     """
 
-    mlps: dict[str, GatedMLP] = field(default_factory=dict)
+    mlps: dict[str, MLP] = field(default_factory=dict)
     siblings: dict[str, Siblings] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Counts, and a line for each state that a group is in."""
-        found: dict[str, GatedMLP | Siblings] = {**self.mlps, **self.siblings}
-        lines = [f"{len(self.mlps)} gated MLPs, {len(self.siblings)} groups of siblings"]
+        found: dict[str, MLP | Siblings] = {**self.mlps, **self.siblings}
+        lines = [f"{len(self.mlps)} MLPs, {len(self.siblings)} groups of siblings"]
         states: dict[str, list[str]] = {}
         for name, group in found.items():
             states.setdefault(group.state(), []).append(name)
@@ -57,15 +58,16 @@ class Report:
 
 
 def group_(model: nn.Module, *, recompute: str = "act") -> Report:
-    """Run the groups of a model, q, k and v or a gated MLP, as one operation each, in place.
+    """Run the groups of a model, q, k and v or an MLP, as one operation each, in place.
 
     Results and gradients are those of the single layers up to rounding, and so is the order in
-    which dropout draws. Less is kept for the backward. A copy or a pickle of the model is not
-    grouped; compiled code runs the single layers. Calling it again looks again.
+    which dropout draws. Less is kept for the backward. An activation that an MLP writes out in
+    several operations runs as one. A copy or a pickle of the model is not grouped; compiled code
+    runs the single layers. Calling it again looks again.
 
     Args:
         model: a model with LinearWithLoRA layers, or PEFT layers that `accelerate` took.
-        recompute: what a gated MLP computes again in its backward, see `lora_gated_mlp`.
+        recompute: what an MLP computes again in its backward, see `lora_gated_mlp`.
 
     Returns:
         The groups found, and what was left with the reason.
@@ -87,8 +89,8 @@ def group_(model: nn.Module, *, recompute: str = "act") -> Report:
     for name, parent in model.named_modules():
         if is_adapted(parent) or isinstance(parent, _CONTAINERS) or not any(_adapted_of(parent)):
             continue
-        mlp = find_gated_mlp(parent, recompute)
-        if isinstance(mlp, GatedMLP):
+        mlp = find_mlp(parent, recompute)
+        if isinstance(mlp, MLP):
             report.mlps[name] = mlp
             _change_class(parent, mlp, mlp_forward)
             continue

@@ -34,10 +34,11 @@ inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
   LORA_EXT_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
 }
 
-// out = bias + left @ right
-inline void addmm_out(const Tensor& bias, const Tensor& left, const Tensor& right,
-                      const Tensor& out) {
-  LORA_EXT_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
+// out = beta * add + alpha * left @ right; with beta 0 `add` is not read and may be `out`.
+inline void addmm_out(const Tensor& add, const Tensor& left, const Tensor& right, double beta,
+                      double alpha, const Tensor& out) {
+  LORA_EXT_CHECK(
+      aoti_torch_cuda_addmm_out(out.get(), add.get(), left.get(), right.get(), beta, alpha));
 }
 
 }  // namespace lora_ext::cuda

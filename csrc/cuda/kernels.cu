@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <stdexcept>
 
+#include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
 
@@ -44,18 +46,20 @@ struct LinearArguments {
 template <typename Tile, Order kRight, Order kLowRight>
 __device__ void linear_tile(const LinearArguments& a, const Bits& keep) {
   const auto [row, col] = place_of_block<Tile>(a.out);
+  Epilogue<typename Tile::Storage, Tile> epilogue(a.out, row, col);
+  epilogue.read(a.bias, a.bias_stride);  // it needs no result of the products
   Tile sums;
   add_product<kDepthInner, kLowRight>(sums, a.low_left, a.low_right, row, col, 0, a.low_left.depth);
-  const auto alpha = static_cast<typename Tile::Sum>(a.alpha);
-  sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= alpha; });
+  const auto alpha = static_cast<float>(a.alpha);
+  sums.for_each([&](int, int, float& sum) { sum *= alpha; });
   if (keep.data != nullptr) {
-    sums.for_each([&, row = row, col = col](int i, int j, typename Tile::Sum& sum) {
+    sums.for_each([&, row = row, col = col](int i, int j, float& sum) {
       const bool inside = row + i < a.out.rows && col + j < a.out.cols;
       if (inside && (bits_from(keep, row + i, col + j) & 1) == 0) sum = 0;
     });
   }
   add_product<kDepthInner, kRight>(sums, a.left, a.right, row, col, 0, a.left.depth);
-  store(sums, row, col, a.bias, a.bias_stride, a.out);
+  epilogue.write(sums);
 }
 
 // y (M, N) = x @ weight.T + alpha * h @ B + bias
@@ -79,8 +83,15 @@ struct ProductArguments {
   Result out;
 };
 
+template <typename Out, typename Tile>
+__device__ void write(const Tile& sums, int64_t row, int64_t col, const Result& out) {
+  Epilogue<Out, Tile> epilogue(out, row, col);
+  epilogue.read(nullptr, 0);
+  epilogue.write(sums);
+}
+
 // out = scale * left @ right.T for few columns (h, t, dA, dB.T). Part blockIdx.y of the summed
-// dimension writes its own sums, of Tile::Sum, and lora_linear_sum_parts_kernel adds them up.
+// dimension writes its own sums, of float, and lora_linear_sum_parts_kernel adds them up.
 template <typename Tile, Order kLeft, Order kRight, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_linear_product_kernel(ProductArguments a) {
@@ -89,10 +100,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Tile sums;
   add_product<kLeft, kRight, kMasked>(sums, a.left, a.right, row, col, begin,
                                       end < a.left.depth ? end : a.left.depth, a.keep);
-  const auto scale = static_cast<typename Tile::Sum>(a.scale);
-  sums.for_each([&](int, int, typename Tile::Sum& sum) { sum *= scale; });
-  a.out.data = static_cast<typename Tile::Sum*>(a.out.data) + blockIdx.y * a.out_part;
-  store(sums, row, col, nullptr, 0, a.out);
+  const auto scale = static_cast<float>(a.scale);
+  sums.for_each([&](int, int, float& sum) { sum *= scale; });
+  if (a.out.is_float) {
+    a.out.data = static_cast<float*>(a.out.data) + blockIdx.y * a.out_part;
+    write<float>(sums, row, col, a.out);
+  } else {
+    write<typename Tile::Storage>(sums, row, col, a.out);
+  }
 }
 
 struct SumPartsArguments {
@@ -102,56 +117,69 @@ struct SumPartsArguments {
   Result out;
 };
 
-constexpr int kSumThreads = 128;
+constexpr int kThreads = 128;  // of the kernels whose threads have an element each
 
 // out = scale * sum of the parts, in their order; a thread has one element.
-template <typename T, typename Sum>
-__global__ void __launch_bounds__(kSumThreads) lora_linear_sum_parts_kernel(SumPartsArguments a) {
-  const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+template <typename T>
+__global__ void __launch_bounds__(kThreads) lora_linear_sum_parts_kernel(SumPartsArguments a) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t count = a.out.rows * a.out.cols;
   if (i >= count) return;
-  const auto* parts = static_cast<const Sum*>(a.parts);
-  Sum sum = 0;
+  const auto* parts = static_cast<const float*>(a.parts);
+  float sum = 0;
   for (int64_t part = 0; part < a.n_parts; ++part) sum += parts[part * count + i];
-  sum *= static_cast<Sum>(a.scale);
+  sum *= static_cast<float>(a.scale);
   const int64_t at = i / a.out.cols * a.out.row_stride + i % a.out.cols * a.out.col_stride;
   if (a.out.is_float) {
-    static_cast<float*>(a.out.data)[at] = static_cast<float>(sum);
+    static_cast<float*>(a.out.data)[at] = sum;
   } else {
     assign(static_cast<T*>(a.out.data)[at], sum);
   }
 }
 
-// The tiles of a dtype. Wide ones read each factor least: 1 byte a 64 multiply-adds. Narrow ones
-// fit the rank, and give a small result enough blocks to occupy the card.
+struct MaskArguments {
+  const void* from;
+  int64_t row_stride, col_stride;  // of `from`
+  Bits keep;
+  double scale;
+  Result out;
+};
+
+// out = scale * keep * from, or out += scale * keep * from; a thread has one element.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) lora_linear_mask_kernel(MaskArguments a) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= a.out.rows * a.out.cols) return;
+  const int64_t row = i / a.out.cols, col = i % a.out.cols;
+  T& to = static_cast<T*>(a.out.data)[row * a.out.row_stride + col * a.out.col_stride];
+  T value = 0;
+  if (a.keep.data == nullptr || (bits_from(a.keep, row, col) & 1) != 0) {
+    const T from = static_cast<const T*>(a.from)[row * a.row_stride + col * a.col_stride];
+    value = static_cast<T>(a.scale) * from;
+  }
+  to = a.out.add ? to + value : value;
+}
+
+// The tiles. Wide ones read each factor least: 1 byte a 64 multiply-adds. Narrow ones fit the rank,
+// and give a small result enough blocks to occupy the card.
 template <typename T>
 struct Tiles {
   using Wide = MatrixTile<T, 128, 128, 64, 32>;
   using Narrow = MatrixTile<T, 64, 32, 32, 16>;
 };
-template <>
-struct Tiles<float> {
-  using Wide = ScalarTile<float>;
-  using Narrow = Wide;
-};
-template <>
-struct Tiles<double> {
-  using Wide = ScalarTile<double>;
-  using Narrow = Wide;
-};
 
+// f of a value of the elements' type, which is one of two.
 template <typename F>
-void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kHalf:
-      return f(Half());
-    case DType::kBFloat16:
-      return f(BFloat16());
-    case DType::kFloat:
-      return f(float());
-    case DType::kDouble:
-      return f(double());
-  }
+void with_half(DType dtype, const F& f) {
+  if (dtype == DType::kHalf) return f(Half());
+  if (dtype == DType::kBFloat16) return f(BFloat16());
+  throw std::logic_error("the products are of 16-bit dtypes");
+}
+template <typename F>
+void with_float(DType dtype, const F& f) {
+  if (dtype == DType::kFloat) return f(float());
+  if (dtype == DType::kDouble) return f(double());
+  throw std::logic_error("the mask alone is of float and double");
 }
 
 template <typename T>
@@ -159,10 +187,10 @@ Factor factor(const Matrix& matrix, Order order) {
   const bool depth_inner = order == Order::kDepthInner;
   const int64_t inner = depth_inner ? matrix.col_stride : matrix.row_stride;
   const int64_t outer = depth_inner ? matrix.row_stride : matrix.col_stride;
-  const bool in_chunks = !matrix.is_float && inner == 1 && outer * sizeof(T) % 16 == 0 &&
+  const bool is_one = (depth_inner ? matrix.rows : matrix.cols) == 1;  // its stride says nothing
+  const bool in_chunks = inner == 1 && (is_one || outer * sizeof(T) % 16 == 0) &&
                          reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
-  return {matrix.data,       matrix.rows,     matrix.cols, matrix.row_stride,
-          matrix.col_stride, matrix.is_float, in_chunks};
+  return {matrix.data, matrix.rows, matrix.cols, matrix.row_stride, matrix.col_stride, in_chunks};
 }
 
 Result result(const Matrix& out, bool add = false) {
@@ -188,10 +216,9 @@ template <Order kLeft, Order kRight>
 void product(const Context& context, const Matrix& left, const Bits& keep, const Matrix& right,
              double scale, const Matrix& out) {
   if (out.rows == 0 || out.cols == 0) return;
-  with_dtype(context.dtype, [&](auto storage) {
+  with_half(context.dtype, [&](auto storage) {
     using T = decltype(storage);
     using Tile = typename Tiles<T>::Narrow;
-    using Sum = typename Tile::Sum;
     const int64_t tiles = tiles_of<Tile>(out), depth = left.cols;
     const int64_t wanted = parts(2 * context.multiprocessors, tiles);
     const int64_t n = std::clamp<int64_t>(depth / kShortestPart, 1, std::min<int64_t>(wanted, 64));
@@ -206,12 +233,12 @@ void product(const Context& context, const Matrix& left, const Bits& keep, const
                           result(out)};
     if (n_parts > 1) {
       a.out_part = out.rows * out.cols;
-      a.out = {context.allocate(n_parts * a.out_part * sizeof(Sum)),
+      a.out = {context.allocate(n_parts * a.out_part * sizeof(float)),
                out.rows,
                out.cols,
                out.cols,
                1,
-               std::is_same_v<Sum, float>,
+               true,
                false};
       a.scale = 1;
     }
@@ -219,11 +246,11 @@ void product(const Context& context, const Matrix& left, const Bits& keep, const
     if constexpr (kRight == kRowsInner) {  // not t, whose left factor is dy
       if (keep.data != nullptr) kernel = &lora_linear_product_kernel<Tile, kLeft, kRight, true>;
     }
-    launch(kernel, tiles, n_parts, Tile::kThreads, Ring<Tile, kLeft, kRight>::kBytes,
-           context.stream, a);
+    constexpr int kBytes = std::max(Ring<Tile, kLeft, kRight>::kBytes, Epilogue<T, Tile>::kBytes);
+    launch(kernel, tiles, n_parts, Tile::kThreads, kBytes, context.stream, a);
     if (n_parts == 1) return;
     const SumPartsArguments sum = {a.out.data, n_parts, scale, result(out)};
-    launch(lora_linear_sum_parts_kernel<T, Sum>, parts(a.out_part, kSumThreads), 1, kSumThreads, 0,
+    launch(lora_linear_sum_parts_kernel<T>, parts(a.out_part, kThreads), 1, kThreads, 0,
            context.stream, sum);
   });
 }
@@ -242,8 +269,9 @@ struct BackwardDx {
 
 template <typename Direction, typename Tile>
 void launch_linear(const Context& context, const Matrix& out, const LinearArguments& a) {
-  constexpr int kBytes = std::max(Ring<Tile, kDepthInner, Direction::kRight>::kBytes,
-                                  Ring<Tile, kDepthInner, Direction::kLowRight>::kBytes);
+  constexpr int kBytes = std::max({Ring<Tile, kDepthInner, Direction::kRight>::kBytes,
+                                   Ring<Tile, kDepthInner, Direction::kLowRight>::kBytes,
+                                   Epilogue<typename Tile::Storage, Tile>::kBytes});
   launch(Direction::template kKernel<Tile>, tiles_of<Tile>(out), 1, Tile::kThreads, kBytes,
          context.stream, a);
 }
@@ -253,7 +281,7 @@ void linear(const Context& context, const Matrix& left, const Matrix& right, con
             const Matrix& low_left, const Matrix& low_right, const Bits& keep, double alpha,
             const Matrix& out, bool onto) {
   if (out.rows == 0 || out.cols == 0) return;
-  with_dtype(context.dtype, [&](auto storage) {
+  with_half(context.dtype, [&](auto storage) {
     using T = decltype(storage);
     LinearArguments a = {factor<T>(left, kDepthInner),
                          factor<T>(right, Direction::kRight),
@@ -275,9 +303,9 @@ void linear(const Context& context, const Matrix& left, const Matrix& right, con
 
 }  // namespace
 
-Card use_card(int device) {
+int use_card(int device) {
   use_device(device);
-  return {multiprocessors_of(device), capability_of(device)};
+  return multiprocessors_of(device);
 }
 
 void forward_h(const Context& context, const Matrix& x, const Bits& keep, const Matrix& A,
@@ -302,6 +330,17 @@ void backward_dx(const Context& context, const Matrix& dy, const Matrix& weight,
 void backward_adapter(const Context& context, const Matrix& left, const Bits& keep,
                       const Matrix& right, double alpha, const Matrix& out) {
   product<kRowsInner, kRowsInner>(context, left.transposed(), keep, right.transposed(), alpha, out);
+}
+
+void apply_mask(const Context& context, const Matrix& from, const Bits& keep, double scale,
+                const Matrix& out, bool add) {
+  if (out.rows == 0 || out.cols == 0) return;
+  with_float(context.dtype, [&](auto storage) {
+    const MaskArguments a = {from.data, from.row_stride, from.col_stride,
+                             keep,      scale,           result(out, add)};
+    launch(lora_linear_mask_kernel<decltype(storage)>, parts(out.rows * out.cols, kThreads), 1,
+           kThreads, 0, context.stream, a);
+  });
 }
 
 }  // namespace lora_ext::cuda

@@ -2,6 +2,7 @@
 //   h = (keep * x) @ A    y = x @ weight.T + bias + alpha * h @ B
 //   t = dy @ B.T          dx = dy @ weight + alpha * keep * (t @ A.T)
 //   dA = alpha * (keep * x).T @ t      dB = alpha * h.T @ dy
+// They are of 16-bit dtypes; of float and double, PyTorch makes every product (linear.cpp).
 // Everything is put on the stream and nothing waits. Each result element is summed in an order that
 // depends on the sizes and the card alone: the same inputs give the same bits.
 #pragma once
@@ -13,8 +14,8 @@ namespace lora_ext::cuda {
 
 enum class DType { kHalf, kBFloat16, kFloat, kDouble };
 
-// A matrix in memory; strides in elements. `is_float` marks float elements over a 16-bit base (A,
-// B and their gradients): they are rounded to the base's dtype on the way in.
+// A matrix in memory; strides in elements. `is_float` marks a result of float elements over a
+// 16-bit base: the gradients of A and B in float.
 struct Matrix {
   void* data = nullptr;
   int64_t rows = 0, cols = 0;
@@ -36,12 +37,8 @@ struct Bits {
   int64_t row_stride = 0;
 };
 
-struct Card {
-  int multiprocessors;
-  int capability;  // 80 for compute capability 8.0
-};
-// Make a device the current one for the launches of this thread.
-Card use_card(int device);
+// Make a device the current one for the launches of this thread, and return its multiprocessors.
+int use_card(int device);
 
 // What a call runs on. `allocate` returns GPU memory that outlives the call's kernels.
 struct Context {
@@ -52,8 +49,8 @@ struct Context {
 };
 
 // With `onto` the result's memory holds the product with the weight (and the bias) already, and
-// only the low-rank part is added. Without a weight (a Matrix without data) it is all of the
-// result.
+// only the low-rank part is added: the way that linear.cpp takes. Without a weight (a Matrix
+// without data) the low-rank part is all of the result.
 void forward_h(const Context&, const Matrix& x, const Bits& keep, const Matrix& A, const Matrix& h);
 void forward_y(const Context&, const Matrix& x, const Matrix& weight, const Bias& bias,
                const Matrix& h, const Matrix& B, double alpha, const Matrix& y, bool onto);
@@ -64,5 +61,8 @@ void backward_dx(const Context&, const Matrix& dy, const Matrix& weight, const M
 // and h.
 void backward_adapter(const Context&, const Matrix& left, const Bits& keep, const Matrix& right,
                       double alpha, const Matrix& out);
+// out = scale * keep * from, or out += scale * keep * from: no product, of float or double.
+void apply_mask(const Context&, const Matrix& from, const Bits& keep, double scale,
+                const Matrix& out, bool add);
 
 }  // namespace lora_ext::cuda

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -34,6 +35,14 @@ __device__ inline void* shared_memory() {
 }
 
 __device__ inline void barrier() { __syncthreads(); }
+// The same among the lanes of a warp.
+__device__ inline void warp_barrier() { __syncwarp(); }
+
+// Copy 2, 4, 8 or 16 bytes by one load and one store; both addresses are multiples of as many.
+template <int kBytes>
+__device__ inline void copy_piece(void* to, const void* from) {
+  std::memcpy(__builtin_assume_aligned(to, kBytes), __builtin_assume_aligned(from, kBytes), kBytes);
+}
 
 __device__ inline uint32_t shared_address(const void* memory) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
@@ -107,16 +116,12 @@ inline int device_attribute(cudaDeviceAttr name, int device) {
 inline int multiprocessors_of(int device) {
   return device_attribute(cudaDevAttrMultiProcessorCount, device);
 }
-// 80 for compute capability 8.0.
-inline int capability_of(int device) {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-}
 
 // Launch kernel(argument) on a stream of PyTorch's; throws what the launch reports.
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks_x, int64_t blocks_y, int threads,
             int shared_bytes, void* stream, Argument argument) {
+  if (blocks_x >= int64_t(1) << 31) throw std::runtime_error("a launch of 2^31 blocks or more");
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {  // more has to be asked for
     check_cuda(

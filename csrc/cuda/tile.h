@@ -18,16 +18,7 @@ struct Factor {
   const void* data;
   int64_t rows, depth;
   int64_t row_stride, depth_stride;  // in elements
-  bool is_float;                     // float elements, rounded to the tile's dtype
   bool in_chunks;                    // 16-byte chunks along the inner dimension are aligned
-};
-
-// Where a tile's results go. With `add` they are added to what is there.
-struct Result {
-  void* data;
-  int64_t rows, cols;
-  int64_t row_stride, col_stride;
-  bool is_float, add;
 };
 
 // The bits of a row of x from element k to the end of k's byte, that of k the lowest.
@@ -68,7 +59,8 @@ struct SharedTile {
         T values[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
-          values[e] = element(from, chunk.from + e * step, e < chunk.valid);
+          assign(values[e], 0);
+          if (e < chunk.valid) values[e] = static_cast<const T*>(from.data)[chunk.from + e * step];
         }
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) tile[chunk.to + e] = values[e];
@@ -143,25 +135,15 @@ struct SharedTile {
       from = valid ? row * factor.row_stride + k * factor.depth_stride : 0;
     }
   };
-
-  static __device__ T element(const Factor& from, int64_t at, bool valid) {
-    T value;
-    assign(value, 0);
-    if (!valid) return value;
-    if (!from.is_float) return static_cast<const T*>(from.data)[at];
-    assign(value, static_cast<const float*>(from.data)[at]);
-    return value;
-  }
 };
 
-// The sums of one thread for 16-bit dtypes: warps of (kWarpM, kWarpN) results, by matrix
-// instructions.
-template <typename T, int kM, int kN, int kWarpM, int kWarpN>
+// The sums of one thread: warps of (kWarpM, kWarpN) results, by matrix instructions.
+template <typename T, int kM, int kN, int kWarpRows, int kWarpCols>
 class MatrixTile {
  public:
   using Storage = T;
-  using Sum = float;
   static constexpr int kBlockM = kM, kBlockN = kN, kBlockK = 32, kStages = 3;
+  static constexpr int kWarpM = kWarpRows, kWarpN = kWarpCols;
   static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
 
   // sums += left tile @ right tile.T
@@ -202,10 +184,29 @@ class MatrixTile {
     }
   }
 
- private:
+  // Write 16 rows of the warp's sums, from row 16 * slab of them on, to a (16, kPitch) matrix.
+  static constexpr int kPitch = kWarpN + 8;  // two rows of a warp's pairs fall into other banks
+  __device__ void put(int slab, float* to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWarpM / 16; ++i) {
+      if (i != slab) continue;
+#pragma unroll
+      for (int j = 0; j < kWarpN / 8; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          alignas(8) const float pair[] = {sums_[i][j][2 * half], sums_[i][j][2 * half + 1]};
+          copy_piece<8>(to + (lane / 4 + half * 8) * kPitch + 8 * j + lane % 4 * 2, pair);
+        }
+      }
+    }
+  }
+
+  // Where the warp's results begin in the tile.
   static __device__ int warp_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
   static __device__ int warp_col() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
 
+ private:
   // Rows row..row+15 at depths k..k+15: 8 x 8 quarters in the order of multiply_add's `left`. As
   // `right`, quarters 0 and 2 are the first 8 columns, 1 and 3 the next.
   template <typename Tile>
@@ -220,50 +221,6 @@ class MatrixTile {
   }
 
   float sums_[kWarpM / 16][kWarpN / 8][4] = {};
-};
-
-// The same for float and double, without matrix instructions: 16 results a thread, 16 apart, so
-// that a warp reads neighbours. Each tile is summed by itself before it is added: over 1100 terms
-// that keeps a sum's error at 3 roundings instead of 10.
-template <typename T>
-class ScalarTile {
- public:
-  using Storage = T;
-  using Sum = T;
-  static constexpr int kBlockM = 64, kBlockN = 64, kBlockK = 16, kStages = 2;
-  static constexpr int kThreads = 256;
-
-  template <typename Left, typename Right>
-  __device__ void add_product(const T* left, const T* right) {
-    T part[4][4] = {};
-#pragma unroll 4
-    for (int k = 0; k < kBlockK; ++k) {
-      T rows[4], cols[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        rows[i] = left[Left::offset(row() + 16 * i, k)];
-        cols[i] = right[Right::offset(col() + 16 * i, k)];
-      }
-#pragma unroll
-      for (int i = 0; i < 16; ++i) part[i / 4][i % 4] += rows[i / 4] * cols[i % 4];
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) sums_[i / 4][i % 4] += part[i / 4][i % 4];
-  }
-
-  template <typename F>
-  __device__ void for_each(const F& change) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      change(row() + i / 4 * 16, col() + i % 4 * 16, sums_[i / 4][i % 4]);
-    }
-  }
-
- private:
-  static __device__ int row() { return threadIdx.x / 16; }
-  static __device__ int col() { return threadIdx.x % 16; }
-
-  T sums_[4][4] = {};
 };
 
 template <typename Tile, Order kLeft, Order kRight>
@@ -312,27 +269,6 @@ __device__ void add_product(Tile& sums, const Factor& left, const Factor& right,
       sums.template add_product<Left, Right>(slot(step), slot(step) + Left::kElements);
     }
   }
-}
-
-// out = sums + bias, where the tile has a part in it.
-template <typename Tile>
-__device__ void store(Tile& sums, int64_t row, int64_t col, const void* bias, int64_t bias_stride,
-                      const Result& out) {
-  using T = typename Tile::Storage;
-  sums.for_each([&](int tile_row, int tile_col, typename Tile::Sum& sum) {
-    const int64_t i = row + tile_row, j = col + tile_col;
-    if (i >= out.rows || j >= out.cols) return;
-    auto value = sum;
-    if (bias != nullptr) value += widen(static_cast<const T*>(bias)[j * bias_stride]);
-    const int64_t at = i * out.row_stride + j * out.col_stride;
-    if (out.is_float) {
-      static_cast<float*>(out.data)[at] = static_cast<float>(value);
-      return;
-    }
-    T& to = static_cast<T*>(out.data)[at];
-    if (out.add) value += widen(to);
-    assign(to, value);
-  });
 }
 
 }  // namespace lora_ext::cuda

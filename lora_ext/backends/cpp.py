@@ -113,7 +113,9 @@ def load_cuda() -> str | None:
         return f"torch {torch.__version__} is not built for CUDA, lora_ext._cuda is"
     if _not_loaded is None:
         built = import_module("lora_ext._C").build_info()["cuda"].split()[0]
-        if built != "none" and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        if built == "none":
+            return f"the library lora_ext._cuda is there, but not of the last build; {BUILD_CUDA}"
+        if built.split(".")[0] != torch.version.cuda.split(".")[0]:
             return (
                 f"the library lora_ext._cuda is built for CUDA {built}, torch "
                 f"{torch.__version__} for {torch.version.cuda}; {BUILD_CUDA}"

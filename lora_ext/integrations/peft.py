@@ -37,6 +37,7 @@ _KINDS = {
 }
 _FUSED = "one operation"
 _PEFTS = "PEFT's own forward: "
+_MIXED = f"adapter_names (several adapters in one batch): {_PEFTS}there is no grouped operation yet"
 
 
 @dataclass
@@ -58,12 +59,14 @@ class Report:
     groups: Groups | None = None
 
     def __str__(self) -> str:
-        """Counts, a line for each reason, and a line for each way that an adapter runs."""
+        """Counts, a line a reason, a line for each way that an adapter runs, and mixed batches."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
         lines += lines_by_reason("left", self.left)
         for name, ways in self.adapters.items():
             ours = {layer: way for layer, way in ways.items() if layer not in self.left}
             lines += lines_by_reason(f"adapter {name!r}:", ours)
+        if self.accelerated and len(self.adapters) > 1:
+            lines.append(_MIXED)
         if self.groups:
             lines.append(str(self.groups))
         return "\n".join(lines)
@@ -135,7 +138,7 @@ def accelerate(model: nn.Module, *, dropout_mask: str = "torch", groups: bool = 
         dropout_mask: how lora_dropout draws its mask in training: "torch" as PEFT does, so that
             under a seed a CPU run has PEFT's own masks and generator state; "hash" from a drawn
             seed, which is faster. Compiled code draws masks of its own either way, as PEFT's does.
-        groups: run q, k and v, and gated MLPs, as one operation each: `lora_ext.group_`.
+        groups: run q, k and v, and MLPs, as one operation each: `lora_ext.group_`.
 
     Returns:
         The layers accelerated, those left with the reason, and how each adapter would run, active

@@ -76,6 +76,27 @@ def test_patterns_that_people_write_are_read(pattern):
     assert found(pattern, Q_PROJ)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "name", "wanted"),
+    [
+        (r"q(?<=q)_proj", "q_proj", True),
+        (r"q(?<=k)_proj", "q_proj", False),
+        (r"q_(?<=k_)proj", "q_proj", False),
+        (r"q(?<!q)_proj", "q_proj", False),
+        (r"q\B_proj", "q_proj", True),
+        (r"q\b_proj", "q_proj", False),
+        (r"q\b-\bproj", "q-proj", True),
+        (r"q-\Bproj", "q-proj", False),
+        (r"\bq_proj\b", "q_proj", True),
+        (r"\Bq_proj", "q_proj", False),
+        (r"q_proj\B", "q_proj", False),
+        (r"-\B-", "--", True),
+    ],
+)
+def test_looks_and_boundaries(pattern, name, wanted):
+    assert found(pattern, name) == found_by_peft(pattern, name) == wanted
+
+
 def test_the_first_pattern_counts():
     patterns = Patterns({".*0.*q_proj": 1, Q_PROJ: 2, "v_proj": 3, "q_proj": 4})
     assert patterns.value_for(Q_PROJ, 0) == 1

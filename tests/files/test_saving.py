@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ext import load_peft_adapter, save_adapter, save_peft_adapter
+from lora_ext.files import one_at_a_time
 from tests.files.faults import (
     PEFT_FILES,
     assert_peft_finds_one_adapter,
@@ -248,3 +249,13 @@ def test_configuration_edited_by_hand_counts(tmp_path):
     assert model[0].lora.alpha == 6
     (tmp_path / PEFT_FILES[0]).unlink()
     assert value_in(tmp_path) == 2
+
+
+def test_one_save_of_a_folder_at_a_time(tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with one_at_a_time(tmp_path), pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)

@@ -2,8 +2,8 @@
 
 `python -m tests.gpu.emulated_cuda FOLDER` builds the library. `python -m pytest -p
 tests.gpu.emulated_cuda --backends cpp ...` with LORA_EXT_EMULATED naming it has it in the place of
-`lora_ext._C`: backend "cpp" then runs the emulated kernels, and variant "cpp-hopper" as on a card
-of capability 9.0. `make test` does both.
+`lora_ext._C`: backend "cpp" then runs the emulated kernels; variant "cpp-own_base" makes the base
+product by kernels too. `make test` does both.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ OPERATORS = [
     "csrc/call.cpp",
     "csrc/checks.cpp",
     "csrc/cuda/linear.cpp",
+    "csrc/cuda/low_rank.cpp",
     "tests/gpu/emulator/register.cpp",
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
@@ -82,12 +84,9 @@ def build(
 
 
 @contextlib.contextmanager
-def hopper() -> Iterator[None]:
-    os.environ["LORA_EXT_EMULATED_CAPABILITY"] = "90"
-    try:
+def own_base() -> Iterator[None]:
+    with mock.patch.dict(os.environ, LORA_EXT_CUDA_BASE="own"):
         yield
-    finally:
-        del os.environ["LORA_EXT_EMULATED_CAPABILITY"]
 
 
 def pytest_configure() -> None:
@@ -99,7 +98,7 @@ def pytest_configure() -> None:
 
     on_cpu = cpp.unsupported
     cpp.unsupported = lambda call: on_cpu(call) or cpp.why_no_cuda_kernel(call)
-    VARIANTS["cpp"] = [Backend("cpp", "hopper", hopper)]
+    VARIANTS["cpp"] = [Backend("cpp", "own_base", own_base)]
 
 
 if __name__ == "__main__":

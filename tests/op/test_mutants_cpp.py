@@ -1,11 +1,12 @@
-"""Wrong C++ kernels that the checks must refuse: csrc built again with one line of it changed.
+"""Wrong C++ kernels that the checks must refuse: csrc built with one line of it changed.
 
-The libraries are built without optimisation by one ninja run (a mutant of a header builds the
-files that include it, the rest and torch's headers are shared) and run on AVX2, where every way is
-taken. Each is loaded by a process of its own in place of lora_ext._C.
+All are in one library, each behind a switch (tests/tools/switched.py), built without optimisation
+and run on AVX2, where every way is taken. It is loaded in place of lora_ext._C by a process of its
+own for each kernel.
 
-One more is right: the AVX-512 kernels with the compiler's 64-byte vectors lowered to AVX2, so that
-all of them but their instructions runs on a CPU without AVX-512.
+With every switch off it is right. One more is right: the AVX-512 kernels with the compiler's
+64-byte vectors lowered to AVX2, so that all of them but their instructions runs on a CPU without
+AVX-512.
 """
 
 import json
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
 from lora_ext.backends import cpp
 from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
@@ -29,6 +29,7 @@ from tests.op.acts import refused_acts
 from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
+from tests.tools.switched import Change, build, smallest, switched
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,24 +38,6 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[2]
-SOURCES = ["call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"]
-SOURCES += [
-    "cpu/act",
-    "cpu/pack",
-    "cpu/codes",
-    "cpu/keep",
-    "cpu/blocks_baseline",
-    "cpu/blocks_avx2",
-    "cpu/blocks_avx512",
-]
-SOURCES += ["cpu/blocks_avx512_bf16"]
-FORWARD, BACKWARD, BLOCKS = ["cpu/forward"], ["cpu/backward"], ["cpu/blocks_avx2"]
-TORCH_HEADERS = [
-    "inductor/aoti_torch/c/shim.h",
-    "inductor/aoti_torch/generated/c_shim_cpu.h",
-    "stable/ops.h",
-    "stable/tensor.h",
-]
 # Past one block of each kind: 384 of a summed dimension, 256 columns and 192 rows of a strip.
 LONG = Case((400,), 404, 264, 8)
 FEW_ROWS = Case((3,), 93, 70, 5)
@@ -71,443 +54,373 @@ AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.fl
 AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
 AVX512_CASES += [LONG.but(dtype=torch.float16)]
 
-# name: (file, the line, what it becomes, the files that include it: of a template all of them, or
-# the linker takes the right one's copy)
+# name: (file, the line, what it becomes)
 MUTANTS = {
     "scale_dropped_in_y": (
         "cpu/forward.cpp",
         "B.right(), call_.low.scale}",
         "B.right(), 1}",
-        FORWARD,
     ),
     "scale_dropped_in_few_rows_dx": (
         "cpu/backward.cpp",
         "static_cast<A>(call_.low.scale)",
         "A(1)",
-        BACKWARD,
     ),
     "scale_dropped_in_dx": (
         "cpu/backward.cpp",
         "A_t_->right(), call_.low.scale, keep_}",
         "A_t_->right(), 1, keep_}",
-        BACKWARD,
     ),
     "scale_dropped_in_dA": (
         "cpu/backward.cpp",
         "keep_, call_.low.scale, view.transposed()",
         "keep_, 1, view.transposed()",
-        BACKWARD,
     ),
     "one_percent_in_dB": (
         "cpu/backward.cpp",
         "{}, call_.low.scale, view",
         "{}, 1.01 * call_.low.scale, view",
-        BACKWARD,
     ),
     "h_scaled": (
         "cpu/low_rank.h",
         "made.data, made.row_stride, 1, nullptr",
         "made.data, made.row_stride, 1.5, nullptr",
-        FORWARD + BACKWARD,
     ),
     "bias_of_first_columns": (
         "cpu/product.h",
         "bias == nullptr ? bias : bias + col",
         "bias",
-        FORWARD + BACKWARD,
     ),
     "B_of_first_columns": (
         "cpu/factors.h",
         "if (is_ready_) part.ready_ = ready_.from(0, col);",
         "",
-        FORWARD + BACKWARD,
     ),
     "dx_without_low_rank_part": (
         "cpu/backward.cpp",
         "wide_product<T, P>(legs, Out<T>{to, nullptr, add})",
         "wide_product<T, P>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
-        BACKWARD,
     ),
     "last_block_of_the_sums_alone": (
         "cpu/product.h",
-        "after(k, col));\n      }\n      addend = {sum, ld};",
-        "after(k, col));\n      }\n      addend = {};",
-        FORWARD + BACKWARD,
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
     ),
     "last_leg_alone": (
         "cpu/product.h",
         "      addend = {sum, ld};\n    }\n    if (!in_place)",
         "      addend = {};\n    }\n    if (!in_place)",
-        FORWARD + BACKWARD,
     ),
     "second_block_forgotten": (
         "cpu/product.h",
         "k == 0 || k < depth; k += leg_.step",
         "k == 0 || k < depth; k += leg_.step + (k > 0 ? 0 : leg_.step)",
-        FORWARD + BACKWARD,
     ),
     "bias_lost_after_the_first_block": (
         "cpu/product.h",
         "if (out.bias != nullptr) addend = {out.bias, 0};",
         "if (out.bias != nullptr && row > 0) addend = {out.bias, 0};",
-        FORWARD + BACKWARD,
     ),
     "base_product_forgotten_where_it_is_added_to": (
         "cpu/product.h",
         "if (out.add) addend = {sum, ld};",
         "",
-        FORWARD + BACKWARD,
     ),
     "first_block_of_the_weight_for_all": (
         "cpu/product.h",
         "if (k >= rows_packed_)",
         "if (rows_packed_ == 0)",
-        FORWARD + BACKWARD,
     ),
     "first_tile_of_rows_for_all": (
         "cpu/product.h",
         "cursors[i]->add_to(row, rows, sum",
         "cursors[i]->add_to(0, rows, sum",
-        FORWARD + BACKWARD,
     ),
     "first_rows_for_all_threads": (
         "cpu/factors.h",
         "part.data_ += row * row_stride_ * element_;",
         "",
-        FORWARD + BACKWARD,
     ),
     "first_columns_for_all_threads": (
         "cpu/factors.h",
         "part.data_ += col * col_stride_ * element_;",
         "",
-        FORWARD + BACKWARD,
     ),
     "first_columns_of_a_large_weight_for_all": (
         "cpu/product.h",
         "right_.fill(k, steps, col, cols, packed)",
         "right_.fill(k, steps, 0, cols, packed)",
-        FORWARD + BACKWARD,
     ),
     "shared_panels_all_in_the_first_ones_place": (
         "cpu/factors.h",
         "panels + col * words_of<P>(right.depth())",
         "panels",
-        FORWARD + BACKWARD,
     ),
     "a_threads_last_part_left_out": (
         "cpu/parallel.h",
         "i < end; ++i",
         "i + 1 < end || i == begin; ++i",
-        FORWARD + BACKWARD,
     ),
     "first_row_of_tiles_for_all": (
         "cpu/product.h",
         "tile / across * tiling.rows, col",
         "0 * tiling.rows, col",
-        FORWARD + BACKWARD,
     ),
     "mask_forgotten_in_h": (
         "cpu/forward.cpp",
         "bits_of(call.low.keep), call.low.A",
         "Bits{}, call.low.A",
-        FORWARD,
     ),
     "mask_forgotten_in_dA": (
         "cpu/backward.cpp",
         "matrix<T>(call_.x), keep_,",
         "matrix<T>(call_.x), {},",
-        BACKWARD,
     ),
     "mask_forgotten_in_dx": (
         "cpu/backward.cpp",
         "call_.low.scale, keep_}",
         "call_.low.scale}",
-        BACKWARD,
     ),
     "mask_of_dx_on_the_base_too": (
         "cpu/product.h",
-        "if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum",
-        "if (legs[0].keep.data != nullptr)\n"
-        "        blocks().storage<A>().keep(legs[0].keep.from(row, 0), {sum",
-        FORWARD + BACKWARD,
+        "if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum, rows, cols, ld, 1});",
+        "if (legs[0].keep.data != nullptr)\n        blocks().storage<A>().keep("
+        "legs[0].keep.from(row, 0), {sum, rows, cols, ld, 1});",
     ),
     "mask_with_its_bits_reversed": (
         "cpu/blocks_impl.h",
         "Lane{1} << i",
         "Lane{1} << (lanes - 1 - i)",
-        BLOCKS,
     ),
     "mask_of_a_tail_with_its_bits_reversed": (
         "cpu/blocks_impl.h",
         ">> j % 8 & 1",
         ">> (7 - j % 8) & 1",
-        BLOCKS,
     ),
     "mask_of_first_rows_in_h": (
         "cpu/low_rank.h",
         "Left<P>(left, keep_.from(row, 0))",
         "Left<P>(left, keep_)",
-        FORWARD + BACKWARD,
     ),
     "mask_of_first_steps_in_h": (
         "cpu/factors.h",
         "col_stride_}, keep_.from(row, k), scratch",
         "col_stride_}, keep_.from(row, 0), scratch",
-        FORWARD + BACKWARD,
     ),
     "mask_off_by_a_row_in_dA": (
         "cpu/factors.h",
         "keep_.from(k, col), panels",
         "keep_.from(k > 0 ? k - 1 : k, col), panels",
-        FORWARD + BACKWARD,
     ),
     "mask_of_first_panel_in_dA": (
         "cpu/factors.h",
         "keep.from(0, col), {panels",
         "keep, {panels",
-        FORWARD + BACKWARD,
     ),
     "mask_of_first_rows_in_dx": (
         "cpu/product.h",
         "keep = legs[i].keep.from(row, 0);",
         "keep = legs[i].keep;",
-        FORWARD + BACKWARD,
     ),
     "group_dx_of_the_first_weight_alone": (
         "cpu/backward.cpp",
         "for (const Backward<T, P>& layer : layers) layer.add_base_leg(&legs);",
         "layers[0].add_base_leg(&legs);",
-        BACKWARD,
     ),
     "group_dx_of_the_last_layer_alone": (
         "cpu/backward.cpp",
         "layers[i].dx(dx, i > 0)",
         "layers[i].dx(dx, false)",
-        BACKWARD,
     ),
     "group_dx_without_the_mask_of_the_second": (
         "cpu/product.h",
         "blocks().storage<A>().keep(keep, {apart.get(), rows, cols, cols, 1});",
         "",
-        FORWARD + BACKWARD,
     ),
     "group_panels_all_in_the_first_ones_place": (
         "cpu/product.h",
         "packed += words * round_up_to_panel<P>(width);",
         "",
-        FORWARD + BACKWARD,
     ),
     "group_h_of_the_first_for_all": (
         "cpu/forward.cpp",
         "hidden->columns(col, R)",
         "hidden->columns(0, R)",
-        FORWARD,
     ),
     "group_h_split_by_the_first_rank": (
         "cpu/forward.cpp",
         "col += R;",
         "col += calls[0].R;",
-        FORWARD,
     ),
     "group_A_over_one_another": (
         "cpu/forward.cpp",
         "to += columns ? call.R * K : call.R;",
         "",
-        FORWARD,
     ),
     "tail_of_dots_forgotten": (
         "cpu/few_rows_impl.h",
         "if (p > 0 && p < depth)",
         "if (false)",
-        BLOCKS,
     ),
-    "tail_of_dots_summed_twice": ("cpu/vectors.h", "kLanes<A> - count", "0", BLOCKS),
+    "tail_of_dots_summed_twice": (
+        "cpu/vectors.h",
+        "kLanes<A> - count",
+        "0",
+    ),
     "dots_of_less_than_a_vector_forgotten": (
         "cpu/few_rows_impl.h",
         "if (p == 0)",
         "if (false)",
-        BLOCKS,
     ),
     "sum_of_half_the_lanes": (
         "cpu/vectors.h",
         "width = kVectorBytes / 32; width > 0",
         "width = 0; width > 0",
-        BLOCKS,
     ),
     "rows_combined_last_alone": (
         "cpu/few_rows_impl.h",
         "add ? read<V>(to) + sum[i] : sum[i]",
         "sum[i]",
-        BLOCKS,
     ),
     "dx_of_few_rows_without_low_rank_part": (
         "cpu/backward.cpp",
         "cols, !masked);",
         "cols, false);",
-        BACKWARD,
+    ),
+    "carried_part_without_scale": (
+        "cpu/product.h",
+        "sums_.get(), words_, scale, nullptr, false",
+        "sums_.get(), words_, 1, nullptr, false",
+    ),
+    "carried_part_at_every_block": (
+        "cpu/product.h",
+        "k + leg_.step < depth ? Along<P>{} : along",
+        "along",
+    ),
+    "carried_part_of_the_first_rows": (
+        "cpu/product.h",
+        "low_.left.block(row, 0, rows",
+        "low_.left.block(0, 0, rows",
     ),
     "edge_columns_not_summed": (
         "cpu/multiply_impl.h",
         "scale * sum + start;",
         "scale * sum;",
-        BLOCKS,
     ),
     "halves_of_a_byte_swapped": (
         "cpu/codes_impl.h",
         "_mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4)",
         "_mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0)",
-        BLOCKS,
     ),
     "halves_of_a_last_byte_swapped": (
         "cpu/codes_impl.h",
         "code = at % 2 == 0 ?",
         "code = at % 2 != 0 ?",
-        BLOCKS,
     ),
-    "upper_eight_values_lost": ("cpu/codes_impl.h", "(__m256)(code << 28)", "__m256{}", BLOCKS),
+    "upper_eight_values_lost": (
+        "cpu/codes_impl.h",
+        "(__m256)(code << 28)",
+        "__m256{}",
+    ),
     "block_off_by_one": (
         "cpu/codes_impl.h",
         "after = (block + 1) << codes.block_bits;",
         "after = ((block + 1) << codes.block_bits) + 1;",
-        BLOCKS,
     ),
     "scale_of_the_neighbour_block": (
         "cpu/codes_impl.h",
         "scale = codes.scale[block];",
         "scale = codes.scale[block > 0 ? block - 1 : block];",
-        BLOCKS,
     ),
     "scale_of_the_neighbour_block_in_dots": (
         "cpu/codes_impl.h",
         "codes.scale[scale]",
         "codes.scale[scale > 0 ? scale - 1 : scale]",
-        BLOCKS,
     ),
     "blocks_of_each_row_its_own": (
         "cpu/codes_impl.h",
         "decode_nibbles<T>(codes, at, region.cols, dst);",
         "decode_nibbles<T>(codes, region.col + row * (codes.width / 2 * 2), region.cols, dst);",
-        BLOCKS,
     ),
     "codes_of_first_columns": (
         "cpu/factors.h",
         "part.first_col_ += col;",
         "",
-        FORWARD + BACKWARD,
     ),
     "codes_of_first_steps": (
         "cpu/factors.h",
         "{part.col + j, part.row, n, part.rows}",
         "{part.col + j, 0, n, part.rows}",
-        ["cpu/pack"],
     ),
     "last_columns_of_dots_alone": (
         "cpu/codes_impl.h",
         "{out + i * ld, ld, 1, k > 0}",
         "{out + i * ld, ld, 1, false}",
-        BLOCKS,
     ),
     "codes_of_fp4_for_nf4": (
         "cpu/codes.cpp",
         "Format::kNf4 ? kNf4Values",
         "Format::kInt8 ? kNf4Values",
-        ["cpu/codes"],
     ),
     "mask_forgotten_in_dx_of_few_rows": (
         "cpu/backward.cpp",
         "blocks().storage<A>().keep(keep_.from(0, col), {apart.get(), M, cols, cols, 1});",
         "",
-        BACKWARD,
     ),
     "masked_low_rank_part_forgotten_in_dx_of_few_rows": (
         "cpu/backward.cpp",
         "if (masked) {  // by itself",
         "if (false) {  // by itself",
-        BACKWARD,
     ),
     "combined_codes_of_first_columns": (
         "cpu/combine_codes_impl.h",
         "codes.width + col + k",
         "codes.width + k",
-        BLOCKS,
     ),
     "combined_codes_of_first_rows": (
         "cpu/combine_codes_impl.h",
         "codes, p, col, cols,",
         "codes, 0, col, cols,",
-        BLOCKS,
     ),
     "activation_of_another_name": (
         "cpu/act.cpp",
         "static_cast<Act>(i)",
         "static_cast<Act>(i / 2 * 2)",
-        ["cpu/act"],
     ),
     "activations_rows_of_the_first_thread_for_all": (
         "cpu/act.cpp",
         "cpu::matrix<T>(operand).block(row, 0",
         "cpu::matrix<T>(operand).block(0, 0",
-        ["cpu/act"],
     ),
     "up_forgotten_in_the_gates_gradient": (
         "cpu/act_impl.h",
         "dy * widen(u + j) * derivative",
         "dy * derivative",
-        BLOCKS,
     ),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
         "round = 1; round < kRows",
         "round = 2; round < kRows",
-        BLOCKS,
     ),
 }
 
 
 def build_libraries(folder: Path) -> None:
-    """Build each mutant's library, and "none" with nothing changed, as folder/name.so."""
-    includes = " ".join(f"-isystem {path}" for path in include_paths())
-    library_folder = Path(torch.__file__).parent / "lib"
-    rules = [
-        f"includes = {includes}",
-        "flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000",
-        "rule precompile",
-        "  command = c++ $flags $includes -x c++-header $in -o $out",
-        "build torch.h.gch: precompile torch.h",
-        "rule compile",
-        "  command = c++ $flags -I$sources $includes -include ./torch.h -c $in -o $out",
-        "rule link",
-        f"  command = c++ -shared $in -o $out -L{library_folder} -ltorch -ltorch_cpu -lc10",
-    ]
-
-    def compile_to(target: str, sources: Path, source: str) -> str:
-        rules.append(f"build {target}: compile {sources / source}.cpp | torch.h.gch")
-        rules.append(f"  sources = {sources}")
-        return target
-
-    shared = {source: compile_to(f"none/{source}.o", ROOT / "csrc", source) for source in SOURCES}
-    rules.append(f"build none.so: link {' '.join(shared.values())}")
-    for name, (file, old, new, users) in MUTANTS.items():
-        sources = folder / name / "csrc"
-        copy_changed(sources, file, old, new)
-        objects = shared | {user: compile_to(f"{name}/{user}.o", sources, user) for user in users}
-        rules.append(f"build {name}.so: link {' '.join(objects.values())}")
+    """Build folder/switched.so, with a switch for each mutant, and the lowered kernels'."""
+    sources = folder / "switched/csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    changes: dict[str, list[Change]] = {}
+    for number, (file, old, new) in enumerate(MUTANTS.values(), 1):
+        text = (sources / file).read_text()
+        assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times: fix the test"
+        start = text.index(old)
+        change = smallest(text, start, start + len(old), new, number)
+        changes.setdefault(file, []).append(change)
+    for file, held in changes.items():
+        (sources / file).write_text(switched((sources / file).read_text(), held))
     lowered = lowered_avx512(folder / LOWERED)
-    objects = shared | {
-        source: compile_to(f"{LOWERED}/{source}.o", lowered, source)
-        for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")
-    }
-    rules.append(f"build {LOWERED}.so: link {' '.join(objects.values())}")
-    (folder / "torch.h").write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS))
-    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-    built = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout
-
-
-def copy_changed(target: Path, file: str, old: str, new: str) -> None:
-    """Copy csrc with one place of one file changed."""
-    shutil.copytree(ROOT / "csrc", target)
-    change(target / file, re.escape(old), new, times=1)
+    others = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
+    build(folder, sources, LOWERED, others)
 
 
 def lowered_avx512(target: Path) -> Path:
@@ -517,9 +430,9 @@ def lowered_avx512(target: Path) -> Path:
     change(target / "cpu/isa.cpp", has, "true", times=4)
     # Each dtype through products of our own, where PyTorch's are the faster ones on AVX-512.
     table = target / "cpu/route.cpp"
-    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d, (\d+), (\d+), (true|false), .*\},'
+    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d(, \d+){3}, (true|false), .*\},'
     table.write_text(
-        re.sub(line, r"\1, false, 0, 2, 4, false, kNever, kNever, kNever},", table.read_text())
+        re.sub(line, r"\1, false, 0, 2, 20, 4, false, kNever, kNever, kNever},", table.read_text())
     )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
@@ -546,9 +459,8 @@ def verdicts(tmp_path_factory):
 
 
 def ask_each(folder: Path, names: list[str]) -> dict[str, str]:
-    libraries = [str(folder / f"{name}.so") for name in names]
     ran = subprocess.run(
-        [sys.executable, "-m", __name__, *libraries],
+        [sys.executable, "-m", __name__, str(folder), *names],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -568,28 +480,33 @@ def test_wrong_kernel_is_refused(verdicts, name):
     assert verdicts[name].startswith("refused: ")
 
 
-def print_verdict(library: str) -> None:
-    lowered = Path(library).stem == LOWERED
+def print_verdict(folder: str, name: str) -> None:
+    lowered = name == LOWERED
     os.environ["LORA_EXT_CPU_ISA"] = "avx512" if lowered else "avx2"
-    torch.ops.load_library(library)
+    os.environ["LORA_EXT_FAULT"] = str(["", *MUTANTS].index(name) if name in MUTANTS else 0)
+    torch.ops.load_library(f"{folder}/{LOWERED if lowered else 'switched'}.so")
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
+    why = why_refused(cases)
+    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
+
+
+def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
+    """Return why the checks refuse the C++ kernels that are loaded; None if they do not."""
     linear = linear_of("cpp")
-    why = refused(linear, cases)
-    why = why or refused_group("cpp") or refused_acts(cpp)
+    why = refused(linear, cases) or refused_group("cpp") or refused_acts(cpp)
     torch.set_num_threads(MANY_THREADS)
-    why = (
+    return (
         why
         or refused(linear, CASES_OF_MANY)
         or refused_group("cpp", names=["panels_for_all_threads"])
     )
-    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 
 if __name__ == "__main__":
-    # An operator takes one kernel a process: each library gets a fork of this one.
+    # An operator takes one kernel a process: each name gets a fork of this one.
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
-    for library in sys.argv[1:]:
-        process = get_context("fork").Process(target=print_verdict, args=[library])
+    for name in sys.argv[2:]:
+        process = get_context("fork").Process(target=print_verdict, args=[sys.argv[1], name])
         process.start()
         process.join()
         if process.exitcode != 0:

@@ -3,25 +3,34 @@
     python -m tests.tools.mutants --parts files,call --count 40 --seed 0
 
 works on a copy of the tree. A part is some sources and the tests that have to catch a fault in
-them; C++ is compiled again for each. A survivor is printed with its line: either a test is missing,
-or the line makes no difference, and then it can go.
+them. Each fault gets a fork of this process, which has torch imported; those of C++ are all in one
+library, each behind a switch (switched.py). A survivor is printed with its line: either a test is
+missing, or the line makes no difference, and then it can go.
 """
 
 import argparse
-import ast
+import contextlib
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
+from tests.tools.faults import Fault, faults_in_cpp, faults_in_python
+from tests.tools.switched import build, load, smallest, switched
+
 ROOT = Path(__file__).parents[2]
+PRELOADED = ("torch", "numpy", "pytest", "hypothesis.stateful", "safetensors.torch")
+ROUNDS = 6  # builds until the compiler takes every switch
 
 
 @dataclass(frozen=True)
@@ -30,141 +39,45 @@ class Part:
 
     sources: tuple[str, ...]  # globs
     tests: tuple[str, ...]
-    build: bool = False
     environment: tuple[tuple[str, str], ...] = ()
-    seconds: int = 300
+    preloaded: tuple[str, ...] = ("peft",)
+    seconds: int = 300  # of processor time
 
 
-INTERPRETED = "tests/op/test_backends.py", "tests/op/test_dropout.py", "--backends=triton"
-PARTS = {
+OP = tuple(
+    f"tests/op/test_{name}.py"
+    for name in "backends backward errors dropout autograd second_derivatives extremes grouped "
+    "dropout_mask dropout_threads acts gated_mlp codes memory testing".split()
+)
+PARTS = {  # triton first: peft imports it, and what it is imported as stays
+    "triton": Part(
+        ("lora_ext/backends/triton/*.py",),
+        ("tests/op/test_backends.py", "tests/op/test_dropout.py", "--backends=triton"),
+        environment=(("TRITON_INTERPRET", "1"),),
+        preloaded=(),
+        seconds=900,
+    ),
     "files": Part(
         ("lora_ext/adapters*.py", "lora_ext/files.py", "lora_ext/patterns.py"), ("tests/files",)
     ),
     "call": Part(
         ("lora_ext/{functional,call,ops,bases,dropout,checks}.py", "lora_ext/backends/*.py"),
-        ("tests/op", "--deselect=tests/op/test_mutants_cpp.py", "--deselect=tests/op/test_isa.py"),
+        (*OP, "tests/layers/test_layers.py", "tests/layers/test_explain.py"),
     ),
     "layers": Part(
         ("lora_ext/{layers,inject,prepack,panels,explain}.py",), ("tests/layers", "tests/files")
     ),
     "cpp": Part(
         ("csrc/cpu/*.h", "csrc/cpu/*.cpp", "csrc/call.*", "csrc/checks.*"),
-        ("tests/op/test_backends.py", "tests/op/test_backward.py", "tests/layers/test_prepack.py"),
-        build=True,
-    ),
-    "triton": Part(
-        ("lora_ext/backends/triton*/*.py",),
-        INTERPRETED,
-        environment=(("TRITON_INTERPRET", "1"),),
+        (
+            *("tests/op/test_backends.py", "tests/op/test_backward.py", "tests/op/test_errors.py"),
+            *("tests/op/test_cpp_checks.py", "tests/op/test_grouped.py", "tests/op/test_codes.py"),
+            *("tests/op/test_acts.py", "tests/op/test_cpp_keep.py", "tests/layers/test_prepack.py"),
+        ),
+        environment=(("LORA_EXT_CPU_ISA", "avx2"),),
         seconds=900,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One change of one file."""
-
-    path: str
-    start: int
-    end: int
-    new: str
-    line: int
-
-    def apply(self, text: str) -> str:
-        """Return the file with the fault in it."""
-        return text[: self.start] + self.new + text[self.end :]
-
-
-COMPARE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
-COMPARE |= {"is": "is not", "is not": "is", "in": "not in", "not in": "in"}
-BINARY = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "//", "&": "|", "|": "&"}
-BINARY |= {"<<": ">>", ">>": "<<", "@": "*"}
-
-
-def faults_in_python(path: str, text: str) -> Iterator[Fault]:
-    """Yield other operators and bounds, conditions turned round, arguments swapped or left out."""
-    lines = [0]
-    for line in text.splitlines(keepends=True):
-        lines.append(lines[-1] + len(line.encode()))
-    data = text.encode()
-
-    def place(node: ast.AST, end: bool = False) -> int:
-        row, column = (
-            (node.end_lineno, node.end_col_offset) if end else (node.lineno, node.col_offset)
-        )
-        return len(data[: lines[row - 1] + column].decode())
-
-    def fault(start: int, end: int, new: str) -> Fault:
-        return Fault(path, start, end, new, text.count("\n", 0, start) + 1)
-
-    def between(left: ast.AST, right: ast.AST, table: dict[str, str]) -> Iterator[Fault]:
-        start, end = place(left, end=True), place(right)
-        for old in sorted(table, key=len, reverse=True):
-            found = re.search(rf"(?<![<>=!/*]){re.escape(old)}(?![<>=/*])", text[start:end])
-            if found and not text[start:end].strip(f"() \\\n{old}"):
-                yield fault(start + found.start(), start + found.end(), table[old])
-                return
-
-    tree = ast.parse(text)
-    typed = [n.annotation for n in ast.walk(tree) if isinstance(n, (ast.arg, ast.AnnAssign))]
-    typed += [n.returns for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    types = {n for annotation in typed if annotation is not None for n in ast.walk(annotation)}
-    for node in ast.walk(tree):
-        if node in types:
-            continue
-        match node:
-            case ast.Compare(left=left, comparators=[right]):
-                yield from between(left, right, COMPARE)
-            case ast.BinOp(left=left, right=right):
-                yield from between(left, right, BINARY)
-            case ast.BoolOp(values=[left, right, *_]):
-                yield from between(left, right, {"and": "or", "or": "and"})
-            case ast.If(test=test) | ast.IfExp(test=test):
-                start, end = place(test), place(test, end=True)
-                yield fault(start, end, f"(not ({text[start:end]}))")
-            case ast.Constant(value=int(value)) if not isinstance(value, bool) and value < 100:
-                yield fault(place(node), place(node, end=True), f"({value + 1})")
-            case ast.Call(args=[first, second, *_]) if not isinstance(first, ast.Starred):
-                a, b = (text[place(n) : place(n, end=True)] for n in (first, second))
-                middle = text[place(first, end=True) : place(second)]
-                if a != b and not isinstance(second, ast.Starred):
-                    yield fault(place(first), place(second, end=True), f"{b}{middle}{a}")
-        if isinstance(node, ast.Call):
-            for keyword in node.keywords:
-                if keyword.arg == "mask":  # a load or a store past the end
-                    yield fault(place(keyword), place(keyword, end=True), "mask=None")
-
-
-CPP_RULES = {  # in code, not in comments or preprocessor lines
-    r" < ": " <= ",
-    r" <= ": " < ",
-    r" \+ ": " - ",
-    r" - ": " + ",
-    r" == ": " != ",
-    r" && ": " || ",
-    r"std::min": "std::max",
-    r"std::max": "std::min",
-    r"\+= ": "= ",
-    r" \* (?=\w*(?:stride|ld|row))": " + ",
-    r"\(!": "(",
-    r"(?<=[ (\[{])0(?=[;,)\]}])": "1",
-    r"(\w+), (\w+)(?=[,)])": r"\2, \1",
-}
-
-
-def faults_in_cpp(path: str, text: str) -> Iterator[Fault]:
-    """Yield other operators, bounds and strides, and arguments swapped."""
-    at = 0
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        code = line.split("//")[0]
-        if not code.lstrip().startswith(("#", "template", "using", "static_assert", "*")):
-            for old, new in CPP_RULES.items():
-                for found in re.finditer(old, code):
-                    changed = found.expand(new)
-                    if changed != found[0]:
-                        yield Fault(path, at + found.start(), at + found.end(), changed, number)
-        at += len(line)
 
 
 def faults_of(part: Part) -> list[Fault]:
@@ -181,43 +94,73 @@ def faults_of(part: Part) -> list[Fault]:
     return found
 
 
-def run_tests(copy: Path, part: Part) -> str:
-    """Return how a part's tests end in a copy of the tree: "passed", or what caught the fault."""
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    environment |= dict(part.environment)
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider"]
-    try:
-        if part.build:
-            subprocess.run(
-                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-                cwd=copy,
-                env=environment | {"LORA_EXT_BUILD": "cpu"},
-                capture_output=True,
-                timeout=600,
-                check=True,
-            )
-        result = subprocess.run(
-            [*command, *part.tests],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=part.seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return "took too long"
-    except subprocess.CalledProcessError:
-        return "does not compile"
-    if result.returncode == 0:
-        return "passed"
-    caught = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
-    return caught[1] if caught else f"exit {result.returncode}"
+def in_a_fork(action: Callable[[], int], seconds: int, log: Path) -> str:
+    """Run a function in a fork; return how that ends: "passed", or what ended it.
+
+    The limit is on processor time, so that a busy machine catches nothing.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            with log.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code = action()
+            sys.stdout.flush()
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+            code = 99
+        os._exit(code)
+    end = time.monotonic() + 10 * seconds
+    while (status := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    if os.WIFSIGNALED(status[1]):
+        number = os.WTERMSIG(status[1])
+        slow = number in (signal.SIGXCPU, signal.SIGKILL)
+        return "took too long" if slow else f"ended by signal {number}"
+    code = os.waitstatus_to_exitcode(status[1])
+    caught = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(errors="replace"), re.MULTILINE)
+    return "passed" if code == 0 else caught[1] if caught else f"exit {code}"
+
+
+def run_tests(copy: Path, part: Part, library: Path | None = None, fault: int = 0) -> str:
+    """Return how a part's tests end in a copy of the tree, with one fault of a library on."""
+
+    def tests() -> int:
+        os.environ.update({"OMP_NUM_THREADS": "1", "LORA_EXT_FAULT": str(fault)})
+        os.environ.update(dict(part.environment))
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        for name in [n for n in sys.modules if n.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+        if library is not None:
+            load(library)
+            from tests.op.test_mutants_cpp import why_refused  # seconds, where the tests take more
+
+            if (why := why_refused()) is not None:
+                print(f"FAILED tests/op/test_mutants_cpp.py: {why}")
+                return 1
+        import pytest
+
+        options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+        return int(pytest.main([*options, *part.tests]))
+
+    return in_a_fork(tests, part.seconds, copy / "log.txt")
 
 
 def copy_of_the_tree(folder: str) -> Path:
     """Copy what git tracks, and what is built."""
     names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     built = [str(path.relative_to(ROOT)) for path in ROOT.glob("lora_ext/*.so")]
     for name in [*names.stdout.split("\n"), *built]:
@@ -225,6 +168,77 @@ def copy_of_the_tree(folder: str) -> Path:
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, Path(folder) / name)
     return Path(folder)
+
+
+def library_of(copy: Path, chosen: list[Fault]) -> tuple[Path, list[Fault]]:
+    """Build a library with every fault that compiles behind its switch; return both.
+
+    The number of a fault is its place in the list, from 1.
+    """
+    kept = list(enumerate(chosen, 1))
+    for _ in range(ROUNDS):
+        for path in {fault.path for fault in chosen}:
+            text = (ROOT / path).read_text()
+            here = [
+                smallest(text, f.start, f.end, f.new, number)
+                for number, f in kept
+                if f.path == path
+            ]
+            if (new := switched(text, here)) != (copy / path).read_text():  # as ninja sees it
+                (copy / path).write_text(new)
+        try:
+            build(copy, copy / "csrc")
+        except AssertionError as error:
+            left = [(number, f) for number, f in kept if number not in blamed(str(error))]
+            if left == kept:
+                raise
+            kept = left
+        else:
+            break
+    else:
+        raise SystemExit("the faults do not compile")
+    return copy / "switched.so", [fault for _, fault in kept]
+
+
+def blamed(output: str) -> set[int]:
+    """Return the number of the fault next to each place that the compiler refuses.
+
+    The last before it on its line, or the first after it there, or the last on a line above.
+    """
+    bad: set[int] = set()
+    for path, line, column in re.findall(r"^(\S+?):(\d+):(\d+): error", output, re.MULTILINE):
+        *above, here = Path(path).read_bytes().splitlines()[: int(line)]
+        faults = [(m.start(), m[1]) for m in re.finditer(rb"lora_ext_fault\((\d+)\)", here)]
+        before = [number for start, number in faults if start < int(column)]
+        earlier = re.findall(rb"lora_ext_fault\((\d+)\)", b"".join(above))
+        bad |= {int(n) for n in (before[-1:] or [n for _, n in faults[:1]] or earlier[-1:])}
+    return bad
+
+
+def try_part(name: str, part: Part, chosen: list[Fault]) -> tuple[int, list[str]]:
+    """Try faults; return how many there were that compile, and a line for each survivor."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_the_tree(folder)
+        numbers, library, kept = {f: i for i, f in enumerate(chosen, 1)}, None, chosen
+        if name == "cpp":
+            library, kept = library_of(copy, chosen)
+        if (without := run_tests(copy, part, library)) != "passed":
+            print((copy / "log.txt").read_text())
+            raise SystemExit(f"{name}: the tests fail without a fault: {without}")
+        for fault in kept:
+            text, start = (ROOT / fault.path).read_text(), time.monotonic()
+            if library is None:
+                (copy / fault.path).write_text(fault.apply(text))
+            caught = run_tests(copy, part, library, numbers[fault])
+            if library is None:
+                (copy / fault.path).write_text(text)
+            what = f"{fault.path}:{fault.line}: {text[fault.start : fault.end]!r}"
+            line = f"{what} -> {fault.new!r}: {caught}, {time.monotonic() - start:.0f} s"
+            print(line, flush=True)
+            if caught == "passed":
+                survivors.append(line)
+    return len(kept), survivors
 
 
 def main() -> None:
@@ -235,27 +249,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     survivors, tried = [], 0
-    for name in arguments.parts.split(","):
-        part = PARTS[name]
-        every = faults_of(part)
+    if unknown := set(arguments.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
+    for name in [name for name in PARTS if name in arguments.parts.split(",")]:
+        for module in (*PRELOADED, *PARTS[name].preloaded):
+            with contextlib.suppress(ImportError):
+                import_module(module)
+        every = faults_of(PARTS[name])
         chosen = random.Random(arguments.seed).sample(every, min(arguments.count, len(every)))
-        with tempfile.TemporaryDirectory() as folder:
-            copy = copy_of_the_tree(folder)
-            if (without := run_tests(copy, part)) != "passed":
-                raise SystemExit(f"{name}: the tests fail without a fault: {without}")
-            for fault in sorted(chosen, key=lambda f: (f.path, f.start)):
-                text = (copy / fault.path).read_text()
-                (copy / fault.path).write_text(fault.apply(text))
-                start = time.monotonic()
-                caught = run_tests(copy, part)
-                (copy / fault.path).write_text(text)
-                tried += caught != "does not compile"
-                what = f"{fault.path}:{fault.line}: {text[fault.start : fault.end]!r}"
-                line = f"{what} -> {fault.new!r}: {caught}, {time.monotonic() - start:.0f} s"
-                print(line, flush=True)
-                if caught == "passed":
-                    survivors.append(line)
-        print(f"{name}: {len(chosen)} of {len(every)} possible faults tried", flush=True)
+        count, left = try_part(name, PARTS[name], sorted(chosen, key=lambda f: (f.path, f.start)))
+        print(f"{name}: {count} of {len(every)} possible faults, {len(left)} survive", flush=True)
+        tried, survivors = tried + count, survivors + left
     print(f"{tried} faults, {len(survivors)} survive", *survivors, sep="\n  ")
     raise SystemExit(bool(survivors))
 

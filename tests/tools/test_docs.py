@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from docs import render
 from lora_ext.testing import check_backend
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,18 @@ def test_the_code_of_a_page_runs(page, tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_example_page_is_of_its_script():
+    """Text and code, in order; a picture for each number. What it printed is not compared."""
+    page = (ROOT / "docs/example.md").read_text()
+    at = 0
+    for kind, text in render.cells_of(render.SCRIPT.read_text()):
+        cell = f"```python\n{text}\n```" if kind == "python" else text
+        assert cell in page[at:], f"run python -m docs.render: the page lacks\n{cell}"
+        at = page.index(cell, at) + len(cell)
+    pictures = re.findall(r"\]\((example-\d\.svg)\)", page)
+    assert len(pictures) == 2 and all((ROOT / "docs" / name).exists() for name in pictures)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import GRIDS, readme
+from benchmarks import GRIDS
+from docs import results as readme
 from tests.tools.test_plot import made_run
 
 SHAPES = GRIDS["cpu"]["standard"]
@@ -19,9 +20,12 @@ def test_the_pages_show_what_the_committed_results_give():
     assert readme.check() is None
 
 
-@pytest.mark.parametrize("page", ["readme", "page"])
+PAGES = {"readme": readme.README, "page": readme.PAGE, "memory_page": readme.MEMORY}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_changed_number_is_found(tmp_path, page):
-    path = {"readme": readme.README, "page": readme.PAGE}[page]
+    path = PAGES[page]
     before, begin, text = path.read_text().partition(readme.BEGIN)
     line = next(line for line in text.splitlines() if line.startswith("| ") and ".0" in line)
     digits = line.replace(".0", ".9", 1)

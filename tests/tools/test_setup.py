@@ -205,33 +205,52 @@ def test_architectures_that_are_all_too_old_leave_the_cpu_kernels(
 
 
 @pytest.mark.parametrize("choice", ["auto", "cuda"])
-def test_an_nvcc_that_fails_leaves_the_cpu_kernels(setup, monkeypatch, capsys, tmp_path, choice):
+@pytest.mark.parametrize("fault", ["nvcc", "c++"])
+def test_a_failing_cuda_compile_leaves_the_cpu_kernels(
+    setup, monkeypatch, capsys, tmp_path, choice, fault
+):
     """Found in the midst of the build: under auto it goes on, and _C tells that there are none."""
     nvcc = make_nvcc(tmp_path)
+    ends = "exit 3" if fault == "nvcc" else "for last; do :; done; touch $last"
     nvcc.write_text(
-        NVCC.replace("esac", "  *) exit 3 ;;\nesac").format(release=CUDA, folder=tmp_path)
+        NVCC.replace("esac", f"  *) {ends} ;;\nesac").format(release=CUDA, folder=tmp_path)
     )
     monkeypatch.setattr(setup.shutil, "which", which_only_under(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("LORA_EXT_BUILD", choice)
+    built = []
+
+    def compile_one(self, ext):
+        if ext.name == "lora_ext._cuda":
+            raise RuntimeError("Error compiling objects for extension")
+        built.append((ext.name, dict(ext.define_macros)["LORA_EXT_BUILT_CUDA"]))
+
+    def compile_all(self):
+        for ext in self.extensions:
+            self.build_extension(ext)
+
+    monkeypatch.setattr(BuildExtension, "build_extension", compile_one)
+    monkeypatch.setattr(BuildExtension, "build_extensions", compile_all)
     command = setup.build_arguments()
     distribution = Distribution(command)
     build = command["cmdclass"]["build_ext"](distribution, use_ninja=False)
     build.build_temp = str(tmp_path / "build")
     build.ensure_finalized()
-    monkeypatch.setattr(BuildExtension, "build_extensions", lambda self: None)
+    why = {
+        "nvcc": (subprocess.CalledProcessError, "returned non-zero exit status 3."),
+        "c++": (RuntimeError, "Error compiling objects for extension"),
+    }[fault]
     if choice == "cuda":
-        with pytest.raises(subprocess.CalledProcessError):
+        with pytest.raises(why[0]):
             build.build_extensions()
+        assert not built
         return
     build.build_extensions()
-    (module,) = build.extensions
-    assert module.name == "lora_ext._C" and distribution.ext_modules == [module]
-    macros = [value for name, value in module.define_macros if name == "LORA_EXT_BUILT_CUDA"]
-    assert macros == ['"none"']
+    assert built == [("lora_ext._C", '"none"')]
+    assert [ext.name for ext in build.extensions] == ["lora_ext._C"]
+    assert distribution.ext_modules is build.extensions
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("lora_ext: the CUDA kernels are not built: Command ")
-    assert said.endswith("returned non-zero exit status 3.")
+    assert said.startswith("lora_ext: the CUDA kernels are not built: ") and said.endswith(why[1])
 
 
 def make_compiler(folder: Path, says: str, version: str) -> str:

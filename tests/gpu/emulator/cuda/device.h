@@ -20,10 +20,10 @@ inline void mm_out(const Tensor& left, const Tensor& right, const Tensor& out) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
-inline void addmm_out(const Tensor& bias, const Tensor& left, const Tensor& right,
-                      const Tensor& out) {
+inline void addmm_out(const Tensor& add, const Tensor& left, const Tensor& right, double beta,
+                      double alpha, const Tensor& out) {
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), bias.get(), left.get(), right.get(), 1, 1));
+      aoti_torch_cpu_addmm_out(out.get(), add.get(), left.get(), right.get(), beta, alpha));
 }
 
 }  // namespace lora_ext::cuda

@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <source_location>
@@ -41,6 +40,18 @@ using Line = std::source_location;
 
 inline void barrier(Line at = Line::current()) {
   if (!emulator::left_out(at.file_name(), at.line())) emulator::barrier();
+}
+
+inline void warp_barrier(Line at = Line::current()) {
+  if (emulator::left_out(at.file_name(), at.line())) return;
+  emulator::with_warp([](void* const(&)[emulator::kLanes]) {}, nullptr);
+}
+
+template <int kBytes>
+void copy_piece(void* to, const void* from) {
+  emulator::check_aligned(to, kBytes);
+  emulator::check_aligned(from, kBytes);
+  std::memcpy(to, from, kBytes);
 }
 
 template <int kPending>
@@ -119,13 +130,9 @@ void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, u
   emulator::with_warp(multiply_add_of_warp<T>, &argument);
 }
 
-// A small card, so that small problems take every way; LORA_EXT_EMULATED_CAPABILITY tells which.
+// A small card, so that small problems take every way.
 inline void use_device(int) {}
 inline int multiprocessors_of(int) { return 4; }
-inline int capability_of(int) {
-  const char* asked = std::getenv("LORA_EXT_EMULATED_CAPABILITY");
-  return asked != nullptr ? std::atoi(asked) : 80;
-}
 
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks_x, int64_t blocks_y, int threads,

@@ -1,6 +1,6 @@
-"""Write the results into README.md and docs/performance.md from the files of benchmarks/results.
+"""Write the results into README.md and two pages of docs from the files of benchmarks/results.
 
-Both have a section between two marks that nothing else is written into, so that every number there
+Each has a section between two marks that nothing else is written into, so that every number there
 can be traced to a row of a file and to the command that wrote it. A test runs `check`, so that
 neither can change alone.
 """
@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import GRIDS, Shape
-from .plot import draw, draw_means, machine_of, name_of
-from .providers import DEFAULT
-from .report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
+from benchmarks import GRIDS, Shape
+from benchmarks.plot import draw, draw_means, machine_of, name_of
+from benchmarks.providers import DEFAULT
+from benchmarks.report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
+
+from . import memory_tables
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+MEMORY = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE, SUMMARY = RESULTS / "cpu.png", RESULTS / "speedup.png"
 BEGIN, END = "<!-- results: made by `make readme-results` -->", "<!-- results end -->"
@@ -113,16 +116,21 @@ def replaced(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def made(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> dict[Path, str]:
+def made(
+    readme: Path = README, page: Path = PAGE, folder: Path = RESULTS, memory_page: Path = MEMORY
+) -> dict[Path, str]:
     """Return the whole text that each page should have."""
-    kept = runs(folder)
-    texts = {readme: means(kept), page: tables(kept, model_runs(folder / "models"))}
+    kept, models = runs(folder), folder / "models"
+    texts = {readme: means(kept), page: tables(kept, model_runs(models))}
+    texts[memory_page] = memory_tables.tables(memory_tables.memory_runs(models))
     return {path: replaced(path.read_text(), text) for path, text in texts.items()}
 
 
-def check(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> str | None:
+def check(
+    readme: Path = README, page: Path = PAGE, folder: Path = RESULTS, memory_page: Path = MEMORY
+) -> str | None:
     """Say where a page differs from what the files give; None if none does."""
-    for path, should_be in made(readme, page, folder).items():
+    for path, should_be in made(readme, page, folder, memory_page).items():
         text = path.read_text()
         pairs = zip(text.splitlines(), should_be.splitlines(), strict=False)
         for number, (is_, should) in enumerate(pairs, 1):
@@ -136,7 +144,7 @@ def check(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> s
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the sections and the picture; with --check return 1 and say so if they differ."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme", description=__doc__.partition("\n")[0]
+        prog="python -m docs.results", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)

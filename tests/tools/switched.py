@@ -1,0 +1,291 @@
+"""Many faults in one C++ file, each behind a switch: one compilation serves all of them.
+
+A fault changes a piece of a statement. The statement, or in a declaration and a condition the
+expression, is written once for each fault in it and once without one:
+
+    a = b + c;    ->    if (lora_ext_fault(7)) { a = b - c; } else { a = b + c; }
+    f(T x = b);   ->    f(T x = (lora_ext_fault(8) ? (c) : (b)));
+
+The environment variable LORA_EXT_FAULT names the one that is on. The pieces are found by brackets
+and semicolons; what is no C++ after that, the compiler refuses.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+HEADER = """#include <cstdlib>
+inline bool lora_ext_fault(int number) {
+  static const char* const named = std::getenv("LORA_EXT_FAULT");
+  static const int on = named == nullptr ? 0 : std::atoi(named);
+  return on == number;
+}
+"""
+SOURCES = [
+    *("call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"),
+    *("cpu/act", "cpu/pack", "cpu/codes", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2"),
+    *("cpu/blocks_avx512", "cpu/blocks_avx512_bf16"),
+]
+TORCH_HEADERS = [
+    "inductor/aoti_torch/c/shim.h",
+    "inductor/aoti_torch/generated/c_shim_cpu.h",
+    "stable/ops.h",
+    "stable/tensor.h",
+]
+OPEN, CLOSE = "([{", ")]}"
+HIDDEN = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])+'", re.DOTALL)
+TEMPLATE = re.compile(r"(?<=\w)<[\w:,\s*&/+-]+>")
+CONTROL = re.compile(r"\s*(?:else\b|(?:if|for|while)\s*(?=\())")
+NO_TYPE = "return|throw|delete|else|goto|case"
+DECLARATION = re.compile(
+    rf"\s*(?:(?:static|const|constexpr|using|auto|typename)\b|(?!{NO_TYPE})[\w:]+[\s*&]+\w+\s*[=({{\[;])"
+)
+BEFORE_A_BLOCK = re.compile(
+    r"(?:[){};:]|^|\b(?:else|do|try|const|override|noexcept)"
+    r"|\b(?:struct|class|namespace|enum|union)\b[^;{}]*)\s*$"
+)
+ASSIGNED = re.compile(r"(?<![=!<>])=(?!=)")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A piece of a text and what it becomes; `number` switches it on."""
+
+    start: int
+    end: int
+    new: str
+    number: int
+
+
+def smallest(text: str, start: int, end: int, new: str, number: int) -> Change:
+    """Return a change without the tokens at its ends that it leaves as they are."""
+    old, code = text[start:end], re.compile(r"[\w.]+|\s+|[()\[\]{};,]|[^\w\s.()\[\]{};,]+")
+    olds, news = code.findall(old), code.findall(new)
+    first = 0
+    while first < min(len(olds), len(news)) and olds[first] == news[first]:
+        first += 1
+    last = 0
+    while last < min(len(olds), len(news)) - first and olds[-1 - last] == news[-1 - last]:
+        last += 1
+    kept = ((f, k) for f in range(first, -1, -1) for k in range(last, -1, -1))
+    for before, after in sorted(kept, key=sum, reverse=True):
+        parts = ["".join(tokens[before : len(tokens) - after]) for tokens in (olds, news)]
+        if all(map(is_balanced, parts)):
+            begin = start + len("".join(olds[:before]))
+            return Change(begin, begin + len(parts[0]), parts[1], number)
+    return Change(start, end, new, number)
+
+
+def is_balanced(piece: str) -> bool:
+    """Whether each bracket of a piece has its other one in it."""
+    depths = itertools.accumulate((c in OPEN) - (c in CLOSE) for c in piece)
+    return min([*depths, 0]) == 0 and sum((c in OPEN) - (c in CLOSE) for c in piece) == 0
+
+
+def blanked(text: str) -> str:
+    """Return a text of the same length without comments, strings and template arguments."""
+    text = HIDDEN.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+    text = re.sub(r"^[ \t]*#.*$", lambda m: " " * len(m[0]), text, flags=re.MULTILINE)
+    return TEMPLATE.sub(lambda m: "_" * len(m[0]), text)
+
+
+def matches_of(code: str) -> dict[int, int]:
+    """Return the bracket that belongs to each one, both ways."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for at, c in enumerate(code):
+        if c in OPEN:
+            opened.append(at)
+        elif c in CLOSE and opened:
+            found[at] = opened.pop()
+            found[found[at]] = at
+    return found
+
+
+class Text:
+    """A C++ file in which faults look for the piece that they are in."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.code = text, blanked(text)
+        self.match = matches_of(self.code)
+
+    def is_block(self, at: int) -> bool:
+        """Whether a brace opens or closes a block, and no list of values."""
+        at = min(at, self.match[at])
+        return BEFORE_A_BLOCK.search(self.code[max(0, at - 120) : at]) is not None
+
+    def is_scope(self, at: int) -> bool:
+        """Whether a character is one of the two of `::`."""
+        return self.code[at] == ":" and ":" in (self.code[at - 1], self.code[at + 1])
+
+    def left(self, at: int, stop: str) -> int:
+        """Return where the piece begins that ends at `at`: after an open bracket or a stop."""
+        while at > 0:
+            c = self.code[at - 1]
+            if c in CLOSE:
+                if c == "}" and self.is_block(at - 1):
+                    return at
+                at = self.match[at - 1]
+            elif c in OPEN or (c in stop and not self.is_scope(at - 1)):
+                return at
+            else:
+                at -= 1
+        return at
+
+    def right(self, at: int, stop: str) -> int:
+        """Return where the piece ends that begins before `at`."""
+        while at < len(self.code):
+            c = self.code[at]
+            if c in OPEN:
+                if c == "{" and self.is_block(at) and ";" in stop and "," not in stop:
+                    return at
+                at = self.match[at] + 1
+            elif c in CLOSE or (c in stop and not self.is_scope(at)):
+                return at
+            else:
+                at += 1
+        return at
+
+    def statement(self, change: Change) -> tuple[int, int] | None:
+        """Return the statement around a change; None in a condition or a declaration."""
+        start, end = change.start, change.end
+        while (opener := self.left(start, "")) > 0 and self.code[opener - 1] in OPEN:
+            opener -= 1
+            if self.code[opener] == "{" and self.is_block(opener):
+                break
+            if re.search(r"\b(?:if|for|while|switch|constexpr)\s*$", self.code[:opener][-40:]):
+                return None
+            start, end = opener, max(end, self.match[opener] + 1)
+        start = self.left(start, ";")
+        end = self.right(end - (self.code[end - 1] == ";"), ";") + 1
+        if self.code[end - 1] != ";":
+            return None
+        while control := CONTROL.match(self.code, start, end):
+            after = control.end()
+            if self.code[after] == "(":
+                after = self.match[after] + 1
+            if after > change.start:
+                break
+            start = after
+        if DECLARATION.match(self.code, start, end):
+            return None
+        return start, end
+
+    def expression(self, change: Change) -> tuple[int, int]:
+        """Return the expression around a change: up to a comma, an assignment or a bracket."""
+        choice = re.search(r"(?<!:):(?!:)", self.code[change.start : change.end])
+        stop = ",;" if choice else ",;?:"
+        start, end = self.left(change.start, stop), self.right(change.end, stop)
+        if self.right(change.start, ",") < change.end and self.code[start - 1] in OPEN:
+            close = self.match[start - 1] + 1  # arguments swapped: their call
+            start, end = self.left(start - 1, stop), self.right(close, stop)
+        assigned = [m.end() for m in ASSIGNED.finditer(self.code, start, change.start)]
+        start = max([start, *assigned])
+        if returned := re.match(r"\s*return\b", self.code[start : change.start]):
+            start += returned.end()
+        return start, end
+
+
+def switched(text: str, changes: list[Change]) -> str:
+    """Return a C++ file with every change in it, each behind its number."""
+    file = Text(text)
+    pieces: list[tuple[int, int, bool, list[Change]]] = []
+    for change in changes:
+        found = file.statement(change)
+        start, end = found or file.expression(change)
+        pieces.append((start, end, found is not None, [change]))
+    merged: list[tuple[int, int, bool, list[Change]]] = []
+    for start, end, whole, held in sorted(pieces, key=lambda p: (p[0], -p[1])):
+        if merged and start < merged[-1][1]:  # within the one before
+            merged[-1][3].extend(held)
+        else:
+            merged.append((start, end, whole, list(held)))
+    for start, end, whole, held in reversed(merged):
+        text = text[:start] + _choice(text[start:end], start, whole, held) + text[end:]
+    return text
+
+
+def _choice(old: str, offset: int, whole: bool, changes: list[Change]) -> str:
+    """Return a piece with each change of it to choose from. Lines stay where they were."""
+    result = f"{{ {old} }}" if whole else f"({old})"
+    for change in changes:
+        new = old[: change.start - offset] + change.new + old[change.end - offset :]
+        new = re.sub(r"//[^\n]*", "", new).replace("\n", " ")
+        on = f"lora_ext_fault({change.number})"
+        result = f"if ({on}) {{ {new} }} else {result}" if whole else f"({on} ? ({new}) : {result})"
+    return f" {result}"
+
+
+def load(library: Path) -> None:
+    """Load a library as lora_ext._C, which must not be there yet."""
+    assert "lora_ext" not in sys.modules, "too late: lora_ext has loaded its own kernels"
+    spec = spec_from_file_location("lora_ext._C", library)
+    sys.modules["lora_ext._C"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def build(
+    folder: Path,
+    sources: Path,
+    variant: str = "",
+    others: dict[str, Path] | None = None,
+    flags: str = "",
+    more: Path | None = None,
+) -> None:
+    """Build folder/switched.so, a lora_ext._C of a csrc without optimisation, by one ninja run.
+
+    And folder/`variant`.so, which takes some of its files from other csrcs. `flags` are further
+    ones, `more` is a file of C++ that comes before what torch has.
+    """
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
+    libraries = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch -ltorch_cpu -lc10"
+    rules = [
+        f"includes = {includes}",
+        f"python = {sysconfig.get_path('include')}",
+        f"flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000 {flags}",
+        "rule precompile",
+        "  command = c++ $flags $includes -x c++-header $in -o $out",
+        "build torch.h.gch: precompile torch.h",
+        "rule compile",
+        "  command = c++ $flags -I$sources $includes -include ./torch.h -MMD -MF $out.d -c $in "
+        "-o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule bind",  # pybind11 takes no PyTorch headers before it
+        "  command = c++ $flags -I$sources -isystem $python $includes "
+        "'-DLORA_EXT_BUILT_CUDA=\"none\"' -c $in -o $out",
+        "rule link",
+        f"  command = c++ -shared $flags -Wl,-Bsymbolic $in -o $out {libraries}",
+    ]
+
+    def compile_to(target: str, sources: Path, file: Path) -> str:
+        rules.append(f"build {target}: compile {file} | torch.h.gch")
+        rules.append(f"  sources = {sources}")
+        return target
+
+    def objects_of(name: str, csrc: dict[str, Path]) -> dict[str, str]:
+        return {s: compile_to(f"{name}/{s}.o", of, of / f"{s}.cpp") for s, of in csrc.items()}
+
+    objects = objects_of("switched", dict.fromkeys(SOURCES, sources))
+    rules += [f"build bindings.o: bind {sources}/bindings.cpp", f"  sources = {sources}"]
+    objects["bindings"] = "bindings.o"
+    if more is not None:
+        objects["more"] = compile_to("more.o", sources, more)
+    rules.append(f"build switched.so: link {' '.join(objects.values())}")
+    if others:
+        objects |= objects_of(variant, others)
+        rules.append(f"build {variant}.so: link {' '.join(objects.values())}")
+    header = folder / "torch.h"
+    if not header.exists():
+        header.write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS) + HEADER)
+    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+    built = subprocess.run(["ninja", "-k", "0", "-C", folder], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout
