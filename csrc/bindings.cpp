@@ -63,6 +63,7 @@ py::dict route(const std::string& dtype) {
   result["library_base"] = line.library_base;
   result["strip_rows"] = line.strip_rows;
   result["dot_rows"] = line.dot_rows;
+  result["dot_depth"] = line.dot_depth;
   result["stream_rows"] = line.stream_rows;
   result["library_dweight"] = line.library_dweight;
   result["library_shrink"] = line.library_shrink;
@@ -147,6 +148,8 @@ PYBIND11_MODULE(_C, module) {
              "For measuring and for tests: have bfloat16 multiplied by pairs or widened to float "
              "in all calls of this process; None undoes it. Panels that pack_weight made before "
              "are then refused.");
+  module.def("takes_pairs", &takes_pairs,
+             "Return whether products of bfloat16 take pairs, by the table or as forced.");
   module.def("even_part", &even_part, py::arg("size"), py::arg("most"), py::arg("least"),
              py::arg("multiple"), py::arg("threads"),
              "Return the size of the parts that a size is split into (csrc/cpu/split.h).");

@@ -8,6 +8,7 @@ costs twice as much. What a call does not have is None.
 under `lora_ext_triton`: an operator takes one kernel a device.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def _pack_fake(weight: Tensor, transposed: bool) -> Tensor:
     depth, cols = reversed(weight.shape) if transposed else weight.shape
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     panel = 64 // dtype.itemsize  # a row of a panel is a cache line
+    if weight.dtype == torch.bfloat16 and import_module("lora_ext._C").takes_pairs():
+        depth, dtype = (depth + 1) // 2 * 2, torch.bfloat16
     return weight.new_empty(depth * ((cols + panel - 1) // panel * panel), dtype=dtype)
 
 

@@ -164,6 +164,19 @@ struct Addend {
   }
 };
 
+// Another product, of the same rows and columns, that the sums of a product take along. Of no
+// columns of `a` there is none.
+template <typename W>
+struct Along {
+  View<const W> a = {};
+  Panels<const W> b = {};
+
+  [[gnu::always_inline]] Along from(int64_t row, int64_t rows, int64_t col) const {
+    if (a.cols == 0) return {};
+    return {a.block(row, 0, rows, a.cols), b.from(0, col)};
+  }
+};
+
 // What will be read next and lies far away, as panels of as many rows as those at hand: one line of
 // a row of each is asked for while those are worked on. Strides in bytes; it may reach past the end
 // of what there is.
@@ -175,11 +188,11 @@ struct Ahead {
 // W is the word of the factors: float, double or a pair.
 template <typename W>
 struct MultiplyOps {
-  // c (a.rows, cols; dense rows of `ldc`) = scale * a @ b + addend; a.cols rows of b's panels are
-  // read, and with none of them c becomes the addend. The scale meets the sums. Columns past `cols`
-  // are not written.
+  // c (a.rows, cols; dense rows of `ldc`) = scale * (a @ b + along.a @ along.b) + addend; a.cols
+  // rows of b's panels are read, and with none of them c becomes the addend. The scale meets the
+  // sums. Columns past `cols` are not written.
   void (*multiply)(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
-                   Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead);
+                   Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead, Along<W> along);
   int64_t tile_panels;  // that it reads at a time
 };
 

@@ -54,6 +54,7 @@ class Left {
   int64_t rows() const { return rows_; }
   int64_t depth() const { return depth_; }
   bool in_place() const { return read_ == nullptr; }
+  bool has_dense_rows() const { return col_stride_ == 1; }
 
   Left from(int64_t row, int64_t rows) const {
     Left part = *this;

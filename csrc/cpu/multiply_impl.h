@@ -61,11 +61,10 @@ struct ToStorage {
 
 // ---- tiles ----
 
-// out = a (kRows, depth) @ b (depth, kPanels panels)
-template <int kRows, int kPanels, bool kAhead, typename W, typename Out>
-inline void multiply_tile(View<const W> a, Panels<const W> b, Ahead ahead, const Out& out) {
-  using V = Vector<Acc<W>>;
-  V acc[kRows][kPanels * kVectors] = {};
+// acc += a (kRows, depth) @ b (depth, kPanels panels)
+template <int kRows, int kPanels, bool kAhead, typename W>
+inline void add_steps(View<const W> a, Panels<const W> b, Ahead ahead,
+                      Vector<Acc<W>> (&acc)[kRows][kPanels * kVectors]) {
   for (int64_t p = 0; p < a.cols; ++p) {
     Vector<W> row[kPanels * kVectors];
 #pragma GCC unroll 8
@@ -90,6 +89,15 @@ inline void multiply_tile(View<const W> a, Panels<const W> b, Ahead ahead, const
       }
     }
   }
+}
+
+// out = a @ b + along's product
+template <int kRows, int kPanels, bool kAhead, typename W, typename Out>
+inline void multiply_tile(View<const W> a, Panels<const W> b, Along<W> along, Ahead ahead,
+                          const Out& out) {
+  Vector<Acc<W>> acc[kRows][kPanels * kVectors] = {};
+  add_steps<kRows, kPanels, kAhead>(a, b, ahead, acc);
+  add_steps<kRows, kPanels, false>(along.a, along.b, Ahead{}, acc);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
@@ -99,31 +107,34 @@ inline void multiply_tile(View<const W> a, Panels<const W> b, Ahead ahead, const
 
 // The same for the last rows of a block: a.rows <= kRows.
 template <int kRows, int kPanels, typename W, typename Out>
-inline void multiply_rows(View<const W> a, Panels<const W> b, Ahead ahead, const Out& out) {
+inline void multiply_rows(View<const W> a, Panels<const W> b, Along<W> along, Ahead ahead,
+                          const Out& out) {
   if (a.rows == kRows) {
     if (ahead.data != nullptr) {
-      multiply_tile<kRows, kPanels, true>(a, b, ahead, out);
+      multiply_tile<kRows, kPanels, true>(a, b, along, ahead, out);
     } else {
-      multiply_tile<kRows, kPanels, false>(a, b, ahead, out);
+      multiply_tile<kRows, kPanels, false>(a, b, along, ahead, out);
     }
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1, kPanels>(a, b, ahead, out);
+    multiply_rows<kRows - 1, kPanels>(a, b, along, ahead, out);
   }
 }
 
 // And for the last columns: through a tile of whole width, since out's neighbours are not ours.
 template <typename W, typename Out>
-void multiply_edge(View<const W> a, Panels<const W> b, int64_t cols, const Out& out) {
+void multiply_edge(View<const W> a, Panels<const W> b, Along<W> along, int64_t cols,
+                   const Out& out) {
   Acc<W> tile[kTileRows * kPanel<W>];
-  multiply_rows<kTileRows, 1>(a, b, Ahead{}, ToSums<Acc<W>>{tile, kPanel<W>, 1, {}});
+  multiply_rows<kTileRows, 1>(a, b, along, Ahead{}, ToSums<Acc<W>>{tile, kPanel<W>, 1, {}});
   for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) out.put_one(i, j, tile[i * kPanel<W> + j]);
   }
 }
 
-// out (a.rows, cols) = a @ b
+// out (a.rows, cols) = a @ b + along's product
 template <typename W, typename Out>
-void multiply_to(View<const W> a, Panels<const W> b, int64_t cols, Ahead ahead, const Out& out) {
+void multiply_to(View<const W> a, Panels<const W> b, int64_t cols, Along<W> along, Ahead ahead,
+                 const Out& out) {
   constexpr int64_t panel = kPanel<W>;
   // Tiles of even height: 9 rows as 5 and 4, since the sums in flight of 8 and 1 wait.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
@@ -143,12 +154,14 @@ void multiply_to(View<const W> a, Panels<const W> b, int64_t cols, Ahead ahead, 
       for (int64_t tile = strip; tile < end; ++tile) {
         const int64_t i = first_row(tile);
         const View<const W> rows = a.block(i, 0, first_row(tile + 1) - i, a.cols);
+        const Panels<const W> panels = b.from(0, j);
+        const Along<W> more = along.from(i, rows.rows, j);
         if (left < panel) {
-          multiply_edge(rows, b.from(0, j), left, out.at(i, j));
+          multiply_edge(rows, panels, more, left, out.at(i, j));
         } else if (width == panel) {
-          multiply_rows<kTileRows, 1>(rows, b.from(0, j), next, out.at(i, j));
+          multiply_rows<kTileRows, 1>(rows, panels, more, next, out.at(i, j));
         } else {
-          multiply_rows<kTileRows, kTilePanels>(rows, b.from(0, j), next, out.at(i, j));
+          multiply_rows<kTileRows, kTilePanels>(rows, panels, more, next, out.at(i, j));
         }
         next = {};
       }
@@ -158,13 +171,13 @@ void multiply_to(View<const W> a, Panels<const W> b, int64_t cols, Ahead ahead, 
 
 template <typename W>
 void multiply(View<const W> a, Panels<const W> b, int64_t cols, Acc<W>* c, int64_t ldc,
-              Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead) {
-  multiply_to(a, b, cols, ahead, ToSums<Acc<W>>{c, ldc, scale, addend});
+              Acc<W> scale, Addend<Acc<W>> addend, Ahead ahead, Along<W> along) {
+  multiply_to(a, b, cols, along, ahead, ToSums<Acc<W>>{c, ldc, scale, addend});
 }
 
 template <typename T>
 void update(View<const Acc<T>> a, Panels<const Acc<T>> b, Acc<T> scale, View<T> y) {
-  multiply_to(a, b, y.cols, Ahead{}, ToStorage<T>{y.data, y.row_stride, scale});
+  multiply_to(a, b, y.cols, Along<Acc<T>>{}, Ahead{}, ToStorage<T>{y.data, y.row_stride, scale});
 }
 
 }  // namespace

@@ -141,7 +141,8 @@ void pack_pairs(View<const T> src, Pair* dst) {
 // ---- products ----
 
 void update_by_pairs(View<const Pair> a, Panels<const Pair> b, float scale, View<BFloat16> y) {
-  multiply_to(a, b, y.cols, Ahead{}, ToStorage<BFloat16>{y.data, y.row_stride, scale});
+  multiply_to(a, b, y.cols, Along<Pair>{}, Ahead{},
+              ToStorage<BFloat16>{y.data, y.row_stride, scale});
 }
 
 // ---- few rows ----

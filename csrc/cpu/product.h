@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <span>
 #include <vector>
@@ -62,17 +63,20 @@ class Cursor {
                                   : std::min(kStripRows, leg.left.rows()) *
                                         words_of<P>(std::min(leg.step, leg.left.depth()))) {}
 
-  // sum (rows, cols; dense rows of `ld`) = scale * left's rows from `row` on @ right + addend.
-  void add_to(int64_t row, int64_t rows, Acc<P>* sum, int64_t ld, Addend<Acc<P>> addend) {
+  // sum (rows, cols; dense rows of `ld`) = scale * left's rows from `row` on @ right + addend, and
+  // what is taken along.
+  void add_to(int64_t row, int64_t rows, Acc<P>* sum, int64_t ld, Addend<Acc<P>> addend,
+              Along<P> along = {}) {
     const int64_t depth = right_.depth();
     for (int64_t k = 0; k == 0 || k < depth; k += leg_.step) {
       const int64_t steps = std::min(leg_.step, depth - k);
+      const Along<P> with = k + leg_.step < depth ? Along<P>{} : along;
       const View<const P> left = leg_.left.block(row, k, rows, steps, copy_.get());
       for (int64_t col = 0; col < right_.cols(); col += block_cols_) {
         const int64_t cols = std::min(block_cols_, right_.cols() - col);
         blocks().products<P>().multiply(left, block(k, steps, col, cols), cols, sum + col, ld,
                                         static_cast<Acc<P>>(leg_.scale), addend.from(col),
-                                        after(k, col));
+                                        after(k, col), with.from(0, rows, col));
       }
       addend = {sum, ld};
     }
@@ -113,6 +117,58 @@ class Cursor {
   int64_t rows_packed_ = 0;
 };
 
+// The low-rank leg of a layer, taken along by the tiles of its base product as R more steps of
+// their sums: a pass over the result less. Its scale then meets h or t instead of the sums, in
+// float, of pairs rounded again as these were. It is near enough to 1 that nothing overflows by
+// that.
+template <typename P>
+class Carried {
+ public:
+  static bool fits(std::span<const Leg<P>> legs) {
+    if (legs.size() != 2) return false;
+    const Leg<P>&low = legs[0], &base = legs[1];
+    const double scale = std::fabs(low.scale);
+    return low.keep.data == nullptr && base.keep.data == nullptr && base.scale == 1 &&
+           low.right.is_ready() && low.left.has_dense_rows() && low.left.depth() <= kCarriedSteps &&
+           scale > 1.0 / kMostScale && scale < kMostScale;
+  }
+
+  Carried(const Leg<P>& low, int64_t most_rows)
+      : low_(low),
+        words_(words_of<P>(low.left.depth())),
+        copy_(low.left.in_place() ? 0 : most_rows * words_),
+        sums_(most_rows * words_ * (kIsPair<P> ? 2 : 1)),
+        pairs_(kIsPair<P> ? most_rows * words_ : 0) {}
+
+  // Some rows of the left factor, scaled, and the right one.
+  Along<P> rows(int64_t row, int64_t rows) const {
+    const View<const P> left = low_.left.block(row, 0, rows, low_.left.depth(), copy_.get());
+    const auto scale = static_cast<Acc<P>>(low_.scale);
+    if constexpr (kIsPair<P>) {
+      const int64_t cols = 2 * words_;
+      const View<const BFloat16> elements = {&left.data->even, rows, cols, 2 * left.row_stride, 1};
+      blocks().bfloat16.load(elements, sums_.get(), cols);
+      blocks().bfloat16.store(sums_.get(), cols, scale, nullptr, false,
+                              {&pairs_.get()->even, rows, cols, cols, 1});
+      return {{pairs_.get(), rows, words_, words_, 1}, low_.right.ready()};
+    } else {
+      blocks().storage<P>().load(left, sums_.get(), words_);
+      blocks().storage<P>().store(sums_.get(), words_, scale, nullptr, false,
+                                  {sums_.get(), rows, words_, words_, 1});
+      return {{sums_.get(), rows, words_, words_, 1}, low_.right.ready()};
+    }
+  }
+
+ private:
+  static constexpr double kMostScale = 1 << 16;
+
+  const Leg<P>& low_;
+  const int64_t words_;
+  const Scratch<P> copy_;
+  const Scratch<Acc<P>> sums_;
+  const Scratch<P> pairs_;
+};
+
 inline constexpr size_t kMostLegs = 16;  // two a layer of a group
 
 // The product, for the tiles of one thread.
@@ -126,6 +182,11 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
   const bool masked_later = std::any_of(legs.begin() + 1, legs.end(),
                                         [](const Leg<P>& leg) { return leg.keep.data != nullptr; });
   const Scratch<A> apart(masked_later ? tile_rows * cols : 0);
+  std::optional<Carried<P>> carried;
+  if (Carried<P>::fits(legs)) {
+    carried.emplace(legs[0], tile_rows);
+    legs = legs.subspan(1);
+  }
   std::array<std::optional<Cursor<P>>, kMostLegs> cursors;
   for (size_t i = 0; i < legs.size(); ++i) cursors[i].emplace(legs[i]);
   for (int64_t row = 0; row < out.to.rows; row += kStripRows) {
@@ -150,7 +211,8 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
                                     {sum, rows, cols, ld, 1});
         continue;
       }
-      cursors[i]->add_to(row, rows, sum, ld, addend);
+      cursors[i]->add_to(row, rows, sum, ld, addend,
+                         carried ? carried->rows(row, rows) : Along<P>{});
       if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum, rows, cols, ld, 1});
       addend = {sum, ld};
     }

@@ -14,36 +14,36 @@ constexpr Routes kTable[] = {
     // AVX2: our strips run at the rate of MKL's GEMM or above and take the low-rank part along. Of
     // a 16-bit dtype PyTorch's fallback reaches a tenth of it. Double is level. Dot products win to
     // 32 rows. dweight reads dy down its columns: MKL's is faster in float.
-    {"avx2", "", "float32", false, 0, 32, 4, true, kNever, kNever, kNever},
-    {"avx2", "", "float64", true, 32, 32, 4, true, kNever, kNever, kNever},
-    {"avx2", "", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever},
-    {"avx2", "", "float16", false, 0, 32, 4, false, kNever, kNever, kNever},
+    {"avx2", "", "float32", false, 0, 32, 20, 4, true, kNever, kNever, kNever},
+    {"avx2", "", "float64", true, 32, 32, 20, 4, true, kNever, kNever, kNever},
+    {"avx2", "", "bfloat16", false, 0, 32, 20, 4, false, kNever, kNever, kNever},
+    {"avx2", "", "float16", false, 0, 32, 20, 4, false, kNever, kNever, kNever},
     // AMD's CPUs multiply pairs at the rate of floats, which is twice as many elements.
-    {"avx512_bf16", "amd", "bfloat16", false, 0, 32, 4, false, kNever, kNever, kNever, true},
+    {"avx512_bf16", "amd", "bfloat16", false, 0, 32, 20, 4, false, kNever, kNever, kNever, true},
     // AMX multiplies bfloat16 at 16 times the rate of float32, and only PyTorch's products use it.
-    {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 4, true, 1, 1, 1},
+    {"avx512", "amx-bf16", "bfloat16", true, 2, 2, 20, 4, true, 1, 1, 1},
     // Intel: MKL runs at the rate of the CPU, the products of rank R too, but up to 48 rows dot
     // products are faster. Without AMX, oneDNN's bfloat16 runs at half of MKL's float32, and strips
     // of ours beat it from 4 rows on.
-    {"avx512", "intel", "float32", true, 2, 48, 4, true, 1, 1, 1},
-    {"avx512", "intel", "float64", true, 2, 2, 4, true, 1, 1, 1},
-    {"avx512", "intel", "bfloat16", false, 0, 8, 16, false, kNever, kNever, kNever},
+    {"avx512", "intel", "float32", true, 2, 48, 20, 4, true, 1, 1, 1},
+    {"avx512", "intel", "float64", true, 2, 2, 20, 4, true, 1, 1, 1},
+    {"avx512", "intel", "bfloat16", false, 0, 8, 20, 16, false, kNever, kNever, kNever},
     // With AVX512-FP16 oneDNN multiplies float16; our products of rank R win while R is low.
-    {"avx512", "avx512fp16", "float16", true, 2, 2, 4, true, 64, 64, 64},
+    {"avx512", "avx512fp16", "float16", true, 2, 2, 20, 4, true, 64, 64, 64},
     // AMD: our strips run at 0.92 of the CPU's rate, MKL's GEMM at 0.83; 4 x 4 dot products win to
     // 64 rows. PyTorch makes float16 at a fifth of our rate, and dx at a thirtieth.
-    {"avx512", "amd", "float32", false, 0, 64, 4, true, kNever, kNever, kNever},
-    {"avx512", "amd", "float16", false, 0, 64, 16, false, kNever, kNever, kNever},
-    {"avx512", "", "float16", false, 0, 2, 4, false, kNever, kNever, kNever},
+    {"avx512", "amd", "float32", false, 0, 64, 8, 4, true, kNever, kNever, kNever},
+    {"avx512", "amd", "float16", false, 0, 64, 20, 16, false, kNever, kNever, kNever},
+    {"avx512", "", "float16", false, 0, 2, 20, 4, false, kNever, kNever, kNever},
     // Others with AVX-512: PyTorch hands bfloat16 to oneDNN.
-    {"avx512", "", "float32", true, 2, 2, 4, true, kNever, kNever, kNever},
-    {"avx512", "", "float64", true, 2, 2, 4, true, kNever, kNever, kNever},
-    {"avx512", "", "bfloat16", true, 2, 2, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "float32", true, 2, 2, 20, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "float64", true, 2, 2, 20, 4, true, kNever, kNever, kNever},
+    {"avx512", "", "bfloat16", true, 2, 2, 20, 4, true, kNever, kNever, kNever},
     // Not timed: PyTorch's products, and ours for what streams a weight once.
-    {"baseline", "", "float32", true, 0, 0, 4, true, kNever, kNever, kNever},
-    {"baseline", "", "float64", true, 0, 0, 4, true, kNever, kNever, kNever},
-    {"baseline", "", "bfloat16", true, 0, 0, 4, true, kNever, kNever, kNever},
-    {"baseline", "", "float16", true, 0, 0, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "float32", true, 0, 0, 20, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "float64", true, 0, 0, 20, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "bfloat16", true, 0, 0, 20, 4, true, kNever, kNever, kNever},
+    {"baseline", "", "float16", true, 0, 0, 20, 4, true, kNever, kNever, kNever},
 };
 
 bool is_or_has(const char* cpu) {
@@ -85,7 +85,7 @@ Way by_the_table(const Routes& line, Product product, const Sizes& sizes) {
   const auto library = [](bool yes) { return yes ? Way::kLibrary : Way::kStrips; };
   switch (product) {
     case Product::kY:
-      if (M <= line.dot_rows && depth >= kDotDepthPerRow * M) return Way::kDots;
+      if (M <= line.dot_rows && depth >= line.dot_depth * M) return Way::kDots;
       return library(line.library_base);
     case Product::kDx:
       if (M <= line.stream_rows) return Way::kStream;

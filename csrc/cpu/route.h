@@ -31,11 +31,10 @@ inline constexpr int64_t kInPlaceUses = 32;
 // time.
 inline constexpr int64_t kInPlaceRank = 16, kInPlaceDepth = 96, kInPlaceCols = 512;
 inline constexpr int64_t kPackedCols = 128;
+// A leg of up to so many steps is taken along by the sums of another, see Carried.
+inline constexpr int64_t kCarriedSteps = 64;
 // Up to so many rows, dA and dB are one product, its right factor h or t.
 inline constexpr int64_t kFewRows = 32;
-// A dot product ends in a sum over lanes, about what packing so many elements costs: a row of y is
-// made of dot products where K is so many times the rows.
-inline constexpr int64_t kDotDepthPerRow = 20;
 // A matrix of more bytes is read from the last cache or from memory at each use.
 inline constexpr int64_t kFarBytes = 3 << 20;
 // Up to so many rows y is dot products with a weight of codes in place, and dx sums of its rows.
@@ -76,6 +75,7 @@ struct Routes {
   bool library_base;     // PyTorch's product beats our strips at x @ weight.T and dy @ weight,
   int64_t strip_rows;    // but for dx of up to so many rows
   int64_t dot_rows;      // up to so many rows y is made by dot products
+  int64_t dot_depth;     // where K is so many times the rows: each ends in a sum over lanes
   int64_t stream_rows;   // up to so many rows dx and t are sums of rows in place
   bool library_dweight;  // PyTorch's product beats our strips at dy.T @ x
   // From so high a rank on, PyTorch makes h and t; adds h @ B and t @ A.T; makes dA and dB, but not

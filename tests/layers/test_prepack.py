@@ -115,6 +115,10 @@ def test_operators_pass_opcheck():
     ops = torch.ops.lora_ext
     for transposed in (True, False):
         torch.library.opcheck(ops.pack_weight.default, (weight, transposed))
+        for pairs in (True, False):
+            with forced_pairs(pairs):
+                of_half = (weight[:, 1:].to(torch.bfloat16), transposed)
+                torch.library.opcheck(ops.pack_weight.default, of_half)
     arguments = (x, ops.pack_weight(weight, True), bias, A, B, 0.7)
     torch.library.opcheck(ops.linear_fwd.default, arguments, {"format": "panels"})
     needs = [True, False, False, True, True]

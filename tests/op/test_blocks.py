@@ -64,6 +64,12 @@ MUTANTS = {
         "left < kTilePanels * panel ? panel : kTilePanels * panel",
         "kTilePanels * panel",
     ),
+    "product_along_lost": (
+        "multiply_impl.h",
+        "  add_steps<kRows, kPanels, false>(along.a, along.b, Ahead{}, acc);\n",
+        "",
+    ),
+    "product_along_of_the_first_rows": ("blocks.h", "a.block(row, 0, rows, a.cols)", "a"),
     "rows_of_a_tile_past_the_fourth_twice": (
         "few_rows_impl.h",
         "const int64_t i = left.rows * tile / tiles, end",

@@ -103,8 +103,8 @@ MUTANTS = {
     ),
     "last_block_of_the_sums_alone": (
         "cpu/product.h",
-        "after(k, col));\n      }\n      addend = {sum, ld};",
-        "after(k, col));\n      }\n      addend = {};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
+        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
     ),
     "last_leg_alone": (
         "cpu/product.h",
@@ -287,6 +287,21 @@ MUTANTS = {
         "cols, !masked);",
         "cols, false);",
     ),
+    "carried_part_without_scale": (
+        "cpu/product.h",
+        "sums_.get(), words_, scale, nullptr, false",
+        "sums_.get(), words_, 1, nullptr, false",
+    ),
+    "carried_part_at_every_block": (
+        "cpu/product.h",
+        "k + leg_.step < depth ? Along<P>{} : along",
+        "along",
+    ),
+    "carried_part_of_the_first_rows": (
+        "cpu/product.h",
+        "low_.left.block(row, 0, rows",
+        "low_.left.block(0, 0, rows",
+    ),
     "edge_columns_not_summed": (
         "cpu/multiply_impl.h",
         "scale * sum + start;",
@@ -415,9 +430,9 @@ def lowered_avx512(target: Path) -> Path:
     change(target / "cpu/isa.cpp", has, "true", times=4)
     # Each dtype through products of our own, where PyTorch's are the faster ones on AVX-512.
     table = target / "cpu/route.cpp"
-    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d, (\d+), (\d+), (true|false), .*\},'
+    line = r'(\{"avx512", "[\w-]*", "\w+"), (true|false), 0?\d(, \d+){3}, (true|false), .*\},'
     table.write_text(
-        re.sub(line, r"\1, false, 0, 2, 4, false, kNever, kNever, kNever},", table.read_text())
+        re.sub(line, r"\1, false, 0, 2, 20, 4, false, kNever, kNever, kNever},", table.read_text())
     )
     pragma = r'target\("avx512f,[^"]*prefer-vector-width=512"\)'
     change(target / "cpu/blocks_avx512.cpp", pragma, 'target("avx2,fma,f16c")', times=1)
@@ -471,16 +486,20 @@ def print_verdict(folder: str, name: str) -> None:
     os.environ["LORA_EXT_FAULT"] = str(["", *MUTANTS].index(name) if name in MUTANTS else 0)
     torch.ops.load_library(f"{folder}/{LOWERED if lowered else 'switched'}.so")
     cases = [*CPP_CASES, *AVX512_CASES] if lowered else CPP_CASES
+    why = why_refused(cases)
+    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
+
+
+def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
+    """Return why the checks refuse the C++ kernels that are loaded; None if they do not."""
     linear = linear_of("cpp")
-    why = refused(linear, cases)
-    why = why or refused_group("cpp") or refused_acts(cpp)
+    why = refused(linear, cases) or refused_group("cpp") or refused_acts(cpp)
     torch.set_num_threads(MANY_THREADS)
-    why = (
+    return (
         why
         or refused(linear, CASES_OF_MANY)
         or refused_group("cpp", names=["panels_for_all_threads"])
     )
-    print("accepted" if why is None else f"refused: {' '.join(why.split())}", flush=True)
 
 
 if __name__ == "__main__":

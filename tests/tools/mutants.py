@@ -20,14 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from tests.tools.faults import Fault, faults_in_cpp, faults_in_python
-from tests.tools.switched import build, smallest, switched
+from tests.tools.switched import build, load, smallest, switched
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("torch", "numpy", "pytest", "hypothesis.stateful", "safetensors.torch")
@@ -140,10 +139,12 @@ def run_tests(copy: Path, part: Part, library: Path | None = None, fault: int = 
             del sys.modules[name]
         sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
         if library is not None:
-            import torch
+            load(library)
+            from tests.op.test_mutants_cpp import why_refused  # seconds, where the tests take more
 
-            sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
-            torch.ops.load_library(str(library))
+            if (why := why_refused()) is not None:
+                print(f"FAILED tests/op/test_mutants_cpp.py: {why}")
+                return 1
         import pytest
 
         options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]

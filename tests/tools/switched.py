@@ -13,7 +13,10 @@ and semicolons; what is no C++ after that, the compiler refuses.
 import itertools
 import re
 import subprocess
+import sys
+import sysconfig
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -221,6 +224,14 @@ def _choice(old: str, offset: int, whole: bool, changes: list[Change]) -> str:
     return f" {result}"
 
 
+def load(library: Path) -> None:
+    """Load a library as lora_ext._C, which must not be there yet."""
+    assert "lora_ext" not in sys.modules, "too late: lora_ext has loaded its own kernels"
+    spec = spec_from_file_location("lora_ext._C", library)
+    sys.modules["lora_ext._C"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def build(
     folder: Path,
     sources: Path,
@@ -229,7 +240,7 @@ def build(
     flags: str = "",
     more: Path | None = None,
 ) -> None:
-    """Build folder/switched.so of a csrc without optimisation, by one ninja run.
+    """Build folder/switched.so, a lora_ext._C of a csrc without optimisation, by one ninja run.
 
     And folder/`variant`.so, which takes some of its files from other csrcs. `flags` are further
     ones, `more` is a file of C++ that comes before what torch has.
@@ -238,6 +249,7 @@ def build(
     libraries = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch -ltorch_cpu -lc10"
     rules = [
         f"includes = {includes}",
+        f"python = {sysconfig.get_path('include')}",
         f"flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000 {flags}",
         "rule precompile",
         "  command = c++ $flags $includes -x c++-header $in -o $out",
@@ -247,6 +259,9 @@ def build(
         "-o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule bind",  # pybind11 takes no PyTorch headers before it
+        "  command = c++ $flags -I$sources -isystem $python $includes "
+        "'-DLORA_EXT_BUILT_CUDA=\"none\"' -c $in -o $out",
         "rule link",
         f"  command = c++ -shared $flags -Wl,-Bsymbolic $in -o $out {libraries}",
     ]
@@ -260,6 +275,8 @@ def build(
         return {s: compile_to(f"{name}/{s}.o", of, of / f"{s}.cpp") for s, of in csrc.items()}
 
     objects = objects_of("switched", dict.fromkeys(SOURCES, sources))
+    rules += [f"build bindings.o: bind {sources}/bindings.cpp", f"  sources = {sources}"]
+    objects["bindings"] = "bindings.o"
     if more is not None:
         objects["more"] = compile_to("more.o", sources, more)
     rules.append(f"build switched.so: link {' '.join(objects.values())}")

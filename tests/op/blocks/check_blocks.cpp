@@ -159,17 +159,22 @@ void check_storage(const char* name, const StorageOps<T>& ops, const MultiplyOps
     const Element size = [&](int64_t i, int64_t j) { return product.size(i, j) + 10; };
     Matrix<A> c(M, N), bias(1, N);
     products.multiply(a.read(), panels, N, c.view.data, c.view.row_stride, 1, {bias.view.data, 0},
-                      {});
+                      {}, {});
     compare<A>(
         of + "multiply", c, [&](int64_t i, int64_t j) { return product(i, j) + bias(0, j); }, size,
         unit, K);
     Matrix<A> twice = c;
     twice.view.data = twice.memory.data() + 1;
     products.multiply(a.read(), panels, N, twice.view.data, twice.view.row_stride, 1,
-                      {twice.view.data, twice.view.row_stride}, {});
+                      {twice.view.data, twice.view.row_stride}, {}, {});
     compare<A>(
         of + "multiply, added to itself", twice,
         [&](int64_t i, int64_t j) { return 2 * product(i, j) + bias(0, j); }, size, 3 * unit, K);
+    products.multiply(a.read(), panels, N, c.view.data, c.view.row_stride, A(1.5), {}, {},
+                      {a.read(), panels});
+    compare<A>(
+        of + "multiply, with another along", c,
+        [&](int64_t i, int64_t j) { return 3 * product(i, j); }, size, 3 * unit, K);
 
     ops.store(c.view.data, c.view.row_stride, A(1.5), nullptr, false, y.view);
     compare<T>(
@@ -322,11 +327,16 @@ void check_pairs_from(const char* name, const PairLoadOps<T>& from, const PairOp
       const Element size = [&](int64_t i, int64_t j) { return product.size(i, j) + 10; };
       Matrix<float> c(M, N), bias(1, N);
       ops.products.multiply(a, panels, N, c.view.data, c.view.row_stride, 1.5f, {bias.view.data, 0},
-                            {});
+                            {}, {});
       compare<float>(
           of + "multiply", c,
           [&](int64_t i, int64_t j) { return 1.5 * product(i, j) + bias(0, j); }, size, 2 * unit,
           K);
+      ops.products.multiply(a, panels, N, c.view.data, c.view.row_stride, 1.5f, {}, {},
+                            {a, panels});
+      compare<float>(
+          of + "multiply, with another along", c,
+          [&](int64_t i, int64_t j) { return 3 * product(i, j); }, size, 3 * unit, K);
       Matrix<BFloat16> y(M, N);
       Matrix<BFloat16> before = y;
       before.view.data = before.memory.data() + 1;

@@ -6,22 +6,22 @@ LIBRARY takes the place of lora_ext._C, or is "installed".
 import ctypes
 import sys
 import tempfile
-import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from tests.tools.switched import load
+
 if sys.argv[1] != "installed":
-    sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
-    torch.ops.load_library(sys.argv[1])
+    load(Path(sys.argv[1]))
 
 from lora_ext import load_adapter, prepack_, replace_linear_with_lora, save_adapter  # noqa: E402
 from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case, check  # noqa: E402
 from tests.conftest import linear_of  # noqa: E402
 from tests.op.groups import GROUPS, refused_group  # noqa: E402
 
-THREADS, CALLS = 8, 6
+THREADS, CALLS = 8, 3
 # More than a block of each kind, which is more than one part of the work.
 LONG = Case((400,), 404, 264, 8, dropout=0.3)
 
