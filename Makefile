@@ -8,7 +8,7 @@ EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
 
 .PHONY: install demo test test-all test-long mutants coverage install-matrix bench readme-results \
-  gpu-check lint docs wheel wheel-check clean
+  gpu-check lint docs wheel wheel-check pefts-suite clean
 
 install: $(INSTALLED)
 
@@ -52,6 +52,10 @@ test-long: install
 	for isa in $(ISAS); do LORA_EXT_CPU_ISA=$$isa LORA_EXT_EXAMPLES=$(EXAMPLES) \
 	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
 	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
+
+# PEFT's own tests of LoRA and DoRA with `accelerate` on everywhere: pip downloads them.
+pefts-suite: install
+	$(RUN) -m tests.stacks.pefts_suite $(ARGS)
 
 # Faults made by rule; fails if one survives. ARGS="--parts files,call --count 40 --seed 1".
 mutants: install

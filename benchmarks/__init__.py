@@ -1,7 +1,8 @@
 """What is timed: shapes, the tensors of a case, the work it costs; and how commands name them.
 
 M rows of x, K in_features, N out_features, R rank. The commands: `python -m benchmarks.NAME --help`
-for bench_linear, bench_model, bench_overhead, lower_bound, plot, roofline and routes.
+for bench_linear, bench_model, bench_overhead, ladder, lower_bound, plot, roofline, routes,
+steps and tuned.
 """
 
 import argparse

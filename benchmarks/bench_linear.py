@@ -48,7 +48,10 @@ _SEED = 1  # of the masks that the gate checks with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return 0, or 1 if a provider is wrong or, with --compare, slower."""
+    """Run the benchmark; return 0, or 1 if a provider is wrong or, with --compare, slower.
+
+    An interrupt ends it with what it has, printed like a whole run, and 130.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     if args.threads:
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     console = wide_console()
     console.print(", ".join(f"{k} {v}" for k, v in header.items() if k != "command"))
-    rows, not_timed = _run_all(args, header)
+    rows, not_timed, cut = _run_all(args, header)
     title = f"{args.dtype} {args.mode} on {args.device}, threads {header['threads']}"
     print_report(console, rows, args.providers, title)
     for entry in not_timed:
@@ -71,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = compare(args.compare["rows"], rows)
         print_comparison(console, changes, args.compare["header"], header)
         regressed = any(change.regressed for change in changes) or not changes
+    if cut:
+        done = len({tuple(row[size] for size in Shape._fields) for row in rows})
+        console.print(f"cut after {done} of {len(args.shapes)} shapes", style="red")
+        return 130
     return int(regressed or any(entry["failed"] for entry in not_timed))
 
 
@@ -99,12 +106,12 @@ def run_shape(
 
     with torch.set_grad_enabled(case.training):
         gate = Gate(case)
-        runs, memory = {}, {}
+        runs, more = {}, {}
         for name in providers:
             try:
-                step = _checked(name, case, gate)
+                step, share = _checked(name, case, gate)
                 runs[name] = step.run
-                memory[name] = peak_mib(step.run, device), saved_mib(step.run, step.held)
+                more[name] = peak_mib(step.run, device), saved_mib(step.run, step.held), share
             except Unavailable as reason:
                 refuse(name, str(reason), failed=False)
             except Wrong as reason:
@@ -117,16 +124,17 @@ def run_shape(
     for name, reason in failed.items():
         refuse(name, reason)
     return [
-        make_row(name, device, dtype, mode, shape, times[name], *memory[name]) for name in times
+        make_row(name, device, dtype, mode, shape, times[name], *more[name]) for name in times
     ], not_timed
 
 
-def _checked(name: str, case: Case, gate: "Gate") -> Step:
-    """Build a provider's step and run it through the gate, twice: compilation ends in the first."""
+def _checked(name: str, case: Case, gate: "Gate") -> tuple[Step, float]:
+    """Build a provider's step and run it through the gate, twice: compilation ends in the first.
+
+    Returns the step, and the largest of its errors as a share of what the rule allows.
+    """
     step = PROVIDERS[name](case)
-    for _ in range(2):
-        gate.check(step, lora=name != FLOOR)
-    return step
+    return step, max(gate.check(step, lora=name != FLOOR) for _ in range(2))
 
 
 class Wrong(Exception):
@@ -140,8 +148,8 @@ class Gate:
         self._case = case
         self._wanted: dict[bool, testing.Expected] = {}
 
-    def check(self, step: Step, *, lora: bool = True) -> None:
-        """Raise Wrong unless a step's results keep the rule.
+    def check(self, step: Step, *, lora: bool = True) -> float:
+        """Return the largest error over its limit; raise Wrong unless all keep the rule.
 
         Args:
             step: what is checked; under dropout with the mask that it draws from a fixed seed.
@@ -164,12 +172,25 @@ class Gate:
             self._wanted[lora] = want
         if lines := testing.broken_rules(results, self._wanted[lora]):
             raise Wrong("; ".join(lines))
+        return max(error.share for error in testing.errors(results, self._wanted[lora]))
 
 
-def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row]]:
-    """Run every shape; --json is written again after each, so that a run cut short leaves it."""
+def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row], bool]:
+    """Run every shape until an interrupt; return rows, what was not timed, and whether one came.
+
+    --json is written again after each, so that a run that is killed leaves it too.
+    """
     rows: list[Row] = []
     not_timed: list[Row] = []
+    try:
+        _run_each(args, header, rows, not_timed)
+    except KeyboardInterrupt:
+        return rows, not_timed, True
+    return rows, not_timed, False
+
+
+def _run_each(args: argparse.Namespace, header: Row, rows: list[Row], not_timed: list[Row]) -> None:
+    """Run every shape and add to the two lists after each."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(args.shapes))
         for shape in args.shapes:
@@ -190,7 +211,6 @@ def _run_all(args: argparse.Namespace, header: Row) -> tuple[list[Row], list[Row
             if args.json:
                 write_json(args.json, header, rows, not_timed)
             progress.advance(task)
-    return rows, not_timed
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ A step returns y and, in mode "fwd_bwd", the gradients, fresh at each call. All 
 case's tensors. A new one is a function here and its name in `PROVIDERS`.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -231,6 +232,22 @@ def _backend(name: str) -> Callable[[Case], Step]:
     return build
 
 
+def _own_base(case: Case) -> Step:
+    """The backend "cpp" on a GPU with the base product by its own kernels, see csrc/cuda."""
+    if not case.x.is_cuda or case.x.dtype == torch.float32:
+        raise Unavailable("cpp.own_base is a way of the CUDA kernels with 16-bit dtypes")
+    step = _backend("cpp")(case)
+
+    def run() -> tuple[Tensor, ...]:
+        os.environ["LORA_EXT_CUDA_BASE"] = "own"
+        try:
+            return step.run()
+        finally:
+            del os.environ["LORA_EXT_CUDA_BASE"]
+
+    return step._replace(run=run)
+
+
 def _regime(name: str) -> Callable[[Case], Step]:
     """Return a provider: the backend "triton", its regime forced by name, forward and backward."""
 
@@ -320,5 +337,6 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 # Each backend under its own name; the backend "reference" yields that name to the plain classes.
 PROVIDERS |= {n if n not in PROVIDERS else f"lora_ext.{n}": _backend(n) for n in BACKENDS}
+PROVIDERS["cpp.own_base"] = _own_base
 PROVIDERS |= {f"triton.{name}": _regime(name) for name in REGIMES["forward"]}
 DEFAULT = ("linear", "reference", "lora_ext")

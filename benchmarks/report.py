@@ -52,8 +52,12 @@ def make_row(
     times: Times,
     peak_mib: float,
     saved_mib: float,
+    share: float,
 ) -> Row:
-    """Return one row: milliseconds, MiB, and TFLOP/s of the arithmetic that the result needs."""
+    """Return one row: milliseconds, MiB, and TFLOP/s of the arithmetic that the result needs.
+
+    `share` is the largest error over what the error rule allows.
+    """
     work = flops(shape, mode, lora=provider != FLOOR)
     return {
         "provider": provider,
@@ -67,6 +71,7 @@ def make_row(
         "peak_mib": round(peak_mib, 3),
         "saved_mib": round(saved_mib, 3),
         "tflops": round(work / times.median / 1e9, 6),
+        "err_over_limit": round(share, 4),
     }
 
 
@@ -149,6 +154,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
     if any(kept.values()):
         shown = ", ".join(f"{provider} {mib:.3g}" for provider, mib in kept.items())
         lines.append(f"kept for the backward beyond x and parameters, all shapes (MiB): {shown}")
+    shares: dict[str, float] = {}
+    for row in rows:
+        if "err_over_limit" in row:
+            shares[row["provider"]] = max(shares.get(row["provider"], 0), row["err_over_limit"])
+    if shares:
+        shown = ", ".join(f"{provider} {share:.2f}" for provider, share in shares.items())
+        lines.append(f"largest error over its limit: {shown}")
     gains = {s: g for s, cells in shapes.items() if (g := ratio(cells, PLAIN, OURS))}
     if gains:
         worst = min(gains, key=gains.__getitem__)

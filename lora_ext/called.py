@@ -99,6 +99,7 @@ def add_low_rank(
     fresh: bool,
     dropout: float = 0.0,
     mask: str = "hash",
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Return `y + scale * ((keep * x) @ A @ B)`, in y's dtype and, where y is fresh, its memory.
 
@@ -111,18 +112,21 @@ def add_low_rank(
         fresh: whether y may be written to.
         dropout: as `lora_linear` has it.
         mask: as `lora_linear`'s `dropout_mask`.
+        keep: a mask as bits that was drawn before, for a y that is fresh; `dropout` is then that
+            which it was drawn with.
 
     """
     whole = _whole(y) if fresh and not torch.compiler.is_compiling() else None
     if whole is None or any(type(t) not in _PLAIN for t in (x, A, B)) or A.shape[1] == 0:
+        assert keep is None, "a mask was drawn for a y that can't be written to"
         return y + lora_delta(x, A, B, scale, dropout=dropout, mask=mask).to(y.dtype)
     if torch.is_autocast_enabled(x.device.type):
         x, _, _, A, B = cast_by_autocast(x, None, None, A, B)
     A, B = _taken(A, B, x)
-    keep = None
     if dropout:
         check_dropout(dropout, mask)
-        scale, keep = scale * scale_of(dropout), draw_keep(x, dropout, mask)
+        scale *= scale_of(dropout)
+        keep = draw_keep(x, dropout, mask) if keep is None else keep
     name = choose(None, Call(x, None, None, LowRank(A, B, scale, keep)))
     needs = any(t.requires_grad for t in (y, x, A, B))
     if torch.is_grad_enabled() and needs:

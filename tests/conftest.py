@@ -104,7 +104,7 @@ VARIANTS: dict[str, list[Backend]] = {
                 "backward": "two_launches",
                 "descriptors": True,
             },
-            "persistent": {"forward": "persistent"},
+            "persistent": {"forward": "persistent", "backward": "persistent"},
             "decode": {"forward": "decode"},
             "torch_base": {"forward": "torch_base", "backward": "torch_base"},
             "addmm": {"forward": "addmm", "backward": "addmm"},

@@ -60,8 +60,9 @@ def make_models(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
 
 def batches(steps: int = STEPS, rows: int = 8, width: int = 16) -> list[tuple[Tensor, Tensor]]:
     """Return a batch for each step: x (rows, 3, width), and which of its first eight is largest."""
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(steps, rows, 3, width, generator=g)
+    g = torch.Generator("cpu").manual_seed(1)  # the same numbers on every device
+    x = torch.randn(steps, rows, 3, width, generator=g, device="cpu")
+    x = x.to(torch.get_default_device())
     return list(zip(x, x[..., :8].argmax(-1), strict=True))
 
 

@@ -37,6 +37,7 @@ _KINDS = {
 }
 _FUSED = "one operation"
 _PEFTS = "PEFT's own forward: "
+_MIXED = f"adapter_names (several adapters in one batch): {_PEFTS}there is no grouped operation yet"
 
 
 @dataclass
@@ -58,12 +59,14 @@ class Report:
     groups: Groups | None = None
 
     def __str__(self) -> str:
-        """Counts, a line for each reason, and a line for each way that an adapter runs."""
+        """Counts, a line a reason, a line for each way that an adapter runs, and mixed batches."""
         lines = [f"accelerated {len(self.accelerated)}, left {len(self.left)}"]
         lines += lines_by_reason("left", self.left)
         for name, ways in self.adapters.items():
             ours = {layer: way for layer, way in ways.items() if layer not in self.left}
             lines += lines_by_reason(f"adapter {name!r}:", ours)
+        if self.accelerated and len(self.adapters) > 1:
+            lines.append(_MIXED)
         if self.groups:
             lines.append(str(self.groups))
         return "\n".join(lines)

@@ -21,7 +21,9 @@ from ..call import Weight
 from ..called import add_low_rank, call_base
 from ..checks import HALF
 from ..dora import rescaled, row_scale
-from ..functional import adapted
+from ..dora_dropped import both_products, is_few
+from ..dropout import draw_keep
+from ..functional import adapted, rows_of
 from ..parts import Part
 
 
@@ -231,8 +233,14 @@ def _dora(
             return rescaled(z, g, bias)
         z = add_low_rank(y, x, adapter.A, B, scale, fresh=False)
         return rescaled(z, g, None if bias is None else (1 - g) * bias)
-    dropped = F.dropout(x, adapter.dropout, True)
-    data = weight.data.to(x.dtype)
+    data, p = weight.data.to(x.dtype), adapter.dropout
+    if y is None and is_few(x, data, p):
+        keep = draw_keep(x, p, mask)
+        plain, z = both_products(rows_of(x), data, keep, p)
+        more = rescaled(z, g - 1, bias).add_(plain).view(*x.shape[:-1], len(data))
+        B = B * g.to(B.dtype)
+        return add_low_rank(more, x, adapter.A, B, scale, fresh=True, dropout=p, keep=keep)
+    dropped = F.dropout(x, p, True)
     result = F.linear(x, data, bias) if y is None else y
     more = rescaled(F.linear(dropped, data), g - 1, None).add_(result)
     return add_low_rank(more, dropped, adapter.A, B * g.to(B.dtype), scale, fresh=True)

@@ -218,15 +218,15 @@ def specialisations(monkeypatch, M, K, N, scale=0.5, R=16) -> list:
     back = backward_of(M, K, N, R, scale)
     p = tuning.backward_problem(back)
     for name, regime in REGIMES["backward"].items():
-        if name not in ("addmm", "plain"):
-            tuning.planned("backward", name, back, p, regime.tiles(p, H100)[0], H100)(back)
+        if name not in ("addmm", "plain") and (tiles := regime.tiles(p, H100)):
+            tuning.planned("backward", name, back, p, tiles[0], H100)(back)
     return found
 
 
 def test_a_new_size_or_scale_does_not_recompile(monkeypatch):
     """Only Triton's own classes of an integer (one, a multiple of 16, another) compile again."""
     first = specialisations(monkeypatch, 8192, 4096, 4096)
-    assert len(first) == 13
+    assert len(first) == 15
     for M in (8191, 8193, 7700, 100_000):
         assert specialisations(monkeypatch, M, 4096, 4096) == first
     assert specialisations(monkeypatch, 8192, 4112, 11008) == first

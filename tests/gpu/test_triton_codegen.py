@@ -27,6 +27,7 @@ BASE_KERNELS = (
     "lora_linear_fwd_in_loop_kernel",
     "lora_linear_fwd_persistent_kernel",
     "lora_linear_bwd_dx_kernel",
+    "lora_linear_bwd_dx_persistent_kernel",
 )
 N = K = 4096
 

@@ -26,10 +26,12 @@ class Scaled:
 
     def __init__(self, half, init_scale=2.0**10, **options):
         self.half = half
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
+        self.scaler = torch.amp.GradScaler(
+            torch.get_default_device().type, init_scale=init_scale, **options
+        )
 
     def backward(self, model, x, target):
-        with torch.autocast("cpu", dtype=self.half):
+        with torch.autocast(torch.get_default_device().type, dtype=self.half):
             loss = loss_of(model, x, target)
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -71,7 +73,7 @@ def test_replace_keeps_adapters_of_a_half_model_in_float32_under_autocast(backen
     model = MLP().to(half)
     replace_linear_with_lora(model, 4, 2.0)
     use_backend(model, backend.name)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(torch.get_default_device().type, dtype=half):
         y = model(batches()[0][0])  # float32 in
     assert y.dtype == half
     y.float().square().sum().backward()

@@ -39,7 +39,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "autocast"])
 def test_checkpointed_training_is_the_plain_one(backend: Backend, use_reentrant, amp):
     def step(model, x, target):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16, enabled=amp):
             loss = loss_of(model, x, target)
         loss.backward()
         return loss.detach()

@@ -80,7 +80,7 @@ def test_compiled_layer_follows_batch_size_and_mode(backend: Backend):
         assert torch.equal(compiled(x), layer(x))
         with torch.no_grad():
             assert torch.equal(compiled(x), layer(x))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             assert torch.equal(compiled(x), layer(x))
 
 

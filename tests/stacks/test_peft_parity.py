@@ -187,6 +187,7 @@ def test_the_report_is_of_each_adapter_whichever_are_active(active):
         "other": {second: "one operation"},
     }
     assert str(report).splitlines()[1] == f"adapter 'default': 2: one operation ({first}, {second})"
+    assert str(report).splitlines()[-1].startswith("adapter_names (several adapters in one batch)")
     twin = model_of_two()
     for names in (["default"], ["other"], ["default", "other"], ["default", "mica"]):
         for each in (model, twin):

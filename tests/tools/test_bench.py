@@ -24,7 +24,7 @@ from lora_ext.testing import LinearWithLoRA
 
 SHAPE = Shape(6, 32, 48, 4)
 ROW_FIELDS = "provider device dtype mode M K N R ms_median ms_p20 ms_p80".split()
-ROW_FIELDS += ["peak_mib", "saved_mib", "tflops"]
+ROW_FIELDS += ["peak_mib", "saved_mib", "tflops", "err_over_limit"]
 HEADER_FIELDS = set("torch triton device instruction_set threads commit date command".split())
 
 
@@ -50,8 +50,8 @@ def run(*arguments):
     return bench_linear.main(["--shape", str(SHAPE), "--seconds", "0.02", *arguments])
 
 
-def test_last_first_runs_the_grid_backwards(monkeypatch, tmp_path):
-    """And what is done is on disk when the run ends early."""
+def test_last_first_runs_the_grid_backwards(monkeypatch, tmp_path, capsys):
+    """And what is done is on disk and printed when the run ends early."""
     file, seen = tmp_path / "run.json", []
 
     def run_shape(shape, *rest, **options):
@@ -61,15 +61,17 @@ def test_last_first_runs_the_grid_backwards(monkeypatch, tmp_path):
         return [made_row("linear", 1.0, shape)], []
 
     monkeypatch.setattr(bench_linear, "run_shape", run_shape)
-    with pytest.raises(KeyboardInterrupt):
-        bench_linear.main(["--last-first", "--json", str(file)])
+    assert bench_linear.main(["--last-first", "--json", str(file)]) == 130
+    said = capsys.readouterr().out
+    assert "geometric means: " in said and str(seen[0]) in said
+    assert f"cut after 1 of {len(GRIDS['cpu']['standard'])} shapes" in said
     assert seen == [GRIDS["cpu"]["standard"][-1]]
     assert [row["M"] for row in json.loads(file.read_text())["rows"]] == [seen[0].M]
 
 
 def made_row(provider, ms, shape=SHAPE, spread=0.02, saved_mib=0.0):
     times = timing.Times(ms, ms * (1 - spread), ms * (1 + spread))
-    return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib)
+    return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib, 0.5)
 
 
 NAMES = [name for name in providers.PROVIDERS if name not in ("compile", "peft", "loralib")]

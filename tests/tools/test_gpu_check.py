@@ -1,14 +1,19 @@
 """The driver of gpu-check: limits, what a cut stage keeps, what is missing."""
 
+import importlib.util
 import json
+import os
+import re
 import sys
 import time
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.gpu import gpu_check
-from tests.gpu.gpu_check import Stage
+from tests.gpu.gpu_check import ROOT, Stage
 
 
 @pytest.fixture
@@ -64,7 +69,68 @@ while True: time.sleep(60)
 
 
 def test_all_stages_together_end_within_nine_minutes(tmp_path):
-    assert sum(stage.limit_s for stage in gpu_check.stages(tmp_path)) < 9 * 60
+    plan = gpu_check.stages(tmp_path)
+    assert sum(stage.limit_s for stage in plan) < 9 * 60
+    rehearsed = gpu_check.stages(tmp_path, True)
+    assert [(s.name, s.limit_s, s.needs) for s in rehearsed] == [
+        (s.name, s.limit_s, s.needs) for s in plan
+    ]
+
+
+@pytest.mark.parametrize("stage", gpu_check.stages(Path("out")), ids=lambda stage: stage.name)
+def test_a_benchmarks_options_are_known_to_it(stage, monkeypatch):
+    """Those of the device's own plan, which a rehearsal changes."""
+    at = next((i for i, word in enumerate(stage.command) if word.startswith("benchmarks.")), None)
+    if at is None:
+        pytest.skip("no benchmark")
+    module = import_module(stage.command[at])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.chdir(ROOT)
+    asked = [word.replace("out/", "benchmarks/") for word in stage.command[at + 1 :]]
+    args = module._parse(asked)
+    assert args.device == "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="its kernels run in the interpreter"
+)
+def test_the_whole_plan_runs_in_a_rehearsal(tmp_path, monkeypatch):
+    """Every command starts, takes its options and ends; what profiles runs its command alone."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("ncu", "compute-sanitizer"):
+        tool = tools / name
+        tool.write_text('#!/bin/sh\nwhile [ "${1##*/}" != "$PYTHON" ]; do shift; done; exec "$@"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", Path(sys.executable).name)
+    plan = [s._replace(limit_s=600) for s in gpu_check.stages(tmp_path, True)]
+    with open(tmp_path / "log", "w") as log:
+        summary = tmp_path / "summary.json"
+        outcomes = gpu_check.run_all(plan, log, summary, "none", gpu_check.REHEARSED)
+    said = (tmp_path / "log").read_text()
+    bad = [o for o in outcomes if o["result"] != "passed"]
+    assert not bad, said
+    files = {path.name for path in tmp_path.glob("*.json")} - {"summary.json"}
+    named = ("ladder", "steps", *(f"cuda-bf16-{n}" for n in ("fwd", "fwd_bwd", "compile")))
+    assert files == {f"{name}.json" for name in named}
+    ladder = json.loads((tmp_path / "ladder.json").read_text())["rows"]
+    rungs = [row["rung"] for row in ladder if "rung" in row]
+    assert "F.linear" in rungs and "two_launches: our GEMM, no LoRA" in rungs
+    steps = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert {row["provider"] for row in steps if "us" in row} >= {"linear", "triton.in_loop"}
+    assert "largest error over its limit" in said and "geometric means" in said
+
+
+@pytest.mark.slow
+def test_a_cut_benchmark_prints_what_it_has(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "STOP_S", 10)
+    command = [*python("")[:2], "-m", "benchmarks.bench_linear", "--grid", "quick"]
+    (outcome,) = run(Stage("long", 30, [*command, "--seconds", "60"]))
+    assert outcome["result"] == "cut"
+    assert re.fullmatch(r"cut after \d of 3 shapes", outcome["last"])
+    assert "geometric means: lora_ext / linear" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -77,4 +143,4 @@ def test_without_a_device_it_says_so_and_runs_nothing(capsys, tmp_path):
 def test_unknown_stage_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--stages", "fwd,nothing"])
-    assert "no stage 'nothing', there are: build," in capsys.readouterr().err
+    assert "no stage 'nothing', there are: ladder," in capsys.readouterr().err

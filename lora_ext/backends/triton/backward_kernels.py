@@ -7,6 +7,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .common import (
     base_product,
@@ -38,6 +39,7 @@ def lora_linear_bwd_dy_kernel(
     R: tl.constexpr,
     WANT_T: tl.constexpr,
     WANT_DB: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,8 +49,11 @@ def lora_linear_bwd_dy_kernel(
 
     dy (M, N), b (R, N), h (M, R) contiguous, t (splits, M, R) and dB_parts
     (cdiv(M, BLOCK_M), R, N) float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M,
-    ranks j * BLOCK_R, part s of N. Float32 accumulators.
+    ranks j * BLOCK_R, part s of N. Float32 accumulators. JOINED: the next launch may start at
+    once; it waits for t and dB_parts by itself.
     """
+    if JOINED:
+        gdc_launch_dependents()
     pid_m = tl.program_id(0)
     m0 = pid_m * BLOCK_M
     r0 = tl.program_id(1) * BLOCK_R
@@ -233,7 +238,7 @@ def sum_parts(parts, out, scale, pid, R, N, count, SUM_PARTS: tl.constexpr, SUM_
     step would wait for each.
     """
     size = tl.cast(N, tl.int64) * R
-    offs = pid.to(tl.int64) * SUM_N + tl.arange(0, SUM_N)
+    offs = tl.cast(pid, tl.int64) * SUM_N + tl.arange(0, SUM_N)
     acc = tl.zeros((SUM_N,), tl.float32)
     for s0 in tl.range(0, count, SUM_PARTS, num_stages=1):
         part = s0 + tl.arange(0, SUM_PARTS)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, LowRank, Weight
 from ...ops import empty_like_factor
@@ -22,6 +23,7 @@ from .launches import (
     split_scale,
     strides,
 )
+from .persistent_kernels import lora_linear_bwd_dx_persistent_kernel
 from .regimes import Problem
 
 _SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
@@ -68,6 +70,64 @@ def two_launches(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
         return finish(call, dy, w, t, dB_parts, dx)
 
     return run
+
+
+def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
+    """Launch the pass over dy, and with it programs that stay for dx, then for dA and dB."""
+    M, K, N, R = p.M, p.K, p.N, p.R
+    _, need_dA, need_dB = p.needs
+    pass_over_dy = PassOverDy(call, p, card, joined=card.joins)
+    in_parts, strip = pass_over_dy.parts > 0, cards.strip_tile(card, p.kind)
+    block_r, dx_box = cards.persistent_r(card, R), [tile.block_m, tile.block_n // 2]
+    operands, options = base_operands(call.weight, tile)
+    rounded, strides_a = loop_factor(call.A, call.dy.dtype, tile)
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
+    programs = min(card.sms, tiles)
+    kernel = Launch(
+        lora_linear_bwd_dx_persistent_kernel,
+        (programs,),
+        **dict(M=M, N=N, K=K, R=R, parts=pass_over_dy.parts),
+        **dict(PROGRAMS=card.sms, BLOCK_R=block_r, WANT_DA=need_dA, WANT_DB=need_dB),
+        **dict(DB_IN_PARTS=in_parts, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
+        **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
+        lanes=_lanes(tiles, programs, triton.cdiv(K, strip.block_k) * triton.cdiv(R, block_r)),
+        **strides("stride_d", "mn", call.dy.stride()),
+        **strides("stride_x", "mk", call.x.stride() if need_dA else None),
+        **strides("stride_g", "kr", empty_like_factor(call.A).stride() if need_dA else None),
+        **strides("stride_b", "rn", pass_over_dy.dB_strides),
+        **strides("stride_a", "kr", strides_a),
+        **(card.product_options(p.kind, call.dy.dtype) | card.join_options(R)),
+        **options,
+    )
+
+    def run(call: Backward) -> Gradients:
+        dx = fresh(call.dy, M, K)
+        dA = empty_like_factor(call.A) if need_dA else None
+        dB = empty_like_factor(call.B) if need_dB else None
+        a = rounded(call.A)  # not between the launches: the second joins the one before it
+        t, dB_parts = pass_over_dy(call)
+        dy, w = operands(call.dy, call.weight)
+        scale_dx, power_dx = split_scale(call.scale, call.dy.dtype)
+        kernel(
+            dy=dy, w=w, x=call.x if need_dA else None, a=a, keep=call.keep, t=t,
+            dy_columns=None if in_parts or not need_dB else call.dy,
+            h=None if in_parts or not need_dB else call.h,
+            dB_parts=dB_parts, dx=TensorDescriptor.from_tensor(dx, dx_box), dA=dA, dB=dB,
+            scale=call.scale, scale_dx=scale_dx, power_dx=power_dx,
+        )  # fmt: skip
+        return dx, dA, dB
+
+    return run
+
+
+def _lanes(tiles: int, programs: int, strips: int) -> int:
+    """Return how many programs take dA's strips: the last ones, which have a tile less.
+
+    All of them, where that would be more than two strips each: two take as long as a tile, by the
+    bytes that each SM has under way. An estimate.
+    """
+    idle = -tiles % programs
+    return idle if idle and strips <= 2 * idle else programs
 
 
 def torch_base(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
@@ -122,18 +182,20 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 class PassOverDy:
     """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in Shrink. A part of dB is laid out as dB is.
+    N is split, like K in Shrink. A part of dB is laid out as dB is. `joined`: the next launch may
+    start while it runs.
     """
 
-    def __init__(self, call: Backward, p: Problem, card: Card):
+    def __init__(self, call: Backward, p: Problem, card: Card, *, joined: bool = False):
         M, N, R = p.M, p.N, p.R
-        tile, block_r = cards.dy_tile(card, p.kind, M), cards.block_r(R)
+        tile = cards.dy_tile(card, p.kind, M, joined=joined)
+        block_r = cards.block_r(R)
         blocks_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         need_dx, need_dA, need_dB = p.needs
         self.want_t = need_dx or need_dA
         in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
-        self.splits = cards.splits(card, blocks_m * blocks_r, N, tile.block_n)
+        self.splits = cards.dy_splits(card, p.kind, M, N, R)
         # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
         self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
         self.t_shape = (self.splits, M, R)
@@ -143,7 +205,7 @@ class PassOverDy:
             lora_linear_bwd_dy_kernel,
             (blocks_m, blocks_r, self.splits),
             **dict(M=M, N=N, R=R, splits=self.splits),
-            **dict(WANT_T=self.want_t, WANT_DB=self.parts > 0),
+            **dict(WANT_T=self.want_t, WANT_DB=self.parts > 0, JOINED=joined),
             **dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r),
             **dict(num_warps=tile.warps, num_stages=tile.stages),
             **strides("stride_d", "mn", call.dy.stride()),

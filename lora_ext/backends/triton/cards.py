@@ -314,10 +314,12 @@ def shrink_tile(card: Card, kind: str, M: int, *, joined: bool = False) -> Tile:
     return Tile(block_m, 0, 64, warps, stages)
 
 
-def dy_tile(card: Card, kind: str, M: int) -> Tile:
+def dy_tile(card: Card, kind: str, M: int, *, joined: bool = False) -> Tile:
     """Return the tile for the pass over dy: block_m rows a part of dB, block_n columns a step.
 
-    From 64 parts to 128 where M allows it: fewer leave SMs idle, more write more of dB.
+    Of as many rows as leave nearly half of the SMs a part: fewer leave SMs idle and t in parts,
+    more write more of dB. `joined`: with registers and shared memory left for a program of the next
+    launch on the same SM.
     """
     if card.interpreted:
         return Tile(32, 64, 0, 4, 2)
@@ -325,9 +327,17 @@ def dy_tile(card: Card, kind: str, M: int) -> Tile:
         return Tile(32 if M <= 2048 else 64, 32, 0, 4, 2)
     if kind == "tf32":
         return Tile(32 if M <= 2048 else 64, 64, 0, 4, 2)
-    block_m = 32 if M < 4096 else 64 if M < 7680 else 128
+    block_m = next((rows for rows in (128, 64) if 2 * -(-M // rows) >= 0.9 * card.sms), 32)
+    if joined and block_m == 128:
+        return Tile(block_m, 32, 0, 4, 3)
     warps = 8 if block_m == 128 else 4
     return Tile(block_m, 64, 0, warps, 2 if card.family == "gfx942" else 3)
+
+
+def dy_splits(card: Card, kind: str, M: int, N: int, R: int) -> int:
+    """Return into how many parts of N a pass over dy sums t, as `splits` says."""
+    tile = dy_tile(card, kind, M)
+    return splits(card, -(-M // tile.block_m) * -(-R // block_r(R)), N, tile.block_n)
 
 
 def strip_tile(card: Card, kind: str) -> Tile:

@@ -228,6 +228,33 @@ def load_h(
 
 
 @triton.jit
+def sum_of_h(
+    h,
+    h_out,
+    m0,
+    n0,
+    r0,
+    M,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the float32 tile at (m0, r0) of h (SPLITS, M, R), its parts summed first to last.
+
+    The first column of tiles writes it to h_out (M, R), where there is one.
+    """
+    offs, inside = offsets(m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+    total = tl.load(h + offs, mask=inside, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, SPLITS):
+        part = h + tl.cast(M, tl.int64) * (s * R)
+        total += tl.load(part + offs, mask=inside, other=0.0).to(tl.float32)
+    if h_out is not None:
+        tl.store(h_out + offs, total.to(h_out.dtype.element_ty), mask=inside & (n0 == 0))
+    return total
+
+
+@triton.jit
 def add_bias(acc, bias, n0, N, BLOCK_N: tl.constexpr):
     """Return acc + bias, (BLOCK_M, BLOCK_N); bias (N,) or None."""
     if bias is not None:

@@ -260,6 +260,10 @@ def _two_launches_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     return [first, replace(base, flops=base.flops + strips.flops)]
 
 
+def _persistent_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
+    return _stay(_two_launches_backward(p, tile, card), card)
+
+
 def _torch_base_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     first, parts = _pass_over_dy(p, card)
     strips, of = _strips(p, parts), p.bytes
@@ -281,6 +285,16 @@ def _persistent_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     """Those for a result that a descriptor can describe too."""
     can = p.descriptors and card.persists and p.N * p.size % 16 == 0
     return cards.persistent_tiles(card, p.kind, p.R) if can else ()
+
+
+def _persistent_tiles_of_dx(p: Problem, card: Card) -> tuple[Tile, ...]:
+    """Those of its twin, where t comes in one part: fewer rows have no tile for each SM.
+
+    None on sm_100: Triton 3.8's compiler crashes on it at rank 16 there (TritonGPUHoistTMEMAlloc).
+    """
+    can = p.needs[0] and card.family != "sm_100"
+    can = can and cards.dy_splits(card, p.kind, p.M, p.N, p.R) == 1
+    return _persistent_tiles(replace(p, N=p.K, K=p.N), card) if can else ()
 
 
 def _decode_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
@@ -338,6 +352,8 @@ REGIMES: dict[str, dict[str, Regime]] = {
     "backward": {
         # t = dy @ B.T and dB's parts; then dx with t at hand, dA, and dB's sum.
         "two_launches": Regime(_dx_tiles, _two_launches_backward),
+        # The same two at the same time, as in the forward; dA and dB where the tiles end.
+        "persistent": Regime(_persistent_tiles_of_dx, _persistent_backward),
         # dx = dy @ weight by PyTorch between the two; the second then adds scale * t @ A.T to it.
         "torch_base": Regime(_delta_tiles_of_dx, _torch_base_backward),
         # Each product by PyTorch, t @ A.T added to dx by its own.
