@@ -38,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=260)
     for card in args.cards:
         for direction in REGIMES:
             console.print(_table(rows, card, args.dtype, direction))
     console.print(
-        "* picked by the library   MB moved / GFLOP / floor in µs; estimated, not measured"
+        "* picked by the library   MB moved / GFLOP / floor in µs / predicted time over "
+        "that of the base product alone; estimated, not measured"
     )
     if args.json:
         args.json.write_text(json.dumps({"dtype": args.dtype, "rows": rows}, indent=1) + "\n")
@@ -62,7 +63,8 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
     Returns:
         `card`, `direction`, M, K, N, R, `regime`, `tile` ([BLOCK_M, BLOCK_N, BLOCK_K], None for the
         plain layer), `bytes`, `flops`, `launches`, `floor_us`, `model_us` (what its cost comes
-        to) and whether the library `picked` it. Of a regime's tiles, the one that it would choose.
+        to), `over_bare` (that over the base product's alone, PyTorch's) and whether the library
+        `picked` it. Of a regime's tiles, the one that it would choose.
 
     """
     kind, size = DTYPES[dtype]
@@ -88,15 +90,27 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
             "launches": len(kernels),
             "floor_us": round(floor_us(kernels, c, kind), 3),
             "model_us": round(regimes.time_us(kernels, c, kind), 3),
+            "over_bare": round(regimes.time_us(kernels, c, kind) / bare_us(p, c, direction), 3),
             "picked": name == picked.name,
         }
 
 
+def bare_us(p: Problem, card: Card, direction: str) -> float:
+    """Return what the cost model gives F.linear, or a backward's dx = dy @ weight, alone."""
+    of = p.bytes
+    moved = of.x + of.weight + of.y + (of.bias if direction == "forward" else 0)
+    return Kernel(moved, 2 * p.M * p.N * p.K).time_us(card, p.kind)
+
+
 def floor_us(kernels: list[Kernel], card: Card, kind: str) -> float:
-    """Return the microseconds that kernels take at least, at the data sheet's two peaks."""
+    """Return the microseconds that kernels take at least, at the data sheet's two peaks.
+
+    Joined kernels run at the same time: their bytes and FLOPs are one kernel's.
+    """
     bytes_per_us = card.bandwidth_gbs * 1e3
     flops_per_us = card.flops_per_us(kind) / card.reached_flops
-    return sum(max(k.bytes / bytes_per_us, k.flops / flops_per_us) for k in kernels)
+    together = regimes.together(kernels)
+    return sum(max(k.bytes / bytes_per_us, k.flops / flops_per_us) for k in together)
 
 
 def _table(rows: Sequence[dict[str, Any]], card: str, dtype: str, direction: str) -> Table:
@@ -112,6 +126,7 @@ def _table(rows: Sequence[dict[str, Any]], card: str, dtype: str, direction: str
             mark = "* " if row["picked"] else ""
             megabytes, gigaflops = row["bytes"] / 1e6, row["flops"] / 1e9
             text = f"{mark}{megabytes:.4g} / {gigaflops:.4g} / {row['floor_us']:.4g}"
+            text += f" / {row['over_bare']:.3f}"
             cells.setdefault(shape, {})[row["regime"]] = text
     for shape, texts in cells.items():
         table.add_row(str(shape), *(texts.get(name, "-") for name in columns))

@@ -34,6 +34,14 @@ def test_bytes_flops_and_floor_of_a_known_case():
     assert of["plain"]["floor_us"] > of["two_launches"]["floor_us"]
 
 
+def test_joined_launches_take_the_time_of_one():
+    of = {row["regime"]: row for row in roofline.estimate(LARGE, "H100", "bf16", "forward")}
+    joined, apart = of["persistent"], of["two_launches"]
+    assert joined["bytes"] == apart["bytes"] and joined["launches"] == apart["launches"] == 2
+    assert joined["floor_us"] < apart["floor_us"]
+    assert 1.0 < joined["over_bare"] < apart["over_bare"] < of["plain"]["over_bare"]
+
+
 def test_one_regime_a_shape_is_picked_and_it_moves_no_more_than_the_plain_layer(rows):
     seen = {}
     for row in rows:
