@@ -129,6 +129,21 @@ def test_a_called_base_needs_no_second_output(base):
     assert taken and max(taken) < 4096 * 70 * 4 / 2
 
 
+@pytest.mark.parametrize(
+    "base", ["nn.Linear", "torchao int8", *(b for b in BASES if "bitsandbytes" in b)]
+)
+def test_a_base_that_is_read_takes_memory_for_y_alone(base):
+    """Of all allocations of a forward with dropout one is of half of (M, N) or more."""
+    ours, _ = models("LoRA", base, torch.float32, 0.05)
+    accelerate(ours)
+    x = torch.randn(4096, 91)
+    ours(x)  # what is computed once
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ours(x)
+    taken = [event.self_cpu_memory_usage for event in profile.events()]
+    assert sum(size >= 4096 * 70 * 4 / 2 for size in taken) == 1
+
+
 @pytest.mark.parametrize("feature", ["DoRA", "several adapters, lora_bias"])
 def test_second_derivatives_are_pefts(feature):
     ours, theirs = models(feature, "nn.Linear", torch.float64, 0.3)
