@@ -96,7 +96,7 @@ class Card:
         """
         options: dict[str, Any] = {"DEPENDENT": self.joins}
         if self.joins:
-            options |= {"launch_pdl": True, "maxnreg": 232 if R <= 32 else 255}
+            options |= {"launch_pdl": True, "maxnreg": 232 if R <= 16 else 255}
         return options
 
     def flops_per_us(self, kind: str) -> float:
