@@ -255,6 +255,6 @@ def compile_kernels(nvcc: str, capabilities: list[int], ptx: bool, folder: Path)
 
 
 if __name__ == "__main__":
-    # pip's ninja lies beside this Python, whether its environment is activated or not.
+    # pip's ninja is next to this Python, whether its environment is activated or not.
     os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     setup(**build_arguments())

@@ -1,8 +1,8 @@
 """What is timed: shapes, the tensors of a case, the work it costs; and how commands name them.
 
 M rows of x, K in_features, N out_features, R rank. The commands: `python -m benchmarks.NAME --help`
-for bench_linear, bench_model, bench_overhead, ladder, lower_bound, plot, roofline, routes,
-steps and tuned.
+for bench_linear, bench_model, bench_overhead, lower_bound, plot, routes, and of a GPU's kernels
+gpu.ladder, gpu.roofline, gpu.steps and gpu.tuned.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 // The module lora_ext._C. Loading it registers the CPU kernels (cpu/register.cpp); its
 // functions tell how it was built and which way products go.
-#undef TORCH_TARGET_VERSION  // pybind11 as torch 2.11 carries it refuses to be included beside it
+#undef TORCH_TARGET_VERSION  // pybind11 as torch 2.11 carries it refuses to be included next to it
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>

@@ -1,5 +1,5 @@
 // The block operation combine_codes (see blocks.h): sums of a weight's rows of codes, each read
-// where it lies. Part of blocks_impl.h.
+// in place. Part of blocks_impl.h.
 #pragma once
 
 #include <cstdint>

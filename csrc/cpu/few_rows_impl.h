@@ -1,4 +1,4 @@
-// The block operations for few rows, dot and combine_rows: each reads a factor where it lies. Part
+// The block operations for few rows, dot and combine_rows: each reads a factor in place. Part
 // of blocks_impl.h.
 #pragma once
 

@@ -42,7 +42,7 @@ struct Out {
 // The blocks of a leg's right factor, for one thread: ready, or packed when the first tile of the
 // left factor asks for them, so that it finds them in cache; the tiles after it find them packed.
 //
-// A matrix that is far is asked for ahead where the hardware does not foresee what comes next:
+// A matrix that is far is asked for ahead where the hardware does not guess what comes next:
 // panels, and short pieces of long rows.
 template <typename P>
 class Cursor {

@@ -108,13 +108,14 @@ def stages(out: Path, rehearsal: bool = False) -> list[Stage]:
         *(["--help"] if rehearsal else []),
     ]
     launches = ("--parts", "host", "--calls", "1", "--providers", "triton.two_launches")
+    launches = (*launches, "--small", LARGE)
     cuda = "tests/gpu/test_cuda.py"
     few = "test_every_regime and (two_launches or decode or cpp) and 300 and bfloat16"
     bfloat16 = [c.json(f"cuda-bf16-{name}") for name in ("fwd", "fwd_bwd", "compile")]
     tiny = ("--shape", TINY, "--seconds", "0.01")
     return [
-        Stage("ladder", 70, c.bench("ladder", *c.json("ladder"), small=tiny), "triton"),
-        Stage("steps", 60, c.bench("steps", *c.json("steps"), small=(*small, *some))),
+        Stage("ladder", 70, c.bench("gpu.ladder", *c.json("ladder"), small=tiny), "triton"),
+        Stage("steps", 60, c.bench("gpu.steps", *c.json("steps"), small=(*small, *some))),
         Stage("build", 55, build, "pybind11"),
         Stage("report", 15, [*PYTHON, "-m", "lora_ext"]),
         Stage("cuda tests", 50, c.pytest(cuda), "pytest"),
@@ -125,13 +126,11 @@ def stages(out: Path, rehearsal: bool = False) -> list[Stage]:
         Stage("dropout", 15, c.linear("fwd_bwd", FEW, "--dropout", "0.1", *one), "rich"),
         Stage("compile", 35, c.linear("fwd_bwd", COMPILED, *bfloat16[2]), "rich"),
         Stage("suite", 35, c.pytest(*SUITES, *on), "pytest"),
-        Stage("tuning", 10, c.bench("tuned", *c.json("tuning")), "triton"),
+        Stage("tuning", 10, c.bench("gpu.tuned", *c.json("tuning")), "triton"),
         Stage(
             "sanitizer", 20, [*SANITIZER, *c.pytest(cuda, "-k", few, workers=False)], SANITIZER[0]
         ),
-        Stage(
-            "ncu", 20, [*NCU, *c.bench("steps", *launches, "--small", LARGE, small=small)], NCU[0]
-        ),
+        Stage("ncu", 20, [*NCU, *c.bench("gpu.steps", *launches, small=small)], NCU[0]),
     ]
 
 

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from benchmarks import GRIDS, Shape, roofline
+from benchmarks import GRIDS, Shape
+from benchmarks.gpu import roofline
 from lora_ext.backends.triton.cards import KNOWN
 from lora_ext.backends.triton.regimes import REGIMES
 

@@ -168,7 +168,7 @@ class Tile:
 
 
 INTERPRETER = Card("interpreter", "sm_90", 4, 1.0, 100.0, interpreted=True)
-# Data sheets, for estimates without a card at hand: benchmarks.roofline, the tests.
+# Data sheets, for estimates without a card at hand: benchmarks.gpu.roofline, the tests.
 KNOWN = {
     "A100": Card("A100 SXM 80GB", "sm_80", 108, 1.41, 2039),
     "RTX 3090": Card("GeForce RTX 3090", "sm_86", 82, 1.695, 936),

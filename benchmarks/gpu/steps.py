@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import DTYPES, MODES, Shape, make_case, names_of, positive, shape, writable
-from .providers import PROVIDERS, Unavailable
+from .. import DTYPES, MODES, Shape, make_case, names_of, positive, shape, writable
+from ..providers import PROVIDERS, Unavailable
 
 WAYS = [name for name in PROVIDERS if name.startswith("triton.")]
 WAYS = ["linear", "reference", "addmm", "lora_ext", "cpp", "cpp.own_base", *WAYS]
@@ -107,7 +107,7 @@ def _line(row: Row) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.steps", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.gpu.steps", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda")

@@ -20,7 +20,7 @@ from lora_ext.backends.triton import regimes
 from lora_ext.backends.triton.cards import KNOWN, Card
 from lora_ext.backends.triton.regimes import REGIMES, Kernel, Problem
 
-from . import GRIDS, Shape
+from .. import GRIDS, Shape
 
 # PyTorch's dtype as the model sees it: kind of product, bytes an element.
 DTYPES = {"bf16": ("half", 2), "fp16": ("half", 2), "tf32": ("tf32", 4), "fp32": ("fp32", 4)}
@@ -135,7 +135,7 @@ def _table(rows: Sequence[dict[str, Any]], card: str, dtype: str, direction: str
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.gpu.roofline", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
     add("--cards", type=_cards, default=list(KNOWN), metavar="NAME,...", help=", ".join(KNOWN))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import writable
+from .. import writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tuned", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.gpu.tuned", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--json", type=writable, metavar="FILE", help="copy the file there")

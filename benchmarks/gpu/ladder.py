@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from lora_ext.backends import triton as backend
 from lora_ext.backends.triton.regimes import REGIMES
 
-from . import DTYPES, Case, Shape, flops, make_case, positive, shape, writable
-from .timing import measure
+from .. import DTYPES, Case, Shape, flops, make_case, positive, shape, writable
+from ..timing import measure
 
 _FIRST = Shape(8192, 4096, 4096, 16)
 _COPIED_BYTES = 1 << 30
@@ -250,7 +250,7 @@ def _name(device: str) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ladder", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.gpu.ladder", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda")
