@@ -63,4 +63,6 @@ def _table(run: Run) -> str:
             f"| {labels[row['provider']]} | {ms:.0f} | {base / ms:.2f} | {row['tokens_per_s']:.0f} "
             f"| {row['peak_mib']:.0f} | {row['saved_mib']:.0f} |"
         )
-    return "\n".join([*lines, "", f"Commit {header['commit']}, `{command}`."])
+    of_old = "by what `python -m benchmarks.bench_model` is now"
+    by = of_old if "bench_memory" in command else f"`{command}`"
+    return "\n".join([*lines, "", f"Commit {header['commit']}, {by}."])

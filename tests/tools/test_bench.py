@@ -262,6 +262,7 @@ def test_ratios_means_and_worst_shape_come_from_the_rows():
     assert report.summary(rows) == [
         "geometric means over linear: reference 4.00, addmm 3.00 (1 of 2 shapes)",
         "geometric means: lora_ext / linear 2.00, reference / lora_ext 2.00",
+        "largest error over its limit: linear 0.50, reference 0.50, lora_ext 0.50, addmm 0.50",
         "worst shape: 1,2,3,4: reference / lora_ext 0.50, lora_ext / linear 4.00",
         "slower than reference by more than 3 %: 1,2,3,4 (0.50)",
     ]
