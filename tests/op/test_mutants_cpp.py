@@ -49,6 +49,7 @@ CPP_CASES += [case.but(dtype=torch.bfloat16) for case in OF_CODES[-OF_A_FORMAT:]
 CPP_CASES += [Case((33,), 1000, 800, 8)]  # a weight over 3 MiB, which is far
 # By more threads than pack a weight each, which are a part of the operands' order.
 MANY_THREADS, CASES_OF_MANY = 6, [LONG, LONG.but(dropout=0.3), FEW_ROWS.but(K=800)]
+CASES_OF_MANY += [case for case in OF_CODES[:OF_A_FORMAT] if case.K >= 512]
 LOWERED = "avx512_lowered_to_avx2"
 AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.float16)] + SHAPES
 AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
