@@ -3,7 +3,8 @@
 Built without optimisation and loaded in place of lora_ext._C, with AVX2. PyTorch is not
 instrumented, but it takes its memory from the sanitizer, so that reading or writing past a tensor
 on either side shows. For ThreadSanitizer the kernels' threads are not OpenMP's but those of
-threads.cpp, which it sees. The libraries have a race in them behind a switch: it has to be found.
+threads.cpp, which it sees. A library has two faults in it behind switches: what finds nothing in
+the kernels has to find them.
 """
 
 import os
@@ -28,7 +29,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja"),
 ]
 FAULTS = {  # number: (file, the line, what it becomes)
-    1: ("cpu/product.h", "tile / across * tiling.rows, col", "0 * tiling.rows, col"),  # two in one
+    1: ("cpu/parallel.h", "std::min(part, size - i * part)", "part"),  # past the end
+    2: ("cpu/product.h", "tile / across * tiling.rows, col", "0 * tiling.rows, col"),  # two in one
 }
 OPTIONS = {
     "address": {
@@ -96,6 +98,14 @@ def test_kernels_are_clean(folder, kind, what):
     assert result.returncode == 0 and result.stdout == "ran\n", result.stderr[-8000:]
 
 
-def test_a_race_is_found(folder):
-    result = run(folder, "thread", "threads", fault=1)
-    assert result.returncode != 0 and "ThreadSanitizer: data race" in result.stderr
+@pytest.mark.parametrize(
+    ("kind", "fault", "message"),
+    [
+        ("address", 1, "AddressSanitizer: heap-buffer-overflow"),
+        ("thread", 2, "ThreadSanitizer: data race"),
+    ],
+    ids=["address", "thread"],
+)
+def test_a_fault_is_found(folder, kind, fault, message):
+    result = run(folder, kind, "threads", fault)
+    assert result.returncode != 0 and message in result.stderr, result.stderr[-8000:]
