@@ -157,6 +157,7 @@ def test_checkpointing_changes_no_bit(kind, reentrant):
     assert all(map(torch.equal, *grads))
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_over_the_weight_itself():
     _, inputs = layer_of("nf4", CASE.but(lead=(4,)))
     given = [inputs[n].double().requires_grad_() for n in ("x", "A", "B")]

@@ -87,6 +87,7 @@ def failures() -> dict[str, str]:
     return run_cases(CASES, world=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(failures, name):
     assert name not in failures, failures[name]
