@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lora_ext.backends.cuda_graph import captured
+
 Run = Callable[[], Any]
 Timer = Callable[[], float]
 
@@ -124,7 +126,7 @@ def cuda_timers(runs: Mapping[str, Run]) -> tuple[dict[str, Timer], dict[str, st
     failed: dict[str, str] = {}
     for name, run in runs.items():
         try:
-            replayed[name] = _cuda_timer(_captured(run), flush)
+            replayed[name] = _cuda_timer(captured(run, first_runs=3), flush)
         except RuntimeError as error:
             failed[name] = f"can't be captured in a CUDA graph: {error}"
     if not replayed or _fastest_ms(replayed) >= _GRAPH_BELOW_MS:
@@ -150,25 +152,6 @@ def _cuda_timer(run: Run, flush: torch.Tensor) -> Timer:
         return start.elapsed_time(end)
 
     return sample_ms
-
-
-def _captured(run: Run) -> Run:
-    """Return the replay of a CUDA graph of one call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # allocations and lazy handles of the capturing stream
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()  # the graph's outputs live as long as the replay does
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..._version import __version__
+from ..cuda_graph import captured
 from . import backward_launches, forward_launches
 from .backward_launches import Backward, Gradients
 from .cards import Card, Tile, card_of
@@ -223,24 +224,6 @@ def _measure(
     except Exception as error:
         _LOG.warning("%s %s by %s can't run here: %s", direction, p, candidate, error)
         return None
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the replay of a CUDA graph of one call: the time of its kernels and not the host's."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and makes what a stream's first call makes
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()  # the graph's memory lives as long as the replay does
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
 
 
 @functools.cache
