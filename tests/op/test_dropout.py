@@ -273,6 +273,8 @@ def test_wrong_dropout_is_named(p, error, message):
 def test_the_low_rank_part_is_zero_where_all_is_dropped():
     tensors = leaves(CASE)
     y = lora_linear(*tensors, CASE.alpha, dropout=1.0)
+    x, weight, bias, A, B = tensors
+    assert torch.equal(y, lora_linear(x, weight, bias, A, torch.zeros_like(B), CASE.alpha))
     assert_same_up_to_rounding(y, nn.functional.linear(*tensors[:3]))
     y.sum().backward()
     assert not tensors[3].grad.any() and not tensors[4].grad.any()
