@@ -496,7 +496,10 @@ def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
 
 
 if __name__ == "__main__":
-    # An operator takes one kernel a process: each name gets a fork of this one.
+    # An operator takes one kernel a process: each name gets a fork of this one, with what PyTorch
+    # would import at the first gradient, 2 s, already there.
+    import torch.fx.experimental.symbolic_shapes
+
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
     for name in sys.argv[2:]:
         process = get_context("fork").Process(target=print_verdict, args=[sys.argv[1], name])
