@@ -6,7 +6,8 @@ expression, is written once for each fault in it and once without one:
     a = b + c;    ->    if (lora_ext_fault(7)) { a = b - c; } else { a = b + c; }
     f(T x = b);   ->    f(T x = (lora_ext_fault(8) ? (c) : (b)));
 
-The environment variable LORA_EXT_FAULT names the one that is on. The pieces are found by brackets
+The environment variable LORA_EXT_FAULT names the one that is on, and `lora_ext_reached` has a byte
+for each that ran, on or off. The pieces are found by brackets
 and semicolons; what is no C++ after that, the compiler refuses.
 """
 
@@ -22,12 +23,17 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-HEADER = """#include <cstdlib>
-inline bool lora_ext_fault(int number) {
+MOST_FAULTS = 4096
+HEADER = f"""#include <cstdlib>
+extern "C" {{
+inline unsigned char lora_ext_reached[{MOST_FAULTS}];
+}}
+inline bool lora_ext_fault(int number) {{
   static const char* const named = std::getenv("LORA_EXT_FAULT");
   static const int on = named == nullptr ? 0 : std::atoi(named);
+  if (lora_ext_reached[number] == 0) lora_ext_reached[number] = 1;
   return on == number;
-}
+}}
 """
 SOURCES = [
     *("call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"),
