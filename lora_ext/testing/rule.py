@@ -16,8 +16,8 @@ lucky too, when the few numbers that all hangs on, the result's own or the M * R
 to round well: with one number that is worth one rounding more, over many it averages out. In
 float32 it is about 1e-6 of the result, in bfloat16 0.4 %.
 
-In float64 the oracle is the plain layer itself, whose error is unseen: it is taken to be that of the
-plain layer in float32, scaled by 2 ** -29, and the floor counts four times.
+In float64 the oracle is the plain layer itself, whose error is unseen: it is taken to be that of
+the plain layer in float32, scaled by 2 ** -29, and the floor counts four times.
 """
 
 import math

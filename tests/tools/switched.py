@@ -190,9 +190,9 @@ class Text:
         choice = re.search(r"(?<!:):(?!:)", self.code[change.start : change.end])
         stop = ",;" if choice else ",;?:"
         start, end = self.left(change.start, stop), self.right(change.end, stop)
-        if self.right(change.start, ",") < change.end and self.code[start - 1] in OPEN:
-            close = self.match[start - 1] + 1  # arguments swapped: their call
-            start, end = self.left(start - 1, stop), self.right(close, stop)
+        if self.right(change.start, ",") < change.end:  # arguments swapped: their call
+            opener = self.left(start, "") - 1
+            start, end = self.left(opener, stop), self.right(self.match[opener] + 1, stop)
         assigned = [m.end() for m in ASSIGNED.finditer(self.code, start, change.start)]
         start = max([start, *assigned])
         if returned := re.match(r"\s*return\b", self.code[start : change.start]):
