@@ -5,10 +5,11 @@
 works on a copy of the tree. A part is some sources and the tests that have to catch a fault in
 them. They run once without a fault, which shows what each of them reaches (reached.py). Then each
 fault gets a fork of this process, which has torch imported, and in it the tests that reach it, the
-quickest first; those of C++ are all in one library, each behind a switch (switched.py). What none
-of these catches meets all tests of its part. A survivor is printed with its line: either a test is
-missing, or the line makes no difference, and then it can go. --at call.cpp:120,route tries the
-faults of some lines and files alone.
+quickest first, as many as --seconds allow; those of C++ are all in one library, each behind a
+switch (switched.py). What none of these catches meets the checks of op/test_mutants_cpp.py where it
+is C++, else all tests of its part if those are quick. A survivor is printed with its line: either a
+test is missing, or the line makes no difference, and then it can go. --at call.cpp:120,route tries
+the faults of some lines and files alone.
 """
 
 import argparse
@@ -47,12 +48,13 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
     preloaded: tuple[str, ...] = ("peft",)
     seconds: int = 300  # of processor time
+    again: bool = True  # all tests for what survives: a cache can hide what a test reaches
 
 
 OP = tuple(
     f"tests/op/test_{name}.py"
     for name in "backends backward errors dropout autograd second_derivatives extremes grouped "
-    "dropout_mask dropout_threads acts gated_mlp codes memory testing".split()
+    "dropout_mask dropout_threads acts gated_mlp mlp codes memory testing".split()
 )
 KERNELS = ("tests/op/test_backends.py", "tests/op/test_backward.py")
 PARTS = {  # triton first: peft imports it, and what it is imported as stays
@@ -70,6 +72,7 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
         environment=(("TRITON_INTERPRET", "1"),),
         preloaded=(),
         seconds=900,
+        again=False,
     ),
     "regimes": Part(  # what is chosen for which card
         ("lora_ext/backends/triton/{__init__,regimes,cards,tuning}.py",),
@@ -85,7 +88,14 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
             "lora_ext/{called,codes,grouped,gated_mlp}.py",
             "lora_ext/backends/*.py",
         ),
-        (*OP, "tests/layers/test_layers.py", "tests/layers/test_explain.py"),
+        (
+            *OP,
+            *(
+                f"tests/layers/test_{name}.py"
+                for name in "layers explain quantised prepack".split()
+            ),
+            *("tests/tools/test_report.py", "tests/stacks/test_transforms.py"),
+        ),
     ),
     "layers": Part(
         ("lora_ext/{layers,inject,prepack,panels,explain}.py",), ("tests/layers", "tests/files")
@@ -95,6 +105,7 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
         (
             *(*KERNELS, "tests/op/test_errors.py", "tests/op/test_cpp_checks.py"),
             *("tests/op/test_grouped.py", "tests/op/test_codes.py", "tests/op/test_acts.py"),
+            *("tests/op/test_mlp.py", "tests/op/test_gated_mlp.py", "tests/op/test_pairs.py"),
             *("tests/op/test_cpp_keep.py", "tests/layers/test_prepack.py"),
         ),
         environment=(("LORA_EXT_CPU_ISA", "avx2"),),
@@ -160,7 +171,8 @@ def run_tests(
 ) -> str:
     """Return how a part's tests end in a copy of the tree, with one fault of a library on.
 
-    All of them, or those that are chosen, or all with a record of what they reach.
+    All of them, or those that are chosen, or all with a record of what they reach. None chosen is
+    the checks of test_mutants_cpp.py.
     """
 
     def tests() -> int:
@@ -177,6 +189,12 @@ def run_tests(
         sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
         if library is not None:
             load(library)
+        if chosen == []:  # the checks that each of MUTANTS has to fail
+            from tests.op.test_mutants_cpp import why_refused
+
+            why = why_refused()
+            print(f"FAILED tests/op/test_mutants_cpp.py: {why}" if why else "")
+            return int(why is not None)
         import pytest
 
         options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
@@ -189,12 +207,6 @@ def run_tests(
         if recorder is not None:
             sys.settrace(None)
             (copy / "reached").write_bytes(pickle.dumps(vars(recorder.reached)))
-        if code == 0 and library is not None and chosen is None:
-            from tests.op.test_mutants_cpp import why_refused
-
-            if (why := why_refused()) is not None:
-                print(f"FAILED tests/op/test_mutants_cpp.py: {why}")
-                return 1
         return code
 
     return in_a_fork(tests, part.seconds, copy / "log.txt")
@@ -267,9 +279,9 @@ def blamed(output: str) -> set[int]:
     return bad
 
 
-def try_part(name: str, part: Part, chosen: list[Fault]) -> tuple[int, list[str]]:
+def try_part(name: str, part: Part, chosen: list[Fault], seconds: float) -> tuple[int, list[str]]:
     """Try faults; return how many there were that compile, and a line for each survivor."""
-    survivors = []
+    survivors, texts = [], {f.path: (ROOT / f.path).read_text() for f in chosen}
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_tree(folder).resolve()
         numbers, library, kept = {f: i for i, f in enumerate(chosen, 1)}, None, chosen
@@ -280,20 +292,23 @@ def try_part(name: str, part: Part, chosen: list[Fault]) -> tuple[int, list[str]
             raise SystemExit(f"{name}: the tests fail without a fault: {without}")
         reached = Reached(**pickle.loads((copy / "reached").read_bytes()))
         for fault in kept:
-            text, start = (ROOT / fault.path).read_text(), time.monotonic()
+            text, start = texts[fault.path], time.monotonic()
             places: set[Place] = {("", numbers[fault])}
             if library is None:
                 places = {(str(copy / fault.path), line) for line in lines_of(text, fault)}
                 (copy / fault.path).write_text(fault.apply(text))
             tests = reached.tests_of(places)
+            chosen_ones = reached.within(tests, seconds)
+            turns = [chosen_ones] if tests else []
+            turns += [[]] if library is not None else [None] if part.again else []
             caught = "passed"
-            for some in ([tests] if tests else []) + [None]:  # None is all of them
+            for turn in turns:
                 if caught == "passed":
-                    caught = run_tests(copy, part, library, numbers[fault], some)
+                    caught = run_tests(copy, part, library, numbers[fault], turn)
             if library is None:
                 (copy / fault.path).write_text(text)
             what = f"{fault.path}:{fault.line}: {text[fault.start : fault.end]!r}"
-            line = f"{what} -> {fault.new!r}: {caught}, reached by {len(tests)} tests"
+            line = f"{what} -> {fault.new!r}: {caught}, {len(chosen_ones)} of {len(tests)} tests"
             print(f"{line}, {time.monotonic() - start:.0f} s", flush=True)
             if caught == "passed":
                 survivors.append(line)
@@ -311,6 +326,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--count", type=int, default=40, help="faults of each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60, help="of tests without a fault")
     parser.add_argument("--at", type=lambda text: text.split(","), help="of these lines, files")
     arguments = parser.parse_args()
     survivors, tried = [], 0
@@ -325,7 +341,9 @@ def main() -> None:
             every = [fault for fault in every if is_at(fault, arguments.at)]
         count = min(arguments.count, len(every), MOST_FAULTS - 1)
         chosen = random.Random(arguments.seed).sample(every, count)
-        count, left = try_part(name, PARTS[name], sorted(chosen, key=lambda f: (f.path, f.start)))
+        count, left = try_part(
+            name, PARTS[name], sorted(chosen, key=lambda f: (f.path, f.start)), arguments.seconds
+        )
         print(f"{name}: {count} of {len(every)} possible faults, {len(left)} survive", flush=True)
         tried, survivors = tried + count, survivors + left
     print(f"{tried} faults, {len(survivors)} survive", *survivors, sep="\n  ")

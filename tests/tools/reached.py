@@ -4,6 +4,7 @@ So a fault is tried by the tests that can see it alone, the quickest first.
 """
 
 import ctypes
+import itertools
 import sys
 import threading
 import time
@@ -32,6 +33,11 @@ class Reached:
         by_imports = not places.isdisjoint(self.places[BEFORE])
         found = [t for t in self.seconds if by_imports or not places.isdisjoint(self.places[t])]
         return sorted(found, key=self.seconds.__getitem__)
+
+    def within(self, tests: list[str], seconds: float) -> list[str]:
+        """Return as many of some tests as run in some seconds."""
+        ends = itertools.accumulate(self.seconds[test] for test in tests)
+        return [test for test, end in zip(tests, ends, strict=True) if end <= seconds]
 
 
 class Recorder:
