@@ -163,3 +163,15 @@ def test_traced_layer_takes_other_rows_and_trains(how, grad, leads):
         )
         for mine, other in zip(ours, want, strict=True):
             assert_same_up_to_rounding(mine, other)
+
+
+def test_symbolically_traced_layer_gives_the_same():
+    layer = make_layer(CASE)
+    x = torch.randn(7, layer.in_features)
+    assert_same_up_to_rounding(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("x", [None, [1.0], 2.0], ids=str)
+def test_x_that_is_no_tensor_is_named(x):
+    with pytest.raises(TypeError, match="^x must be a torch.Tensor, got "):
+        make_layer(CASE)(x)
