@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from . import forward_only
 from .backends import BACKENDS, choose, reference
 from .bases import hooks_of
 from .call import Call, LowRank
 from .checks import HALF, check_dropout
 from .dropout import draw_keep, drop, scale_of
-from .fp8 import call_fp8, is_fp8
 from .functional import adapted, cast_by_autocast, rows_of
 
 _PLAIN = (Tensor, Parameter)
@@ -38,8 +38,8 @@ def call_base(base: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """
     kind = (type(base).__module__, type(base).__name__)
     alone = hooks_of(base.__dict__, 0) is None
-    if alone and is_fp8(base):
-        return call_fp8(base, x), True
+    if alone and (format := forward_only.format_of(base)) is not None:
+        return forward_only.call(base, x, format), True
     y = base(x)
     ours = kind in _FRESH or _of_torchao(base)
     return y, alone and ours and y is not x

@@ -126,13 +126,13 @@ def adapted(
         ):
             y = _LoRALinear.apply(x, weight, bias, A, B, (call, name, panels))
             y = y if isinstance(y, Tensor) else y[0]
-            return y if dtype is None else y.to(dtype)
+            return y if dtype is None or y.dtype is dtype else y.to(dtype)
         if panels is not None or x.dim() != 2:
             base = call.weight if panels is None else panels.forward
             call = Call(rows_of(x), base, bias, call.low)
         y, _ = BACKENDS[name].forward(call)
         y = with_shape(y, x.shape)
-        return y if dtype is None else y.to(dtype)
+        return y if dtype is None or y.dtype is dtype else y.to(dtype)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         _raise_what_does_not_fit(x, weight, bias, A, B, scale)
         raise

@@ -1,6 +1,10 @@
-"""The host side of a warm call of the Triton backend: at most 25 µs forward and 40 backward."""
+"""The host side of a warm call of the Triton backend, counted in calls of our own functions.
+
+Microseconds are the machine's: `python -m tests.gpu.host_time` prints them.
+"""
 
 import os
+import sys
 
 import pytest
 
@@ -13,19 +17,32 @@ from lora_ext.backends.triton import tuning
 from tests.gpu import host_time
 
 SHAPE = (16, 4096, 4096, 16)
+OURS = os.path.dirname(backend.__file__)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("direction", "name", "most_us"),
-    [("forward", "in_loop", 25), ("forward", "two_launches", 25), ("forward", "decode", 25),
-     ("backward", "two_launches", 40)],
+    ("direction", "name", "most"),
+    [("forward", "in_loop", 12), ("forward", "two_launches", 14), ("forward", "decode", 12),
+     ("backward", "two_launches", 14)],
 )  # fmt: skip
-def test_a_warm_call_is_quick(direction, name, most_us):
-    """The best of several rounds: what else runs here only adds to it."""
+def test_a_warm_call_calls_few_functions(direction, name, most):
+    """One more costs 0.1 to 2 µs of the 25 of a forward and the 40 of a backward."""
+    called = []
+
+    def profile(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            called.append(frame.f_code.co_name)
+
     run = host_time.calls(*SHAPE)[direction == "backward"]
     with host_time.stand_in(with_triton=False), backend.regime(**{direction: name}):
-        assert any(host_time.time_us(run) <= most_us for _ in range(5))
+        run()
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            run()
+        finally:
+            sys.setprofile(before)
+    assert 0 < len(called) <= most, called
 
 
 def test_a_warm_call_looks_its_plan_up_and_asks_nothing_again(monkeypatch):

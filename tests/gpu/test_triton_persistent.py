@@ -20,6 +20,7 @@ from lora_ext.backends.triton import (
     forward_launches,
     launches,
     persistent_kernels,
+    tiling,
     tuning,
 )
 from lora_ext.backends.triton.backward_launches import Backward
@@ -146,7 +147,7 @@ def problem_of(call: Forward | Backward):
     return tuning.forward_problem(call) if forward else tuning.backward_problem(call)
 
 
-def launched(card: cards.Card, direction: str, call, tile: cards.Tile) -> list:
+def launched(card: cards.Card, direction: str, call, tile: tiling.Tile) -> list:
     """Return the launches of a call in this regime."""
     run = tuning.planned(direction, "persistent", call, problem_of(call), tile, card)
     found = []
@@ -240,7 +241,7 @@ def test_a_kernel_that_reads_h_too_soon_is_noticed(change, found, tmp_path, monk
     name = "lora_linear_fwd_persistent_kernel"
     monkeypatch.setattr(forward_launches, name, getattr(module, name))
     card = cards.KNOWN["H100"]
-    tile = cards.persistent_tiles(card, "half", 16)[0]
+    tile = tiling.persistent_tiles(card, "half", 16)[0]
     _, second = launched(card, "forward", call_of("forward", 8192, 16, BF16), tile)
     ttgir = codegen.compile_launch("sm_90", *second).asm["ttgir"]
     assert first_use_of_h(ttgir, second[2]) == found

@@ -11,9 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...call import Call, LowRank, Weight
 from ...ops import empty_like_factor
 from .. import reference
-from . import cards
+from . import cards, tiling
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
-from .cards import Card, Tile
+from .cards import Card
+from .costs import Problem
 from .launches import (
     Launch,
     base_operands,
@@ -24,7 +25,7 @@ from .launches import (
     strides,
 )
 from .persistent_kernels import lora_linear_bwd_dx_persistent_kernel
-from .regimes import Problem
+from .tiling import Tile
 
 _SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
 
@@ -77,8 +78,8 @@ def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     M, K, N, R = p.M, p.K, p.N, p.R
     _, need_dA, need_dB = p.needs
     pass_over_dy = PassOverDy(call, p, card, joined=card.joins)
-    in_parts, strip = pass_over_dy.parts > 0, cards.strip_tile(card, p.kind)
-    block_r, dx_box = cards.persistent_r(card, R), [tile.block_m, tile.block_n // 2]
+    in_parts, strip = pass_over_dy.parts > 0, tiling.strip_tile(card, p.kind)
+    block_r, dx_box = tiling.persistent_r(card, R), [tile.block_m, tile.block_n // 2]
     operands, options = base_operands(call.weight, tile)
     rounded, strides_a = loop_factor(call.A, call.dy.dtype, tile)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
@@ -188,14 +189,14 @@ class PassOverDy:
 
     def __init__(self, call: Backward, p: Problem, card: Card, *, joined: bool = False):
         M, N, R = p.M, p.N, p.R
-        tile = cards.dy_tile(card, p.kind, M, joined=joined)
-        block_r = cards.block_r(R)
+        tile = tiling.dy_tile(card, p.kind, M, joined=joined)
+        block_r = tiling.block_r(R)
         blocks_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         need_dx, need_dA, need_dB = p.needs
         self.want_t = need_dx or need_dA
-        in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
+        in_parts = tiling.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
-        self.splits = cards.dy_splits(card, p.kind, M, N, R)
+        self.splits = tiling.dy_splits(card, p.kind, M, N, R)
         # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
         self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
         self.t_shape = (self.splits, M, R)
@@ -237,7 +238,7 @@ class Finish:
     ):
         M, K, N, R = p.M, p.K, p.N, p.R
         self.need_dx, self.need_dA, self.need_dB = p.needs
-        strip = cards.strip_tile(card, p.kind)
+        strip = tiling.strip_tile(card, p.kind)
         programs = _programs(p, tile, strip, in_parts=first.parts > 0)
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,
@@ -262,7 +263,7 @@ class Finish:
             ),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
-            BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),
+            BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R),
         )
 
     def __call__(
@@ -294,7 +295,7 @@ def _programs(p: Problem, tile: Tile, strip: Tile, *, in_parts: bool) -> int:
     """Return how many programs launch (ii) has: tiles of dx, strips of dA, strips or runs of dB."""
     M, K, N, R = p.M, p.K, p.N, p.R
     need_dx, need_dA, need_dB = p.needs
-    blocks_r = triton.cdiv(R, cards.block_r(R, cards.EPILOGUE_R))
+    blocks_r = triton.cdiv(R, tiling.block_r(R, tiling.EPILOGUE_R))
     programs = 0
     if need_dx:
         programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)

@@ -15,8 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, LowRank, Weight
 from .. import reference
-from . import cards
-from .cards import Card, Tile
+from . import tiling
+from .cards import Card
+from .costs import Problem, decode_splits
 from .forward_kernels import (
     lora_linear_decode_kernel,
     lora_linear_decode_sum_kernel,
@@ -34,7 +35,7 @@ from .launches import (
     strides,
 )
 from .persistent_kernels import lora_linear_fwd_persistent_kernel
-from .regimes import Problem, decode_splits
+from .tiling import Tile
 
 _SUM_N = 128  # columns of y that a program of decode's second launch sums
 
@@ -66,7 +67,7 @@ def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     kernel = Launch(
         lora_linear_fwd_in_loop_kernel,
         (_tiles(M, N, tile),),
-        **dict(M=M, N=N, K=K, R=R, BLOCK_R=cards.block_r(R, tile.max_r)),
+        **dict(M=M, N=N, K=K, R=R, BLOCK_R=tiling.block_r(R, tile.max_r)),
         **_base_strides(call),
         **strides("STRIDE_A", "KR", strides_a),
         **card.product_options(p.kind, call.B.dtype, p.masked),
@@ -115,7 +116,7 @@ def persistent(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
         lora_linear_fwd_persistent_kernel,
         (min(card.sms, _tiles(M, N, tile)),),
         **dict(M=M, N=N, K=K, R=R, SPLITS=shrink.splits, PROGRAMS=card.sms),
-        BLOCK_R=cards.persistent_r(card, R),
+        BLOCK_R=tiling.persistent_r(card, R),
         **strides("stride_b", "rn", strides_b),
         **(card.product_options(p.kind, call.x.dtype) | card.join_options(R)),
         **options,
@@ -156,7 +157,7 @@ def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """For few rows: the base product and h split over K, then their parts summed in order."""
     M, K, N, R = p.M, p.K, p.N, p.R
     splits = decode_splits(p, tile, card)
-    tiles_m, block_r = triton.cdiv(M, tile.block_m), cards.block_r(R)
+    tiles_m, block_r = triton.cdiv(M, tile.block_m), tiling.block_r(R)
     rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
     # A tile of 64 rows fills the shared memory of an SM: registers are there for the asking.
     precision = card.product_options(p.kind, call.A.dtype, p.masked or tile.block_m >= 64)
@@ -229,12 +230,12 @@ class Shrink:
 
     def __init__(self, call: Forward, p: Problem, card: Card, *, joined: bool = False):
         M, K, R = p.M, p.K, p.R
-        tile = cards.shrink_tile(card, p.kind, M, joined=joined)
-        block_r = cards.block_r(R)
+        tile = tiling.shrink_tile(card, p.kind, M, joined=joined)
+        block_r = tiling.block_r(R)
         tiles_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         self.M, self.R = M, R
         self.rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
-        self.splits = cards.splits(card, tiles_m * blocks_r, K, tile.block_k)
+        self.splits = tiling.splits(card, tiles_m * blocks_r, K, tile.block_k)
         self.kernel = Launch(
             lora_shrink_kernel,
             (tiles_m, blocks_r, self.splits),
@@ -262,7 +263,7 @@ def _finish(
     return Launch(
         lora_linear_fwd_kernel,
         (_tiles(M, N, tile),),
-        **dict(M=M, N=N, K=K, R=R, splits=splits, BLOCK_R=cards.block_r(R, cards.EPILOGUE_R)),
+        **dict(M=M, N=N, K=K, R=R, splits=splits, BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R)),
         **_base_strides(call),
         **card.product_options(p.kind, call.B.dtype),
         **options,
