@@ -56,8 +56,8 @@ def lora_delta(
     """Low-rank part alone: `scale * (x @ A @ B)`.
 
     What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
-    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of torch.func
-    and torch.export get PyTorch's own products and gradient.
+    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of
+    torch.func, torch.jit.trace and torch.export get PyTorch's own products and gradient.
 
     Args:
         x: input, (..., in_features); a nested tensor too.
@@ -116,7 +116,8 @@ def add_low_rank(
             which it was drawn with.
 
     """
-    whole = _whole(y) if fresh and not torch.compiler.is_compiling() else None
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    whole = _whole(y) if fresh and not followed else None
     if whole is None or any(type(t) not in _PLAIN for t in (x, A, B)) or A.shape[1] == 0:
         assert keep is None, "a mask was drawn for a y that can't be written to"
         return y + lora_delta(x, A, B, scale, dropout=dropout, mask=mask).to(y.dtype)
