@@ -29,7 +29,8 @@ from . import (
     shape,
     writable,
 )
-from .providers import DEFAULT, PROVIDERS, Step, Unavailable
+from .bases import Unavailable
+from .providers import DEFAULT, PROVIDERS, Step
 from .report import (
     FLOOR,
     Row,

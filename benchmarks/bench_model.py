@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import nn
 
 from . import names_of, positive, writable
+from .bases import Unavailable
 from .models import MODELS, PROVIDERS, RANK, Step
-from .providers import Unavailable
 from .report import make_header, wide_console
 from .timing import measure, peak_mib, saved_mib
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext import testing
 
-from .providers import PlainLoRALayer, Unavailable, needed
+from .bases import Unavailable, needed
+from .providers import PlainLoRALayer
 
 RANK, ALPHA = 8, 2.0
 LEARNING_RATE = 1e-4

@@ -7,8 +7,6 @@ case's tensors. A new one is a function here and its name in `PROVIDERS`.
 import os
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +23,13 @@ from lora_ext.call import Call, LowRank, Weight
 from lora_ext.dropout import draw_keep, pack_bits
 
 from . import Case
-
-
-class Unavailable(Exception):
-    """A provider can't run here; the message says why and how to fix it."""
+from .bases import (
+    Unavailable,
+    frozen_linear,
+    needed,
+    own_quantised_linear,
+    quantised_linear,
+)
 
 
 def hash_mask(case: Case) -> Tensor:
@@ -41,14 +42,6 @@ def torch_mask(case: Case) -> Tensor:
     return pack_bits(
         F.dropout(torch.ones_like(case.x, requires_grad=case.training), case.dropout) != 0
     )
-
-
-def needed(package: str) -> ModuleType:
-    """Import a package that not everyone has; raise Unavailable if it can't be."""
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise Unavailable(f"{package} can't be imported ({error}); pip install {package}") from None
 
 
 class Step(NamedTuple):
@@ -151,7 +144,7 @@ def _peft(case: Case) -> Step:
         target_modules=["0"],
     )
     model = peft.get_peft_model(
-        nn.Sequential(_quantised_linear(case)), config, autocast_adapter_dtype=False
+        nn.Sequential(quantised_linear(case)), config, autocast_adapter_dtype=False
     )
     layer = model.base_model.model[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -188,7 +181,13 @@ def _torch_draw(case: Case) -> Step:
 def _lora_ext_plain(case: Case) -> Step:
     if case.base == "plain":
         raise Unavailable("lora_ext_plain is lora_ext over what codes stand for: give --base")
-    return _adapted(case, base=_frozen_linear(case))[0]
+    return _adapted(case, base=frozen_linear(case))[0]
+
+
+def _lora_ext_quantise(case: Case) -> Step:
+    if case.unquantised is None:
+        raise Unavailable("lora_ext_quantise is lora_ext after quantise_: give --base")
+    return _adapted(case, base=own_quantised_linear(case))[0]
 
 
 def _adapted(
@@ -196,7 +195,7 @@ def _adapted(
 ) -> tuple[Step, lora_ext.LinearWithLoRA]:
     drawn = {"dropout": case.dropout, "dropout_mask": draw}
     layer = lora_ext.LinearWithLoRA(
-        base or _quantised_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
+        base or quantised_linear(case), case.shape.R, case.alpha, dtype=case.A.dtype, **drawn
     )
     with torch.no_grad():
         layer.lora.A.copy_(case.A)
@@ -292,35 +291,12 @@ def _step(case: Case, layer: Callable[[Tensor], Tensor], inputs: dict[str, Tenso
 
 
 def _plain_layer(case: Case) -> testing.LinearWithLoRA:
-    layer = testing.LinearWithLoRA(_frozen_linear(case), case.shape.R, case.alpha)
+    layer = testing.LinearWithLoRA(frozen_linear(case), case.shape.R, case.alpha)
     if case.dropout or case.A.dtype != case.x.dtype:
         layer.lora = PlainLoRALayer(case.shape.K, case.shape.N, case.shape.R, case.alpha)
         layer.lora.dropout = case.dropout
     layer.lora.A, layer.lora.B = (nn.Parameter(t.detach()) for t in (case.A, case.B))
     return layer
-
-
-def _frozen_linear(case: Case) -> nn.Linear:
-    linear = nn.Linear(case.shape.K, case.shape.N, device="meta")
-    linear.weight = nn.Parameter(case.weight, requires_grad=False)
-    linear.bias = nn.Parameter(case.bias, requires_grad=False)
-    return linear
-
-
-def _quantised_linear(case: Case) -> nn.Module:
-    """Return the frozen base as bitsandbytes' linear where the case has codes, in training."""
-    if case.unquantised is None:
-        return _frozen_linear(case)
-    nn_of = needed("bitsandbytes").nn
-    if case.base == "int8":
-        linear = nn_of.Linear8bitLt(case.shape.K, case.shape.N, has_fp16_weights=False)
-    else:
-        kind = {"quant_type": case.base, "compress_statistics": False}
-        linear = nn_of.Linear4bit(case.shape.K, case.shape.N, **kind)
-    linear.load_state_dict({"weight": case.unquantised, "bias": case.bias})
-    linear = linear.to("cpu").requires_grad_(False)
-    linear.bias.data = case.bias
-    return linear
 
 
 PROVIDERS: dict[str, Callable[[Case], Step]] = {
@@ -332,6 +308,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
     "loralib": _loralib,
     "lora_ext": _lora_ext,
     "lora_ext_plain": _lora_ext_plain,
+    "lora_ext_quantise": _lora_ext_quantise,
     "torch_draw": _torch_draw,
     "prepacked": _prepacked,
 }

@@ -118,8 +118,12 @@ def why_not_now(x: Tensor) -> str | None:
         or every_module._global_backward_pre_hooks
     ):
         return "global module hooks are set"
-    if x.is_nested:
-        return "x is a nested tensor"
+    try:
+        nested = x.is_nested
+    except AttributeError:
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}") from None
+    if nested is not False:  # torch.fx passes a Proxy, whose attributes are Proxies
+        return "x is a nested tensor" if nested is True else "torch.fx records what x goes through"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     return None

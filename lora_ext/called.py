@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from . import forward_only
 from .backends import BACKENDS, choose, reference
 from .bases import hooks_of
 from .call import Call, LowRank
 from .checks import HALF, check_dropout
 from .dropout import draw_keep, drop, scale_of
-from .fp8 import call_fp8, is_fp8
 from .functional import adapted, cast_by_autocast, rows_of
 
 _PLAIN = (Tensor, Parameter)
@@ -38,8 +38,8 @@ def call_base(base: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """
     kind = (type(base).__module__, type(base).__name__)
     alone = hooks_of(base.__dict__, 0) is None
-    if alone and is_fp8(base):
-        return call_fp8(base, x), True
+    if alone and (format := forward_only.format_of(base)) is not None:
+        return forward_only.call(base, x, format), True
     y = base(x)
     ours = kind in _FRESH or _of_torchao(base)
     return y, alone and ours and y is not x
@@ -56,8 +56,8 @@ def lora_delta(
     """Low-rank part alone: `scale * (x @ A @ B)`.
 
     What is added to a base that is not a plain linear (quantised, hooked, a subclass). A and B are
-    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of torch.func
-    and torch.export get PyTorch's own products and gradient.
+    cast to x's dtype where the kernels do not take theirs. Nested tensors, transforms of
+    torch.func, torch.jit.trace and torch.export get PyTorch's own products and gradient.
 
     Args:
         x: input, (..., in_features); a nested tensor too.
@@ -116,7 +116,8 @@ def add_low_rank(
             which it was drawn with.
 
     """
-    whole = _whole(y) if fresh and not torch.compiler.is_compiling() else None
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    whole = _whole(y) if fresh and not followed else None
     if whole is None or any(type(t) not in _PLAIN for t in (x, A, B)) or A.shape[1] == 0:
         assert keep is None, "a mask was drawn for a y that can't be written to"
         return y + lora_delta(x, A, B, scale, dropout=dropout, mask=mask).to(y.dtype)

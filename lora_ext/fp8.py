@@ -4,6 +4,7 @@ Its product needs a GPU, and in some versions loses the gradient of x. Here y is
 where that runs; on a CPU, and in every backward, the product is that of the dequantised weight.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,30 +25,21 @@ def is_fp8(module: nn.Module) -> bool:
     )
 
 
-def call_fp8(module: Any, x: Tensor) -> Tensor:
-    """Return x @ weight.T + bias for a linear that `is_fp8`, differentiable in x and bias."""
-    return _Fp8Linear.apply(x, module.weight, module.weight_scale_inv, module.bias, module)
+def product(module: Any, x: Tensor) -> Tensor:
+    """Return x @ weight.T + bias for a linear that `is_fp8`, not differentiable."""
+    if x.is_cuda:
+        return module.forward(x)
+    return F.linear(x, weight_of(module, parts_of(module), x.dtype), module.bias)
 
 
-class _Fp8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias, module):
-        ctx.save_for_backward(weight, scale)
-        ctx.call = (module.block_size, x.dtype, None if bias is None else bias.dtype)
-        if x.is_cuda:
-            return module.forward(x)
-        return F.linear(x, dequantised(weight, scale, module.block_size, x.dtype), bias)
+def parts_of(module: Any) -> tuple[Tensor, Tensor]:
+    """Return the tensors that a linear that `is_fp8` has for its weight."""
+    return module.weight, module.weight_scale_inv
 
-    @staticmethod
-    def backward(ctx, dy):
-        weight, scale = ctx.saved_tensors
-        block, dtype, bias = ctx.call
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ dequantised(weight, scale, block, dy.dtype)).to(dtype)
-        if ctx.needs_input_grad[3]:
-            dbias = dy.flatten(0, -2).sum(0).to(bias)
-        return dx, None, None, dbias, None
+
+def weight_of(module: Any, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight that `parts_of` such a linear stand for, (N, K) of a dtype."""
+    return dequantised(parts[0], parts[1], module.block_size, dtype)
 
 
 def dequantised(

@@ -112,6 +112,11 @@ def adapted(
         elif panels is not None:
             given_panels = name == "cpp" and weight is given
             panels = panels.for_input(x) if given_panels else None  # type: ignore[union-attr]
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace would keep this very x
+            rows = x if keep is None else rows_of(x)  # and this shape
+            y, _ = reference.forward(Call(rows, codes or call.weight, bias, call.low))
+            y = y if keep is None else with_shape(y, x.shape)
+            return y if dtype is None else y.to(dtype)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or A.requires_grad
@@ -121,13 +126,13 @@ def adapted(
         ):
             y = _LoRALinear.apply(x, weight, bias, A, B, (call, name, panels))
             y = y if isinstance(y, Tensor) else y[0]
-            return y if dtype is None else y.to(dtype)
+            return y if dtype is None or y.dtype is dtype else y.to(dtype)
         if panels is not None or x.dim() != 2:
             base = call.weight if panels is None else panels.forward
             call = Call(rows_of(x), base, bias, call.low)
         y, _ = BACKENDS[name].forward(call)
         y = with_shape(y, x.shape)
-        return y if dtype is None else y.to(dtype)
+        return y if dtype is None or y.dtype is dtype else y.to(dtype)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         _raise_what_does_not_fit(x, weight, bias, A, B, scale)
         raise

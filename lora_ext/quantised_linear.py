@@ -49,8 +49,15 @@ class QuantisedLinear(nn.Linear):
 
     def codes(self) -> Weight:
         """Return the weight for the kernels."""
-        scale = self.scale * (1 / 127) if self.format == "int8" else self.scale
-        return Weight(self.weight.detach(), self.format, scale)
+        own: dict[str, Any] = self.__dict__  # by attribute the weight alone would cost 1 us
+        scale, data = own["scale"], own["_parameters"]["weight"].detach()
+        if own["format"] != "int8":
+            return Weight(data, own["format"], scale)
+        of, version, unit = own.get("_unit", (None, 0, None))
+        if of is not scale or version != scale._version:
+            unit = scale * (1 / 127)
+            self._unit = (scale, scale._version, unit)
+        return Weight(data, "int8", unit)
 
     def dequantised(self) -> Tensor:
         """Return the weight that the codes stand for, (N, K), in the dtype it had."""

@@ -1,6 +1,6 @@
 """Estimate, without a GPU, what each way to run an adapted layer moves and computes on each card.
 
-Bytes and FLOPs are those of regimes.py: a tensor counts once for each kernel that reads or writes
+Bytes and FLOPs are those of costs.py: a tensor counts once for each kernel that reads or writes
 it, FLOPs with the padding of tiles. A floor is what follows from the card's data sheet alone: each
 kernel takes at least the longer of its bytes at peak bandwidth and of its FLOPs at peak rate. No
 figure here is a measurement.
@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_ext.backends.triton import regimes
+from lora_ext.backends.triton import costs, regimes
 from lora_ext.backends.triton.cards import KNOWN, Card
-from lora_ext.backends.triton.regimes import REGIMES, Kernel, Problem
+from lora_ext.backends.triton.costs import Kernel, Problem
+from lora_ext.backends.triton.regimes import REGIMES
 
 from .. import GRIDS, Shape
 
@@ -78,19 +79,19 @@ def estimate(shape: Shape, card: str, dtype: str, direction: str) -> Iterator[di
         if name == picked.name:
             kernels, tile = next(way for way in ways if way[1] == picked.tile)
         else:
-            kernels, tile = min(ways, key=lambda way: regimes.time_us(way[0], c, kind))
+            kernels, tile = min(ways, key=lambda way: costs.time_us(way[0], c, kind))
         yield {
             "card": card,
             "direction": direction,
             **shape._asdict(),
             "regime": name,
             "tile": [tile.block_m, tile.block_n, tile.block_k] if name != "plain" else None,
-            "bytes": regimes.bytes_of(kernels),
+            "bytes": costs.bytes_of(kernels),
             "flops": sum(kernel.flops for kernel in kernels),
             "launches": len(kernels),
             "floor_us": round(floor_us(kernels, c, kind), 3),
-            "model_us": round(regimes.time_us(kernels, c, kind), 3),
-            "over_bare": round(regimes.time_us(kernels, c, kind) / bare_us(p, c, direction), 3),
+            "model_us": round(costs.time_us(kernels, c, kind), 3),
+            "over_bare": round(costs.time_us(kernels, c, kind) / bare_us(p, c, direction), 3),
             "picked": name == picked.name,
         }
 
@@ -109,7 +110,7 @@ def floor_us(kernels: list[Kernel], card: Card, kind: str) -> float:
     """
     bytes_per_us = card.bandwidth_gbs * 1e3
     flops_per_us = card.flops_per_us(kind) / card.reached_flops
-    together = regimes.together(kernels)
+    together = costs.together(kernels)
     return sum(max(k.bytes / bytes_per_us, k.flops / flops_per_us) for k in together)
 
 

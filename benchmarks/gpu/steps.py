@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .. import DTYPES, MODES, Shape, make_case, names_of, positive, shape, writable
-from ..providers import PROVIDERS, Unavailable
+from ..bases import Unavailable
+from ..providers import PROVIDERS
 
 WAYS = [name for name in PROVIDERS if name.startswith("triton.")]
 WAYS = ["linear", "reference", "addmm", "lora_ext", "cpp", "cpp.own_base", *WAYS]

@@ -61,10 +61,11 @@ struct ToStorage {
 
 // ---- tiles ----
 
-// acc += a (kRows, depth) @ b (depth, kPanels panels)
+// acc += a (kRows, depth) @ b (depth, kPanels panels). Always inlined: out of line the sums are in
+// memory, and a step of a tile waits for its stores (2.5 times as long, cpu_notes.md).
 template <int kRows, int kPanels, bool kAhead, typename W>
-inline void add_steps(View<const W> a, Panels<const W> b, Ahead ahead,
-                      Vector<Acc<W>> (&acc)[kRows][kPanels * kVectors]) {
+[[gnu::always_inline]] inline void add_steps(View<const W> a, Panels<const W> b, Ahead ahead,
+                                             Vector<Acc<W>> (&acc)[kRows][kPanels * kVectors]) {
   for (int64_t p = 0; p < a.cols; ++p) {
     Vector<W> row[kPanels * kVectors];
 #pragma GCC unroll 8

@@ -9,6 +9,7 @@ the low-rank part added to what it gives.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..bases import why_not_now
@@ -81,7 +82,8 @@ class AcceleratedLinear:
         """Return what PEFT's forward returns, (..., out_features) for x (..., in_features)."""
         if not (args or kwargs or self.disable_adapters or self.merged):
             adapters = active_adapters(self)
-            if type(adapters) is list and adapters and why_not_now(x) is None:
+            now = why_not_now(x) is None and not torch.jit.is_tracing()
+            if type(adapters) is list and adapters and now:
                 y = run_adapters(self, x, adapters, self.dropout_mask)
                 if y is not None:
                     return y

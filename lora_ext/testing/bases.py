@@ -37,6 +37,25 @@ def _torchao(config: str) -> Callable[[nn.Linear], tuple[nn.Module, Tensor]]:
     return make
 
 
+def _torchao_int4(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    quantize_(linear, PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+    with torch.no_grad():  # y of each unit vector is a column of the weight
+        unit = torch.eye(linear.in_features, dtype=linear.weight.dtype)
+        columns = torch.nn.functional.linear(unit, linear.weight)
+    return linear, columns.T.float().contiguous()
+
+
+def _torchao_int4_unpacked(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    quantize_(linear, IntxWeightOnlyConfig(torch.int4, PerGroup(32)))  # type: ignore[attr-defined]
+    return linear, linear.weight.dequantize().float()
+
+
 def _fp8(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
@@ -59,6 +78,10 @@ BASES: dict[str, Callable[[nn.Linear], tuple[nn.Module, Tensor]]] = {
     "bitsandbytes int8": _bitsandbytes(8),
     "torchao int8": _torchao("Int8WeightOnlyConfig"),
     "torchao float8": _torchao("Float8WeightOnlyConfig"),
+    "torchao int4": _torchao_int4,
+    "torchao int4, unpacked": _torchao_int4_unpacked,
     "transformers FineGrainedFP8": _fp8,
 }
+# Sizes in and out: no multiple of a block nor of a vector, but where a package takes no others.
+SIZES = {name: (96, 80) if "int4" in name else (91, 70) for name in BASES}
 NEEDS = {name: name.split()[0] for name in BASES}  # the package

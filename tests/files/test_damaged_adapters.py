@@ -220,3 +220,11 @@ def test_model_with_more_layers_than_the_file_is_refused(tmp_path):
     replace_linear_with_lora(other, 3, 2.0)
     with pytest.raises(ValueError, match="lacks layers that the model has: blocks.0.down, "):
         load_adapter(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("more, ends", [(5, "4.lora.C'?$"), (7, "4.lora.C'? and 2 more$")])
+def test_five_names_are_shown_and_the_others_counted(path, more, ends):
+    names = [f"blocks.{number}.lora.C" for number in range(more)]
+    damage(lambda tensors, _: tensors.update({name: torch.ones(1) for name in names}))(path)
+    with pytest.raises(ValueError, match=f"that fit nowhere: .*{ends}"):
+        load_adapter(adapted_model(), path)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks import Shape, make_case
+from benchmarks.bases import Unavailable
 from benchmarks.bench_linear import Gate
-from benchmarks.providers import PROVIDERS, Unavailable
+from benchmarks.providers import PROVIDERS
 from lora_ext import lora_linear
 from lora_ext.backends import BACKENDS
 from lora_ext.backends.triton.regimes import REGIMES

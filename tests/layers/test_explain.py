@@ -144,3 +144,32 @@ def test_a_sparse_operand_is_named(name):
     with pytest.raises((TypeError, ValueError), match=rf"{name} is torch.sparse_coo") as info:
         layer(torch.randn(4, 12))
     assert len(str(info.value)) < 200
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_backend_is_asked_with_a_mask_where_one_is_drawn(training, p):
+    layer = make().train(training)
+    layer.lora.dropout = p
+    module, asked = BACKENDS["cpp"], []
+    unsupported = module.unsupported
+
+    def asking(call):
+        asked.append(call.low.keep is not None)
+        return unsupported(call)
+
+    with mock.patch.object(module, "unsupported", asking):
+        explain(layer, torch.randn(4, 12))
+        layer(torch.randn(4, 12))
+    assert asked and set(asked) == {training and p > 0}
+
+
+def test_low_rank_part_of_a_called_linear_is_run_by_a_backend():
+    layer = make()
+    layer.linear.register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(4, 12)
+    with backends_called() as called:
+        y = layer(x)
+    assert len(called) == 1
+    want = layer.linear(x) + 1.5 * (x @ layer.lora.A @ layer.lora.B)
+    assert_same_up_to_rounding(y, want)

@@ -142,3 +142,16 @@ def test_merging_errors_change_nothing():
     assert not any(m._unmerged_weight for m in (model.head, model.blocks[0].up))
     with pytest.raises(ValueError, match="model is itself a LinearWithLoRA"):
         merge_(model.head, unload=True)
+
+
+@pytest.mark.filterwarnings("ignore:Positional args:FutureWarning")
+def test_state_of_a_merged_layer_takes_its_arguments_by_place():
+    head = adapted().head
+    unmerged = head.weight
+    merge_(head)
+    into = {}
+    assert head.state_dict(into, "a.", True) is into
+    assert into["a.linear.weight"] is unmerged and "linear.weight" not in into
+    plain = head.state_dict({}, "a.")
+    assert not plain["a.linear.weight"].requires_grad
+    assert torch.equal(plain["a.linear.weight"], unmerged)

@@ -207,3 +207,15 @@ def test_merging_into_codes_raises():
     quantise_(model)
     with pytest.raises(ValueError, match="0 can't be merged: "):
         merge_(model)
+
+
+def test_scales_that_change_are_seen():
+    """Of int8 what the kernels take is computed once, and again after each change."""
+    made = QuantisedLinear(linear(), "int8")
+    x = torch.randn(3, made.in_features)
+    plain = made(x) - made.bias
+    made.scale.mul_(2)
+    torch.testing.assert_close(made(x) - made.bias, 2 * plain)
+    made.scale = made.scale / 2
+    torch.testing.assert_close(made(x) - made.bias, plain)
+    assert made.codes().scale is made.codes().scale

@@ -190,3 +190,13 @@ def test_nothing_of_a_draw_is_read_on_the_host(draw):
     assert keep.is_meta and keep.shape == (3, 3)
     mask = keep_mask(torch.empty(2, dtype=torch.int64, device="meta"), (3, 20), 0.3)
     assert pack_bits(mask).is_meta
+
+
+@pytest.mark.parametrize("mask", ["hash", "torch"])
+def test_mask_of_some_columns_is_a_part_of_the_whole_ones(mask):
+    torch.manual_seed(3)
+    whole = unpack_bits(draw_keep(torch.empty(7, 40), 0.4, mask, (0, 40)), 40)
+    for first, count in ((0, 16), (8, 13), (27, 13)):
+        torch.manual_seed(3)
+        part = draw_keep(torch.empty(7, count), 0.4, mask, (first, 40))
+        assert torch.equal(unpack_bits(part, count), whole[:, first : first + count])

@@ -3,8 +3,9 @@
 A failure prints a line that reproduces it. LORA_EXT_CPU_ISA names another instruction set.
 
 Of thousands of problems some break the rule by the plain layer's luck, where all hangs on a number
-or two that happen to round well. A fault is there at other values too: what breaks the rule has to
-do so again at one of four other draws of its values.
+or two that happen to round well: in 400 draws of the values of one problem in float16, with one row
+and rank 1, PyTorch by two routes breaks it against itself in six. A fault is there at other values
+too: where the rule is broken, the errors of nine draws together have to keep it.
 """
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_ext.backends import BACKENDS
 from lora_ext.testing import DTYPES, LAYOUTS, Case, make_inputs
-from lora_ext.testing.rule import broken_rules, expect, gradients
+from lora_ext.testing.rule import broken_rules, errors, expect, gradients
 from tests import EXAMPLES
 from tests.conftest import linear_of, small_call
 
@@ -57,10 +58,22 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def broken(linear, case: Case, seed: int) -> list[str]:
-    """Return a line for each result that breaks the rule."""
-    want = expect(make_inputs(case, seed), case.alpha)
-    return broken_rules(gradients(linear, want.inputs, case.alpha), want)
+def broken(linear, case: Case) -> list[str]:
+    """Return a line for each result that breaks the rule, and does so over nine draws together."""
+    want = expect(make_inputs(case), case.alpha)
+    got = gradients(linear, want.inputs, case.alpha)
+    if not (lines := broken_rules(got, want)) or any(" error " not in line for line in lines):
+        return lines
+    over_draws = errors(got, want)
+    for seed in range(1, 9):
+        want = expect(make_inputs(case, seed), case.alpha)
+        more = errors(gradients(linear, want.inputs, case.alpha), want)
+        over_draws = [
+            a._replace(ours=a.ours + b.ours, plain=a.plain + b.plain, floor=a.floor + b.floor)
+            for a, b in zip(over_draws, more, strict=True)
+        ]
+    event("broken at one draw")
+    return [str(error) for error in over_draws if error.broken]
 
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "triton"])
@@ -69,18 +82,11 @@ def test_any_problem_keeps_the_error_rule(name):
         pytest.skip(why)
     linear = linear_of(name)
 
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @SETTINGS
     @example(Case((300,), 600, 13, 4, alpha=0.0))
     @given(cases())
     def holds(case):
-        if lines := broken(linear, case, seed=0):
-            again = [line for seed in range(1, 5) for line in broken(linear, case, seed)]
-            assert not again, "\n".join([str(case), *lines, *again])
-            event("broken by luck, once in five draws")
+        lines = broken(linear, case)
+        assert not lines, "\n".join([str(case), *lines])
 
     holds()

@@ -129,3 +129,49 @@ def test_default_compile_goes_over_to_dynamic_shapes_once(backend: Backend):
         x = batches(rows=rows)[0][0].double()
         assert torch.equal(compiled(x), model(x))
     assert counter.frame_count == 2
+
+
+class ByFunction(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        linear, lora = self.layer.linear, self.layer.lora
+        return lora_linear(x, linear.weight, linear.bias, lora.A, lora.B, lora.scale)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("how", ["layer", "function", "called"])
+@pytest.mark.parametrize("leads", [((5,), (7,)), ((2, 5), (3, 4))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_traced_layer_takes_other_rows_and_trains(how, grad, leads):
+    """A Function, or its tuple, would keep the rows that it was traced with."""
+    layer = make_layer(CASE)
+    model = ByFunction(layer) if how == "function" else layer
+    if how == "called":
+        layer.linear.register_forward_hook(lambda module, args, y: 2 * y)
+    first, then = ((*lead, layer.in_features) for lead in leads)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, torch.randn(first))
+    x = torch.randn(then)
+    assert_same_up_to_rounding(traced(x), layer(x))
+    if grad:
+        dy = torch.randn(*then[:-1], layer.out_features)
+        ours, want = (
+            torch.autograd.grad(m(x), list(layer.parameters()), dy) for m in (traced, layer)
+        )
+        for mine, other in zip(ours, want, strict=True):
+            assert_same_up_to_rounding(mine, other)
+
+
+def test_symbolically_traced_layer_gives_the_same():
+    layer = make_layer(CASE)
+    x = torch.randn(7, layer.in_features)
+    assert_same_up_to_rounding(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("x", [None, [1.0], 2.0], ids=str)
+def test_x_that_is_no_tensor_is_named(x):
+    with pytest.raises(TypeError, match="^x must be a torch.Tensor, got "):
+        make_layer(CASE)(x)

@@ -21,6 +21,15 @@ class Fault:
         return text[: self.start] + self.new + text[self.end :]
 
 
+def lines_of(text: str, fault: Fault) -> range:
+    """Return the lines of a fault's statement in Python, down to the fault's own."""
+    first = fault.line
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and node.lineno <= fault.line <= (node.end_lineno or 0):
+            first = node.lineno  # ast.walk comes to the innermost last
+    return range(first, fault.line + 1)
+
+
 COMPARE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 COMPARE |= {"is": "is not", "is not": "is", "in": "not in", "not in": "in"}
 BINARY = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "//", "&": "|", "|": "&"}

@@ -3,14 +3,19 @@
     python -m tests.tools.mutants --parts files,call --count 40 --seed 0
 
 works on a copy of the tree. A part is some sources and the tests that have to catch a fault in
-them. Each fault gets a fork of this process, which has torch imported; those of C++ are all in one
-library, each behind a switch (switched.py). A survivor is printed with its line: either a test is
-missing, or the line makes no difference, and then it can go.
+them. They run once without a fault, which shows what each of them reaches (reached.py). Then each
+fault gets a fork of this process, which has torch imported, and in it the tests that reach it, the
+quickest first, as many as --seconds allow; those of C++ are all in one library, each behind a
+switch (switched.py). What none of these catches meets the checks of op/test_mutants_cpp.py where it
+is C++, else all tests of its part if those are quick. A survivor is printed with its line: either a
+test is missing, or the line makes no difference, and then it can go. --at call.cpp:120,route tries
+the faults of some lines and files alone.
 """
 
 import argparse
 import contextlib
 import os
+import pickle
 import random
 import re
 import resource
@@ -21,77 +26,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from tests.tools.faults import Fault, faults_in_cpp, faults_in_python
-from tests.tools.switched import build, load, smallest, switched
+from tests.tools.faults import Fault, lines_of
+from tests.tools.mutated import PARTS, ROOT, Part, faults_of
+from tests.tools.reached import Chosen, Place, Reached, Recorder, RecorderOfFaults
+from tests.tools.switched import MOST_FAULTS, build, load, smallest, switched
 
-ROOT = Path(__file__).parents[2]
 PRELOADED = ("torch", "numpy", "pytest", "hypothesis.stateful", "safetensors.torch")
 ROUNDS = 6  # builds until the compiler takes every switch
-
-
-@dataclass(frozen=True)
-class Part:
-    """Sources and the tests that hold them."""
-
-    sources: tuple[str, ...]  # globs
-    tests: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-    preloaded: tuple[str, ...] = ("peft",)
-    seconds: int = 300  # of processor time
-
-
-OP = tuple(
-    f"tests/op/test_{name}.py"
-    for name in "backends backward errors dropout autograd second_derivatives extremes grouped "
-    "dropout_mask dropout_threads acts gated_mlp codes memory testing".split()
-)
-PARTS = {  # triton first: peft imports it, and what it is imported as stays
-    "triton": Part(
-        ("lora_ext/backends/triton/*.py",),
-        ("tests/op/test_backends.py", "tests/op/test_dropout.py", "--backends=triton"),
-        environment=(("TRITON_INTERPRET", "1"),),
-        preloaded=(),
-        seconds=900,
-    ),
-    "files": Part(
-        ("lora_ext/adapters*.py", "lora_ext/files.py", "lora_ext/patterns.py"), ("tests/files",)
-    ),
-    "call": Part(
-        ("lora_ext/{functional,call,ops,bases,dropout,checks}.py", "lora_ext/backends/*.py"),
-        (*OP, "tests/layers/test_layers.py", "tests/layers/test_explain.py"),
-    ),
-    "layers": Part(
-        ("lora_ext/{layers,inject,prepack,panels,explain}.py",), ("tests/layers", "tests/files")
-    ),
-    "cpp": Part(
-        ("csrc/cpu/*.h", "csrc/cpu/*.cpp", "csrc/call.*", "csrc/checks.*"),
-        (
-            *("tests/op/test_backends.py", "tests/op/test_backward.py", "tests/op/test_errors.py"),
-            *("tests/op/test_cpp_checks.py", "tests/op/test_grouped.py", "tests/op/test_codes.py"),
-            *("tests/op/test_acts.py", "tests/op/test_cpp_keep.py", "tests/layers/test_prepack.py"),
-        ),
-        environment=(("LORA_EXT_CPU_ISA", "avx2"),),
-        seconds=900,
-    ),
-}
-
-
-def faults_of(part: Part) -> list[Fault]:
-    """Return every fault that the rules make in a part."""
-    found: list[Fault] = []
-    for pattern in part.sources:
-        choices = re.fullmatch(r"(.*)\{(.*)\}(.*)", pattern)
-        names = choices[2].split(",") if choices else [""]
-        for name in names:
-            one = f"{choices[1]}{name}{choices[3]}" if choices else pattern
-            for path in sorted(ROOT.glob(one)):
-                make = faults_in_python if path.suffix == ".py" else faults_in_cpp
-                found += make(str(path.relative_to(ROOT)), path.read_text())
-    return found
 
 
 def in_a_fork(action: Callable[[], int], seconds: int, log: Path) -> str:
@@ -127,30 +71,60 @@ def in_a_fork(action: Callable[[], int], seconds: int, log: Path) -> str:
     return "passed" if code == 0 else caught[1] if caught else f"exit {code}"
 
 
-def run_tests(copy: Path, part: Part, library: Path | None = None, fault: int = 0) -> str:
-    """Return how a part's tests end in a copy of the tree, with one fault of a library on."""
+def run_tests(
+    copy: Path,
+    part: Part,
+    library: Path | None = None,
+    fault: int = 0,
+    chosen: list[str] | None = None,
+    record: bool = False,
+) -> str:
+    """Return how a part's tests end in a copy of the tree, with one fault of a library on.
+
+    All of them, or those that are chosen, or all with a record of what they reach. None chosen is
+    the checks of test_mutants_cpp.py.
+    """
 
     def tests() -> int:
         os.environ.update({"OMP_NUM_THREADS": "1", "LORA_EXT_FAULT": str(fault)})
         os.environ.update(dict(part.environment))
         os.chdir(copy)
         sys.dont_write_bytecode = True
+        recorder = None
+        if record:
+            files = {str(copy / fault.path) for fault in faults_of(part)}
+            recorder = Recorder(files) if library is None else RecorderOfFaults(library)
         for name in [n for n in sys.modules if n.partition(".")[0] == "tests"]:
             del sys.modules[name]
         sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
         if library is not None:
             load(library)
-            from tests.op.test_mutants_cpp import why_refused  # seconds, where the tests take more
+        if chosen == []:  # the checks that each of MUTANTS has to fail
+            from tests.op.test_mutants_cpp import why_refused
 
-            if (why := why_refused()) is not None:
-                print(f"FAILED tests/op/test_mutants_cpp.py: {why}")
-                return 1
+            why = why_refused()
+            print(f"FAILED tests/op/test_mutants_cpp.py: {why}" if why else "")
+            return int(why is not None)
         import pytest
 
         options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
-        return int(pytest.main([*options, *part.tests]))
+        options += part.tests if chosen is None else files_of(chosen)
+        options += [option for option in part.tests if option.startswith("-") and chosen]
+        if recorder is not None:
+            recorder.start()
+        plugins = [p for p in (recorder, chosen and Chosen(chosen)) if p]
+        code = int(pytest.main(options, plugins))
+        if recorder is not None:
+            sys.settrace(None)
+            (copy / "reached").write_bytes(pickle.dumps(vars(recorder.reached)))
+        return code
 
     return in_a_fork(tests, part.seconds, copy / "log.txt")
+
+
+def files_of(tests: list[str]) -> list[str]:
+    """Return the files that some tests are in."""
+    return list(dict.fromkeys(test.partition("::")[0] for test in tests))
 
 
 def copy_of_the_tree(folder: str) -> Path:
@@ -215,30 +189,45 @@ def blamed(output: str) -> set[int]:
     return bad
 
 
-def try_part(name: str, part: Part, chosen: list[Fault]) -> tuple[int, list[str]]:
+def try_part(name: str, part: Part, chosen: list[Fault], seconds: float) -> tuple[int, list[str]]:
     """Try faults; return how many there were that compile, and a line for each survivor."""
-    survivors = []
+    survivors, texts = [], {f.path: (ROOT / f.path).read_text() for f in chosen}
     with tempfile.TemporaryDirectory() as folder:
-        copy = copy_of_the_tree(folder)
+        copy = copy_of_the_tree(folder).resolve()
         numbers, library, kept = {f: i for i, f in enumerate(chosen, 1)}, None, chosen
         if name == "cpp":
             library, kept = library_of(copy, chosen)
-        if (without := run_tests(copy, part, library)) != "passed":
+        if (without := run_tests(copy, part, library, record=True)) != "passed":
             print((copy / "log.txt").read_text())
             raise SystemExit(f"{name}: the tests fail without a fault: {without}")
+        reached = Reached(**pickle.loads((copy / "reached").read_bytes()))
         for fault in kept:
-            text, start = (ROOT / fault.path).read_text(), time.monotonic()
+            text, start = texts[fault.path], time.monotonic()
+            places: set[Place] = {("", numbers[fault])}
             if library is None:
+                places = {(str(copy / fault.path), line) for line in lines_of(text, fault)}
                 (copy / fault.path).write_text(fault.apply(text))
-            caught = run_tests(copy, part, library, numbers[fault])
+            tests = reached.tests_of(places)
+            chosen_ones = reached.within(tests, seconds)
+            turns = [chosen_ones] if tests else []
+            turns += [[]] if library is not None else [None] if part.again else []
+            caught = "passed"
+            for turn in turns:
+                if caught == "passed":
+                    caught = run_tests(copy, part, library, numbers[fault], turn)
             if library is None:
                 (copy / fault.path).write_text(text)
             what = f"{fault.path}:{fault.line}: {text[fault.start : fault.end]!r}"
-            line = f"{what} -> {fault.new!r}: {caught}, {time.monotonic() - start:.0f} s"
-            print(line, flush=True)
+            line = f"{what} -> {fault.new!r}: {caught}, {len(chosen_ones)} of {len(tests)} tests"
+            print(f"{line}, {time.monotonic() - start:.0f} s", flush=True)
             if caught == "passed":
                 survivors.append(line)
     return len(kept), survivors
+
+
+def is_at(fault: Fault, places: list[str]) -> bool:
+    """Whether one of some places, "route.cpp:12" or "route", is that of a fault."""
+    return any(p in fault.path or f"{fault.path}:{fault.line}".endswith(p) for p in places)
 
 
 def main() -> None:
@@ -247,6 +236,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--count", type=int, default=40, help="faults of each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60, help="of tests without a fault")
+    parser.add_argument("--at", type=lambda text: text.split(","), help="of these lines, files")
     arguments = parser.parse_args()
     survivors, tried = [], 0
     if unknown := set(arguments.parts.split(",")) - set(PARTS):
@@ -256,8 +247,13 @@ def main() -> None:
             with contextlib.suppress(ImportError):
                 import_module(module)
         every = faults_of(PARTS[name])
-        chosen = random.Random(arguments.seed).sample(every, min(arguments.count, len(every)))
-        count, left = try_part(name, PARTS[name], sorted(chosen, key=lambda f: (f.path, f.start)))
+        if arguments.at is not None:
+            every = [fault for fault in every if is_at(fault, arguments.at)]
+        count = min(arguments.count, len(every), MOST_FAULTS - 1)
+        chosen = random.Random(arguments.seed).sample(every, count)
+        count, left = try_part(
+            name, PARTS[name], sorted(chosen, key=lambda f: (f.path, f.start)), arguments.seconds
+        )
         print(f"{name}: {count} of {len(every)} possible faults, {len(left)} survive", flush=True)
         tried, survivors = tried + count, survivors + left
     print(f"{tried} faults, {len(survivors)} survive", *survivors, sep="\n  ")

@@ -6,7 +6,8 @@ expression, is written once for each fault in it and once without one:
     a = b + c;    ->    if (lora_ext_fault(7)) { a = b - c; } else { a = b + c; }
     f(T x = b);   ->    f(T x = (lora_ext_fault(8) ? (c) : (b)));
 
-The environment variable LORA_EXT_FAULT names the one that is on. The pieces are found by brackets
+The environment variable LORA_EXT_FAULT names the one that is on, and `lora_ext_reached` has a byte
+for each that ran, on or off. The pieces are found by brackets
 and semicolons; what is no C++ after that, the compiler refuses.
 """
 
@@ -23,12 +24,17 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-HEADER = """#include <cstdlib>
-inline bool lora_ext_fault(int number) {
+MOST_FAULTS = 4096
+HEADER = f"""#include <cstdlib>
+extern "C" {{
+inline unsigned char lora_ext_reached[{MOST_FAULTS}];
+}}
+inline bool lora_ext_fault(int number) {{
   static const char* const named = std::getenv("LORA_EXT_FAULT");
   static const int on = named == nullptr ? 0 : std::atoi(named);
+  if (lora_ext_reached[number] == 0) lora_ext_reached[number] = 1;
   return on == number;
-}
+}}
 """
 SOURCES = [
     *("call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"),
@@ -185,9 +191,9 @@ class Text:
         choice = re.search(r"(?<!:):(?!:)", self.code[change.start : change.end])
         stop = ",;" if choice else ",;?:"
         start, end = self.left(change.start, stop), self.right(change.end, stop)
-        if self.right(change.start, ",") < change.end and self.code[start - 1] in OPEN:
-            close = self.match[start - 1] + 1  # arguments swapped: their call
-            start, end = self.left(start - 1, stop), self.right(close, stop)
+        if self.right(change.start, ",") < change.end:  # arguments swapped: their call
+            opener = self.left(start, "") - 1
+            start, end = self.left(opener, stop), self.right(self.match[opener] + 1, stop)
         assigned = [m.end() for m in ASSIGNED.finditer(self.code, start, change.start)]
         start = max([start, *assigned])
         if returned := re.match(r"\s*return\b", self.code[start : change.start]):

@@ -11,6 +11,7 @@ from benchmarks import (
     DTYPES,
     GRIDS,
     Shape,
+    bases,
     bench_linear,
     flops,
     make_case,
@@ -165,7 +166,7 @@ def test_an_fp32_result_with_factors_rounded_to_bf16_is_wrong(shape):
 
 def test_the_reference_provider_is_the_reference():
     case = make_case(SHAPE, "cpu", torch.float32, "fwd")
-    layer = LinearWithLoRA(providers._frozen_linear(case), SHAPE.R, case.alpha)
+    layer = LinearWithLoRA(bases.frozen_linear(case), SHAPE.R, case.alpha)
     layer.lora.A.data, layer.lora.B.data = case.A, case.B
     assert torch.equal(providers.PROVIDERS["reference"](case).results()["y"], layer(case.x))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_model, models
-from benchmarks.providers import Unavailable
+from benchmarks.bases import Unavailable
 from lora_ext import testing
 
 

@@ -1,10 +1,13 @@
 """Triton GPU kernels: forward and backward as one operator each.
 
     common.py             what the kernels share: loads, dropout's mask, products, the epilogue
-    forward_kernels.py    kernels of y and h, those for few rows too
+    forward_kernels.py    kernels of y and h
+    decode_kernels.py     the kernel of y and h for few rows
     backward_kernels.py   kernels of the gradients
     persistent_kernels.py kernels of y and dx that take tile after tile, from sm_90 on
-    cards.py              what is known of a card: its limits, its speeds, its tile sizes
+    cards.py              what is known of a card: its limits, its speeds
+    tiling.py             the tile sizes of each card, and how sums are split over its programs
+    costs.py              what each regime's launches move and compute, and the time that takes
     regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
     launches.py           what launches share: operands, options, the launch itself
     forward_launches.py   the launches of each forward regime

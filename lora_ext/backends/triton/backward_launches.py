@@ -11,20 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...call import Call, LowRank, Weight
 from ...ops import empty_like_factor
 from .. import reference
-from . import cards
+from . import cards, tiling
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
-from .cards import Card, Tile
-from .launches import (
-    Launch,
-    base_operands,
-    bits_of,
-    fresh,
-    loop_factor,
-    split_scale,
-    strides,
-)
+from .cards import Card
+from .costs import Problem
+from .launches import Launch, base_operands, bits_of, fresh, loop_factor, split_scale, strides
 from .persistent_kernels import lora_linear_bwd_dx_persistent_kernel
-from .regimes import Problem
+from .tiling import Tile
 
 _SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
 
@@ -77,8 +70,8 @@ def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     M, K, N, R = p.M, p.K, p.N, p.R
     _, need_dA, need_dB = p.needs
     pass_over_dy = PassOverDy(call, p, card, joined=card.joins)
-    in_parts, strip = pass_over_dy.parts > 0, cards.strip_tile(card, p.kind)
-    block_r, dx_box = cards.persistent_r(card, R), [tile.block_m, tile.block_n // 2]
+    in_parts, strip = pass_over_dy.parts > 0, tiling.strip_tile(card, p.kind)
+    block_r, dx_box = tiling.persistent_r(card, R), [tile.block_m, tile.block_n // 2]
     operands, options = base_operands(call.weight, tile)
     rounded, strides_a = loop_factor(call.A, call.dy.dtype, tile)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
@@ -180,25 +173,24 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 
 
 class PassOverDy:
-    """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
+    """Launch (i), planned: t (M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in Shrink. A part of dB is laid out as dB is. `joined`: the next launch may
-    start while it runs.
+    N is split, like K in Shrink, but t then summed at once: a strip of dA would read its parts at
+    each step, in four times the shared memory. A part of dB is laid out as dB is. `joined`: the
+    next launch may start while it runs.
     """
 
     def __init__(self, call: Backward, p: Problem, card: Card, *, joined: bool = False):
         M, N, R = p.M, p.N, p.R
-        tile = cards.dy_tile(card, p.kind, M, joined=joined)
-        block_r = cards.block_r(R)
+        tile = tiling.dy_tile(card, p.kind, M, joined=joined)
+        block_r = tiling.block_r(R)
         blocks_m, blocks_r = triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r)
         need_dx, need_dA, need_dB = p.needs
         self.want_t = need_dx or need_dA
-        in_parts = cards.dB_parts(card, p.kind, M, R, p.size) > 0
+        in_parts = tiling.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
-        self.splits = cards.dy_splits(card, p.kind, M, N, R)
-        # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
-        self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
-        self.t_shape = (self.splits, M, R)
+        self.splits = tiling.dy_splits(card, p.kind, M, N, R)
+        self.t_shape, self.counters = (M, R), blocks_m * blocks_r
         self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
         self.dB_strides = empty_like_factor(call.B).stride()
         self.kernel = Launch(
@@ -216,16 +208,19 @@ class PassOverDy:
 
     def __call__(self, call: Backward) -> tuple[Tensor | None, Tensor | None]:
         """Launch it for a call of the planned sizes, if anything is asked of it."""
-        t = b = h = parts = None
+        t = t_parts = arrived = b = h = parts = None
+        dy, device = call.dy, call.dy.device
         if self.want_t:
-            t = torch.empty(self.t_shape, dtype=self.t_dtype, device=call.dy.device)
-            b = self.rounded(call.B)
+            t, b = fresh(dy, *self.t_shape), self.rounded(call.B)
+            if self.splits > 1:
+                shape = (self.splits, *self.t_shape)
+                t_parts = torch.empty(shape, dtype=torch.float32, device=device)
+                arrived = torch.zeros(self.counters, dtype=torch.int32, device=device)
         if self.parts:
-            shape = (self.parts, *call.B.shape)
-            parts = torch.empty(shape, dtype=torch.float32, device=call.dy.device)
+            parts = torch.empty((self.parts, *call.B.shape), dtype=torch.float32, device=device)
             h = call.h
         if self.want_t or self.parts:
-            self.kernel(dy=call.dy, b=b, h=h, t=t, dB_parts=parts)
+            self.kernel(dy=dy, b=b, h=h, t=t, t_parts=t_parts, arrived=arrived, dB_parts=parts)
         return t, parts
 
 
@@ -237,12 +232,12 @@ class Finish:
     ):
         M, K, N, R = p.M, p.K, p.N, p.R
         self.need_dx, self.need_dA, self.need_dB = p.needs
-        strip = cards.strip_tile(card, p.kind)
+        strip = tiling.strip_tile(card, p.kind)
         programs = _programs(p, tile, strip, in_parts=first.parts > 0)
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,
             (programs,),
-            **dict(M=M, N=N, K=K, R=R, t_splits=first.splits, parts=first.parts),
+            **dict(M=M, N=N, K=K, R=R, parts=first.parts),
             **dict(WANT_DX=self.need_dx, WANT_DA=self.need_dA, WANT_DB=self.need_dB),
             **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
             **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
@@ -262,7 +257,7 @@ class Finish:
             ),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
-            BLOCK_R=cards.block_r(R, cards.EPILOGUE_R),
+            BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R),
         )
 
     def __call__(
@@ -294,7 +289,7 @@ def _programs(p: Problem, tile: Tile, strip: Tile, *, in_parts: bool) -> int:
     """Return how many programs launch (ii) has: tiles of dx, strips of dA, strips or runs of dB."""
     M, K, N, R = p.M, p.K, p.N, p.R
     need_dx, need_dA, need_dB = p.needs
-    blocks_r = triton.cdiv(R, cards.block_r(R, cards.EPILOGUE_R))
+    blocks_r = triton.cdiv(R, tiling.block_r(R, tiling.EPILOGUE_R))
     programs = 0
     if need_dx:
         programs += triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .cards import Tile
+from .tiling import Tile
 
 
 def fresh(like: Tensor, *shape: int) -> Tensor:

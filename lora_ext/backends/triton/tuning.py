@@ -26,9 +26,11 @@ from ..._version import __version__
 from ..cuda_graph import captured
 from . import backward_launches, forward_launches
 from .backward_launches import Backward, Gradients
-from .cards import Card, Tile, card_of
+from .cards import Card, card_of
+from .costs import Problem
 from .forward_launches import Forward
-from .regimes import REGIMES, Candidate, Problem, candidates
+from .regimes import REGIMES, Candidate, candidates
+from .tiling import Tile
 
 _MAX_PLANS = 1024
 # Problems whose kernels may take less than the host needs to launch them are timed by a CUDA graph:
