@@ -28,6 +28,7 @@ demo: install
 PYTEST = $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal --durations 15 $(CHOICE)
 KERNEL_TESTS = $(addprefix tests/op/test_,backends.py backward.py extremes.py)
 EMULATED = build/emulated
+OF_THE_EMULATOR = -p tests.gpu.emulated_cuda --backends cpp -k "not own_base or many_blocks or tile or threads or a_mask"
 INTERPRETED = triton
 test: CHOICE = -m "not slow"
 test: INTERPRETED = triton-in_loop
@@ -35,11 +36,9 @@ test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) tests/gpu/test_triton_mask.py \
-	  tests/gpu/test_triton_persistent.py --backends $(INTERPRETED)
+	  tests/gpu/test_triton_persistent.py tests/gpu/test_triton_parts.py --backends $(INTERPRETED)
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
-	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) \
-	  -p tests.gpu.emulated_cuda --backends cpp \
-	  -k "not own_base or many_blocks or tile or threads or a_mask"
+	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) $(OF_THE_EMULATOR)
 
 # Hours. Each prints its seeds; ISAS are the instruction sets that this CPU has.
 EXAMPLES ?= 5000
@@ -52,6 +51,10 @@ test-long: install
 	for isa in $(ISAS); do LORA_EXT_CPU_ISA=$$isa LORA_EXT_EXAMPLES=$(EXAMPLES) \
 	  $(RUN) -m pytest tests/op/test_properties.py || exit 1; done
 	$(RUN) -m tests.stacks.soak --seconds $(SECONDS_OF_SOAK)
+	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)-sanitized --sanitized
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 LORA_EXT_EMULATED=$(EMULATED)-sanitized/emulated.so OMP_NUM_THREADS=1 \
+	  $(PYTEST) $(KERNEL_TESTS) $(OF_THE_EMULATOR)
 
 # PEFT's own tests of LoRA and DoRA with `accelerate` on everywhere: pip downloads them.
 pefts-suite: install

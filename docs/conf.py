@@ -13,6 +13,7 @@ ELSEWHERE = {
     "contributing": "CONTRIBUTING.md",
     "security": "SECURITY.md",
     "cpu-notes": "benchmarks/results/cpu_notes.md",
+    "gpu-notes": "benchmarks/results/gpu_notes.md",
 }
 
 project = "lora_ext"

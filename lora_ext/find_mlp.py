@@ -17,6 +17,7 @@ from .gated_mlp import Formula
 from .parts import is_adapted, part_of, parts_of
 from .quantised_linear import QuantisedLinear
 
+_HALF = (torch.float16, torch.bfloat16)
 _LINEARS = (nn.Linear, QuantisedLinear)
 
 
@@ -87,7 +88,7 @@ def find_mlp(parent: nn.Module, recompute: str = "act") -> MLP | str:
         # Dropout that is on shows whether it comes last. If not, it must be off.
         for dropout in [*drops] * (len(drops) == 1) + [None]:
             with _probability(drops.values(), 0.5 if dropout else 0.0):
-                act = _act_on_probe(parent, layers, gated, drops.get(dropout or ""))
+                act = _act_on_probe(parent, layers, gated, others, drops.get(dropout or ""))
             if act not in UNGATED:
                 why = act or why
                 continue
@@ -130,12 +131,18 @@ def _probability(drops: Iterable[nn.Dropout], p: float) -> Iterator[None]:
 
 
 def _act_on_probe(
-    parent: nn.Module, layers: list[nn.Module], gated: bool, dropout: nn.Module | None
+    parent: nn.Module,
+    layers: list[nn.Module],
+    gated: bool,
+    others: list[nn.Module],
+    dropout: nn.Module | None,
 ) -> str:
     """Return the activation with which the formula gives what the module does; or why none.
 
     On small and on large values, which a clamp would show, in eval and in training, where the order
-    of the layers' random numbers shows as well. `layers` ends with `down`.
+    of the layers' random numbers shows as well. `layers` ends with `down`. In half dtypes an
+    activation of several operations, GPT-2's say, rounds more often than ours: the formula is then
+    held to the module's own activation, of `others`, and that one to ours in float32.
     """
     like = _like(layers[0])
     if like.is_meta:
@@ -152,7 +159,10 @@ def _act_on_probe(
             if isinstance(part, str):
                 return part
         with torch.no_grad(), torch.random.fork_rng(devices):
-            acts = list(ACTS if gated else UNGATED)
+            names = ACTS if gated else UNGATED
+            acts = [(act, UNGATED[act].value) for act in names]
+            if like.dtype in _HALF and others:
+                acts += [(act, others[0]) for act in names if _is_act(others[0], act, like.device)]
             for training in (False, True):
                 for module in modules:
                     module.training = training
@@ -160,14 +170,24 @@ def _act_on_probe(
                     _seed(x.device)
                     want = parent.forward(x)
                     acts = [
-                        act for act in acts if _gives(want, x, layers, Formula(act, gated), dropout)
+                        (act, value)
+                        for act, value in acts
+                        if _gives(want, x, layers, Formula(act, gated), value, dropout)
                     ]
     except Exception as error:  # what a module of another kind makes of the probe
         return f"its forward does not take one tensor ({type(error).__name__})"
     finally:
         for module, training in zip(modules, before, strict=True):
             module.training = training
-    return acts[0] if acts else ""
+    return acts[0][0] if acts else ""
+
+
+def _is_act(module: nn.Module, act: str, device: torch.device) -> bool:
+    """Whether a module computes an activation in float32, up to rounding."""
+    x = torch.cat((torch.linspace(-8, 8, 4001), torch.linspace(-1e3, 1e3, 2001))).to(device)
+    got, want = module(x.clone()), UNGATED[act].value(x)
+    plain = isinstance(got, Tensor) and got.dtype == want.dtype and got.shape == want.shape
+    return plain and torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def _like(layer: Any) -> Tensor:
@@ -192,16 +212,20 @@ def _seed(device: torch.device) -> None:
 
 
 def _gives(
-    want: Any, x: Tensor, layers: list[nn.Module], formula: Formula, dropout: nn.Module | None
+    want: Any,
+    x: Tensor,
+    layers: list[nn.Module],
+    formula: Formula,
+    value: Any,
+    dropout: nn.Module | None,
 ) -> bool:
     _seed(x.device)
     *first, down = layers
-    got = down(formula.of([layer(x) for layer in first]))
+    got = down(formula.of([layer(x) for layer in first], value))
     got = got if dropout is None else dropout(got)
     if not isinstance(want, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
         return False
     # Half dtypes round more than two activations differ.
-    exact = got.dtype in (torch.float16, torch.bfloat16)
-    if exact or torch.equal(got, want):
+    if got.dtype in _HALF or torch.equal(got, want):
         return torch.equal(got, want)
     return bool((got - want).abs().max() <= 1e-5 * want.abs().max())

@@ -104,12 +104,13 @@ class Formula(NamedTuple):
     act: str
     gated: bool = True
 
-    def of(self, ys: Sequence[Tensor]) -> Tensor:
-        """Return the value by differentiable operations."""
+    def of(self, ys: Sequence[Tensor], value: Any = None) -> Tensor:
+        """Return the value by differentiable operations; `value` is another activation."""
+        value = value or UNGATED[self.act].value
         if not self.gated:
-            return UNGATED[self.act].value(ys[0])
+            return value(ys[0])
         gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
-        return ACTS[self.act].value(gate) * up
+        return value(gate) * up
 
 
 def _run_layers(x: Tensor, first: list[nn.Module], down: nn.Module, act: Formula, recompute: str):

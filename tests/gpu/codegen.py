@@ -27,7 +27,9 @@ TARGETS = {
 NVIDIA_LOAD, AMD_LOAD = r"\b(?:UTMALDG|LDGSTS|LDG)\b[.\w]*", r"\b(?:global|buffer)_load_\w+"
 NVIDIA_MATRIX, AMD_MATRIX = r"\b(?:HGMMA|UTC\w*MMA|HMMA)\b", r"\bv_mfma(?=_)"
 NVIDIA_ASYNC = r"\b(?:UTMALDG|LDGSTS)\b"
-ATOMIC = r"\b(?:atom|red)\.|\b(?:global|flat|buffer)_atomic"
+ATOMIC = r"\b(?:atom|red)\.[.\w]*|\b(?:global|flat|buffer)_atomic\w*"
+# Of a counter, an integer's: their order makes no difference. LLVM reads one by "or 0".
+COUNT = r"\.add\.[su]32$|_atomic_(?:add|or)$"
 NVIDIA_PLAIN, AMD_PLAIN = r"\bFFMA2?\b", r"\bv_(?:pk_)?fma\w*"
 
 
@@ -55,7 +57,8 @@ class Machine:
         registers: a thread.
         stack: bytes of a thread's stack, where a spilled register goes.
         shared: bytes of shared memory.
-        atomics: atomic reads and writes of memory.
+        atomics: atomic reads and writes of memory, other than of a counter.
+        counts: those of a counter.
         matrix: the matrix instruction in its loops, or else the multiply-add; "" if not asked for.
         wide: loads in its loops of 128 bits from global memory, or by the copy engine.
         narrow: loads in its loops of fewer bits.
@@ -67,6 +70,7 @@ class Machine:
     stack: int
     shared: int
     atomics: int
+    counts: int
     matrix: str = ""
     wide: int = 0
     narrow: int = 0
@@ -91,8 +95,9 @@ def read(compiled, *, loops: bool) -> Machine:
     """Read a compiled kernel's figures and, with `loops`, the instructions in its loops."""
     amd = compiled.metadata.target.backend == "hip"
     figures, code, waiting = _amd(compiled) if amd else _nvidia(compiled, loops)
-    atomics = len(re.findall(ATOMIC, compiled.asm["amdgcn" if amd else "ptx"]))
-    figures = (*figures, compiled.metadata.shared, atomics)
+    atomics = re.findall(ATOMIC, compiled.asm["amdgcn" if amd else "ptx"])
+    counts = sum(bool(re.search(COUNT, atomic)) for atomic in atomics)
+    figures = (*figures, compiled.metadata.shared, len(atomics) - counts, counts)
     if not loops:
         return Machine(*figures)
     loads = re.findall(AMD_LOAD if amd else NVIDIA_LOAD, code)

@@ -1,9 +1,10 @@
 """The CUDA kernels of csrc/cuda for the CPU: built over tests/gpu/emulator, and a pytest plugin.
 
-`python -m tests.gpu.emulated_cuda FOLDER` builds the library. `python -m pytest -p
-tests.gpu.emulated_cuda --backends cpp ...` with LORA_EXT_EMULATED naming it has it in the place of
-`lora_ext._C`: backend "cpp" then runs the emulated kernels; variant "cpp-own_base" makes the base
-product by kernels too. `make test` does both.
+`python -m tests.gpu.emulated_cuda FOLDER` builds the library, with `--sanitized` for ASan and
+UBSan, whose runtime then has to be in LD_PRELOAD. `python -m pytest -p tests.gpu.emulated_cuda
+--backends cpp ...` with LORA_EXT_EMULATED naming it has it in the place of `lora_ext._C`: backend
+"cpp" then runs the emulated kernels; variant "cpp-own_base" makes the base product by kernels too.
+`make test-all` does both.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ OPERATORS = [
 ]
 FLAGS = "-std=c++20 -march=native -fPIC -Wall -Werror -Wno-unknown-pragmas"
 FLAGS += " -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000"
+SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def build(
@@ -104,7 +106,8 @@ def pytest_configure() -> None:
 if __name__ == "__main__":
     if platform.machine() == "x86_64":
         sources = [*KERNELS, *EMULATION, *OPERATORS]
-        build(Path(sys.argv[1]), {"emulated.so": (sources, "-O2")})
+        flags = SANITIZE if "--sanitized" in sys.argv else "-O2"
+        build(Path(sys.argv[1]), {"emulated.so": (sources, flags)})
 elif library := os.environ.get("LORA_EXT_EMULATED"):
     assert "lora_ext" not in sys.modules, "too late: lora_ext has loaded its own kernels"
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")

@@ -16,6 +16,7 @@ from triton.runtime import driver
 
 from lora_ext.backends import triton as backend
 from lora_ext.backends.triton import cards, launches, tuning
+from lora_ext.backends.triton.costs import Problem
 from lora_ext.backends.triton.regimes import REGIMES
 from tests.gpu.codegen import StandInDriver
 
@@ -81,7 +82,7 @@ def main() -> int:
                 # PyTorch's products, shape rules of their own for meta tensors, would be timed too.
                 if name in ("torch_base", "addmm", "plain"):
                     continue
-                if name == "decode" and shape[0] > H100.few_rows:
+                if not REGIMES[direction][name].tiles(Problem(*shape), H100):
                     continue
                 figures = []
                 for with_triton in (False, True):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.emulated_cuda import EMULATION, KERNELS, NEEDS_X86, ROOT, build
+from tests.gpu.emulated_cuda import EMULATION, KERNELS, NEEDS_X86, ROOT, SANITIZE, build
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +22,6 @@ pytestmark = [
 ]
 PRIMITIVES = [*EMULATION, "tests/gpu/emulator/check_primitives.cpp"]
 PRODUCTS = [*KERNELS, *EMULATION, "tests/gpu/emulator/check_kernels.cpp"]
-SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 # The lines that keep the threads apart: the emulator leaves one out where it is told to.
 WAITS = [
     f"{path.name}:{number}"

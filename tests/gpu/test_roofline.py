@@ -2,11 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 from benchmarks import GRIDS, Shape
-from benchmarks.gpu import roofline
+from benchmarks.gpu import over_bare, roofline
 from lora_ext.backends.triton.cards import KNOWN
 from lora_ext.backends.triton.regimes import REGIMES
 
@@ -80,3 +81,14 @@ def test_unknown_card_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         roofline.main(["--cards", "H100,B2000"])
     assert "no card 'B2000', there are: A100," in capsys.readouterr().err
+
+
+def test_the_notes_have_the_table_that_the_model_gives():
+    notes = Path(__file__).parents[2] / "benchmarks/results/gpu_notes.md"
+    assert over_bare.table() in notes.read_text()
+
+
+def test_no_shape_is_predicted_slower_than_before():
+    for shape in GRIDS["cuda"]["standard"]:
+        (forward_before, forward, step_before, step), _ = over_bare.over_bare(shape, KNOWN["H100"])
+        assert forward <= forward_before + 0.005 and step <= step_before + 0.005, shape

@@ -68,6 +68,7 @@ class Inspected(NamedTuple):
     rows: int  # of a tile
     wide: int  # 128-bit loads that one step of a base product takes; 0 where none is read
     waiting: int  # loops that may multiply without loading ahead
+    counts: bool  # whether parts are summed by who comes last
     machine: codegen.Machine | str  # or the compiler's complaint
 
     def __str__(self) -> str:
@@ -161,10 +162,11 @@ def inspect(family: str, types: str, index: int) -> Inspected:
         machine = codegen.read(compiled, loops=DTYPES[types].loops)
     except Exception as error:  # the table shows what any compiler stage says
         machine = f"{type(error).__name__}: {error}"
-    # The epilogue's loop over ranks, whose operands are small; and dA's strips over a t in parts,
-    # which few rows alone have.
-    waiting = (options["R"] > options["BLOCK_R"]) + (options.get("t_splits", 1) > 1)
-    return Inspected(kernel.__name__, tile, types, rows, wide, waiting, machine)
+    # The epilogue's loop over ranks, whose operands are small; and decode's loop over tiles that
+    # were there before h: hardly any.
+    waiting = (options["R"] > options["BLOCK_R"]) + ("decode" in kernel.__name__)
+    counts = options.get("arrived") is not None
+    return Inspected(kernel.__name__, tile, types, rows, wide, waiting, counts, machine)
 
 
 def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
@@ -196,6 +198,8 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"{machine.shared} bytes of shared memory, {shared} there"
     if machine.atomics:  # their order changes from run to run
         yield f"{machine.atomics} atomics"
+    if (machine.counts > 0) != row.counts:
+        yield f"{machine.counts} counters"
     if machine.waiting > row.waiting:
         yield f"{machine.waiting} loops multiply and load nothing ahead, not {row.waiting}"
     if not row.wide:

@@ -3,17 +3,14 @@
 The first in Triton's interpreter, the rest without either interpreter or GPU.
 """
 
-import importlib.util
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from lora_ext.backends import triton as backend
 from lora_ext.backends.triton import (
     backward_launches,
     cards,
@@ -29,10 +26,10 @@ from lora_ext.backends.triton.regimes import REGIMES
 from lora_ext.testing import TAILS, Case, check
 from tests.conftest import Backend, linear_of
 from tests.gpu import codegen
+from tests.gpu.changed import changed
 from tests.op.test_mutants import refused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SOURCE = Path(persistent_kernels.__file__)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 KERNELS = {
@@ -80,23 +77,6 @@ MUTANTS = {
 }
 
 
-def kernels_of(source: str, folder: Path):
-    """Return a changed copy of the kernels: from a file, which Triton reads them from."""
-    path = folder / "changed.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"{backend.__name__}.changed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def changed(change: tuple[str, str]) -> str:
-    """Return the kernels' source with one place changed."""
-    source = SOURCE.read_text()
-    assert source.count(change[0]) == 1, f"{change[0]!r} is not there once: fix the test"
-    return source.replace(*change)
-
-
 @pytest.fixture
 def interpreted(backend: Backend, monkeypatch):
     """Run once, next to the regime itself, with plans made again."""
@@ -121,7 +101,7 @@ def test_the_regime_runs_what_the_wrong_kernels_are_shown(interpreted, monkeypat
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_wrong_kernels_are_refused(interpreted, monkeypatch, tmp_path, name):
-    module = kernels_of(changed(MUTANTS[name]), tmp_path)
+    module = changed(persistent_kernels, MUTANTS[name], tmp_path)
     for kernel, where in KERNELS.items():
         monkeypatch.setattr(where, kernel, getattr(module, kernel))
     assert refused(linear_of("triton"), CASES) is not None
@@ -236,7 +216,7 @@ def registers_of(pair: list, machines: list[codegen.Machine]) -> int:
     ],
 )
 def test_a_kernel_that_reads_h_too_soon_is_noticed(change, found, tmp_path, monkeypatch):
-    module = kernels_of(changed(change), tmp_path)
+    module = changed(persistent_kernels, change, tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name = "lora_linear_fwd_persistent_kernel"
     monkeypatch.setattr(forward_launches, name, getattr(module, name))

@@ -124,3 +124,45 @@ def test_a_sequential_is_an_mlp_too():
     (mlp,) = group_(model).mlps.values()
     assert (mlp.first, mlp.down, mlp.act) == (("0",), "2", "relu")
     assert_same_outcomes(model, single, X)
+
+
+class Written(nn.Module):
+    """GPT-2's gelu in seven operations, of which a half dtype rounds each."""
+
+    def __init__(self, factor=0.044715, most=torch.inf):
+        super().__init__()
+        self.factor, self.most = factor, most
+
+    def forward(self, x):
+        inner = (2 / torch.pi) ** 0.5 * (x + self.factor * x.pow(3))
+        return (0.5 * x * (1.0 + torch.tanh(inner))).clamp(max=self.most)
+
+
+WRITTEN = {  # an activation, and whether it is one of ours
+    "gelu": (Written(), 1),
+    "another": (Written(0.045), 0),
+    "clamped": (Written(most=99), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_activation_written_out_is_known_in_half_dtypes(name, dtype):
+    """It rounds more often than ours, so it is known by float32; near ones are none of ours."""
+    act, found = WRITTEN[name]
+    torch.manual_seed(0)
+    single = adapted(nn.Sequential(nn.Linear(24, 40), act, nn.Linear(40, 24)).to(dtype))
+    model = copy.deepcopy(single)
+    mlps = group_(model).mlps
+    assert [mlp.act for mlp in mlps.values()] == ["gelu_tanh"] * found
+    results = []
+    for each in (model, single, copy.deepcopy(single).double()):
+        torch.manual_seed(5)
+        x = X.to(dtype).to(each[0].linear.weight.dtype).requires_grad_()
+        y = each(x)
+        y.float().square().sum().backward()
+        results.append((y.detach().double(), x.grad.double()))
+    for ours, plain, exact in zip(*results, strict=True):
+        off = (ours - exact).abs().max()
+        limit = 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert off <= limit

@@ -1,7 +1,8 @@
 """Triton GPU kernels: forward and backward as one operator each.
 
     common.py             what the kernels share: loads, dropout's mask, products, the epilogue
-    forward_kernels.py    kernels of y and h, those for few rows too
+    forward_kernels.py    kernels of y and h
+    decode_kernels.py     the kernel of y and h for few rows
     backward_kernels.py   kernels of the gradients
     persistent_kernels.py kernels of y and dx that take tile after tile, from sm_90 on
     cards.py              what is known of a card: its limits, its speeds

@@ -26,6 +26,8 @@ def lora_linear_bwd_dy_kernel(
     b,
     h,
     t,
+    t_parts,
+    arrived,
     dB_parts,
     M,
     N,
@@ -45,12 +47,13 @@ def lora_linear_bwd_dy_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """t[s] = dy[:, part s] @ b[:, part s].T and dB_parts[i] = h[rows i].T @ dy[rows i] at once.
+    """T = dy @ b.T and dB_parts[i] = h[rows i].T @ dy[rows i] at once.
 
-    dy (M, N), b (R, N), h (M, R) contiguous, t (splits, M, R) and dB_parts
-    (cdiv(M, BLOCK_M), R, N) float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M,
-    ranks j * BLOCK_R, part s of N. Float32 accumulators. JOINED: the next launch may start at
-    once; it waits for t and dB_parts by itself.
+    dy (M, N), b (R, N), h (M, R) and t (M, R) contiguous, dB_parts (cdiv(M, BLOCK_M), R, N)
+    float32, a part laid out as dB. Program (i, j, s): rows i * BLOCK_M, ranks j * BLOCK_R, part s
+    of N. Float32 accumulators. t_parts (splits, M, R) float32 where N is split, with `arrived`, a
+    zero for each (i, j): who arrives there last sums them first to last. JOINED: the next launch
+    may start at once; it waits for t and dB_parts by itself.
     """
     if JOINED:
         gdc_launch_dependents()
@@ -75,8 +78,16 @@ def lora_linear_bwd_dy_kernel(
             dB_tile = tl.dot(h_tile.T, dy_tile, input_precision=PRECISION)
             store_tile(part, dB_tile, r0, n0, R, N, stride_gr, stride_gn, BLOCK_R, BLOCK_N)
     if WANT_T:
-        t_part = t + s.to(tl.int64) * M * R
-        store_tile(t_part, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+        if t_parts is not None:
+            t_part = t_parts + s.to(tl.int64) * M * R
+            store_tile(t_part, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+            tl.debug_barrier()  # all of the program's threads have stored
+            at = pid_m * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(arrived + at, 1) == splits - 1:
+                t_tile = load_h(t_parts, m0, r0, M, R, splits, BLOCK_M, BLOCK_R)
+                store_tile(t, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+        else:
+            store_tile(t, t_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -99,7 +110,6 @@ def lora_linear_bwd_dx_kernel(
     M,
     N,
     K,
-    t_splits,
     parts,
     stride_dm,
     stride_dn,
@@ -135,7 +145,7 @@ def lora_linear_bwd_dx_kernel(
     """Compute dx = dy @ w + scale * keep * t @ a.T; dA = scale * (keep * x).T @ t; dB.
 
     dB = scale * h.T @ dy. dy (M, N), w (N, K), x (M, K), a (K, R), keep (M, K) in bits, h (M, R),
-    t (t_splits, M, R), dB_parts (parts, R, N); dx (M, K) contiguous, dA (K, R) and dB (R, N) by
+    t (M, R), dB_parts (parts, R, N); dx (M, K) contiguous, dA (K, R) and dB (R, N) by
     their strides; dy_columns is dy, never by descriptor. Programs take strips of
     STRIP columns of x for dA, then of dy for dB (or runs of SUM_N elements of its parts' sum,
     DB_IN_PARTS), then tiles (BLOCK_M, BLOCK_K) of dx: the strips take longest, and come first so
@@ -147,7 +157,7 @@ def lora_linear_bwd_dx_kernel(
         strips = tl.cdiv(K, STRIP) * tl.cdiv(R, BLOCK_R)
         if pid < strips:
             strip_product(
-                x, t, keep, dA, scale, pid, M, K, t_splits, stride_xm, stride_xk,
+                x, t, keep, dA, scale, pid, M, K, stride_xm, stride_xk,
                 stride_gk, stride_gr, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
             )  # fmt: skip
         pid -= strips
@@ -161,7 +171,7 @@ def lora_linear_bwd_dx_kernel(
                 sum_parts(dB_parts, dB, scale, pid, R, N, parts, SUM_PARTS, SUM_N)
             else:
                 strip_product(
-                    dy_columns, h, None, dB, scale, pid, M, N, 1, stride_dm, stride_dn,
+                    dy_columns, h, None, dB, scale, pid, M, N, stride_dm, stride_dn,
                     stride_bn, stride_br, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
                 )  # fmt: skip
         pid -= runs
@@ -172,7 +182,7 @@ def lora_linear_bwd_dx_kernel(
             if keep is not None:
                 # The low-rank part first: masked while the accumulator holds nothing else.
                 acc = low_rank_part(
-                    acc, t, a, dx, m0, k0, M, K, t_splits, STRIDE_AR, STRIDE_AK,
+                    acc, t, a, dx, m0, k0, M, K, 1, STRIDE_AR, STRIDE_AK,
                     scale_dx, power_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
                 )  # fmt: skip
                 acc = keep_only(acc, keep, m0, k0, M, K, BLOCK_M, BLOCK_K)
@@ -186,7 +196,7 @@ def lora_linear_bwd_dx_kernel(
                 )  # fmt: skip
             if keep is None:
                 acc = low_rank_part(
-                    acc, t, a, dx, m0, k0, M, K, t_splits, STRIDE_AR, STRIDE_AK,
+                    acc, t, a, dx, m0, k0, M, K, 1, STRIDE_AR, STRIDE_AK,
                     scale_dx, power_dx, R, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, False,
                 )  # fmt: skip
             store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K)
@@ -202,7 +212,6 @@ def strip_product(
     pid,
     M,
     K,
-    t_splits,
     stride_xm,
     stride_xk,
     stride_ok,
@@ -215,7 +224,7 @@ def strip_product(
 ):
     """Compute out = scale * (keep * x).T @ t for strip `pid` of x's columns, a block of ranks.
 
-    x (M, K), t (t_splits, M, R), out (K, R) by its strides. All M rows, STRIP_M a step, in order;
+    x (M, K), t (M, R), out (K, R) by its strides. All M rows, STRIP_M a step, in order;
     float32 accumulator (STRIP, BLOCK_R), multiplied by scale once.
     """
     blocks_r = tl.cdiv(R, BLOCK_R)
@@ -225,7 +234,7 @@ def strip_product(
     for m0 in range(0, M, STRIP_M):
         x_tile = load_tile(x, m0, k0, M, K, stride_xm, stride_xk, STRIP_M, STRIP)
         x_tile = keep_only(x_tile, keep, m0, k0, M, K, STRIP_M, STRIP)
-        t_tile = load_h(t, m0, r0, M, R, t_splits, STRIP_M, BLOCK_R).to(x_tile.dtype)
+        t_tile = load_tile(t, m0, r0, M, R, R, 1, STRIP_M, BLOCK_R).to(x_tile.dtype)
         acc = tl.dot(x_tile.T, t_tile, acc, input_precision=PRECISION)
     store_tile(out, scale * acc, k0, r0, K, R, stride_ok, stride_or, STRIP, BLOCK_R)
 

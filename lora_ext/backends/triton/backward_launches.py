@@ -15,15 +15,7 @@ from . import cards, tiling
 from .backward_kernels import lora_linear_bwd_dx_kernel, lora_linear_bwd_dy_kernel
 from .cards import Card
 from .costs import Problem
-from .launches import (
-    Launch,
-    base_operands,
-    bits_of,
-    fresh,
-    loop_factor,
-    split_scale,
-    strides,
-)
+from .launches import Launch, base_operands, bits_of, fresh, loop_factor, split_scale, strides
 from .persistent_kernels import lora_linear_bwd_dx_persistent_kernel
 from .tiling import Tile
 
@@ -181,10 +173,11 @@ def plain(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 
 
 class PassOverDy:
-    """Launch (i), planned: t (splits, M, R) and dB's parts (parts, R, N); None where not needed.
+    """Launch (i), planned: t (M, R) and dB's parts (parts, R, N); None where not needed.
 
-    N is split, like K in Shrink. A part of dB is laid out as dB is. `joined`: the next launch may
-    start while it runs.
+    N is split, like K in Shrink, but t then summed at once: a strip of dA would read its parts at
+    each step, in four times the shared memory. A part of dB is laid out as dB is. `joined`: the
+    next launch may start while it runs.
     """
 
     def __init__(self, call: Backward, p: Problem, card: Card, *, joined: bool = False):
@@ -197,9 +190,7 @@ class PassOverDy:
         in_parts = tiling.dB_parts(card, p.kind, M, R, p.size) > 0
         self.parts = blocks_m if need_dB and in_parts else 0
         self.splits = tiling.dy_splits(card, p.kind, M, N, R)
-        # One t is in x's dtype, as h is: the strips' loads of it are then asynchronous.
-        self.t_dtype = call.dy.dtype if self.splits == 1 else torch.float32
-        self.t_shape = (self.splits, M, R)
+        self.t_shape, self.counters = (M, R), blocks_m * blocks_r
         self.rounded, strides_b = loop_factor(call.B, call.dy.dtype, tile)
         self.dB_strides = empty_like_factor(call.B).stride()
         self.kernel = Launch(
@@ -217,16 +208,19 @@ class PassOverDy:
 
     def __call__(self, call: Backward) -> tuple[Tensor | None, Tensor | None]:
         """Launch it for a call of the planned sizes, if anything is asked of it."""
-        t = b = h = parts = None
+        t = t_parts = arrived = b = h = parts = None
+        dy, device = call.dy, call.dy.device
         if self.want_t:
-            t = torch.empty(self.t_shape, dtype=self.t_dtype, device=call.dy.device)
-            b = self.rounded(call.B)
+            t, b = fresh(dy, *self.t_shape), self.rounded(call.B)
+            if self.splits > 1:
+                shape = (self.splits, *self.t_shape)
+                t_parts = torch.empty(shape, dtype=torch.float32, device=device)
+                arrived = torch.zeros(self.counters, dtype=torch.int32, device=device)
         if self.parts:
-            shape = (self.parts, *call.B.shape)
-            parts = torch.empty(shape, dtype=torch.float32, device=call.dy.device)
+            parts = torch.empty((self.parts, *call.B.shape), dtype=torch.float32, device=device)
             h = call.h
         if self.want_t or self.parts:
-            self.kernel(dy=call.dy, b=b, h=h, t=t, dB_parts=parts)
+            self.kernel(dy=dy, b=b, h=h, t=t, t_parts=t_parts, arrived=arrived, dB_parts=parts)
         return t, parts
 
 
@@ -243,7 +237,7 @@ class Finish:
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,
             (programs,),
-            **dict(M=M, N=N, K=K, R=R, t_splits=first.splits, parts=first.parts),
+            **dict(M=M, N=N, K=K, R=R, parts=first.parts),
             **dict(WANT_DX=self.need_dx, WANT_DA=self.need_dA, WANT_DB=self.need_dB),
             **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
             **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),

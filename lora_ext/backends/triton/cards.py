@@ -57,6 +57,11 @@ class Card:
     reached_flops = 0.7
     reached_bandwidth = 0.9
     l2_speedup = 3.0  # of L2 over the memory, an estimate too
+    # Estimates as well: a load's way from a busy memory; and from the last store of a part to the
+    # sum of all, by a store, a counter and a load through L2.
+    latency_us = 0.8
+    arrival_us = 1.5
+    fill_us = 1.5  # of a few counters, before the launch
 
     @property
     def shared_bytes(self) -> int:

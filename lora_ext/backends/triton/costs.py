@@ -13,8 +13,7 @@ from . import tiling
 from .cards import Card
 from .tiling import Tile
 
-# A Triton base product behind cuBLAS: estimates that no card of ours has tested; on sm_100 it runs
-# without the paired-SM instructions that cuBLAS has.
+# A Triton base product behind cuBLAS, estimated; on sm_100 without cuBLAS's paired-SM instructions.
 GEMM_EFFICIENCY = {"sm_100": 0.7}
 DEFAULT_EFFICIENCY = 0.95
 PERSISTENT_EFFICIENCY = {"sm_90": 0.96, "sm_100": 0.7}  # loads go on during an epilogue
@@ -79,8 +78,9 @@ class Problem:
 class Kernel:
     """What one launch moves and computes; `tiles` of it run one an SM (0: as many as fit).
 
-    `cached` bytes are scratch that one launch writes and the next reads, small enough for L2.
-    `joined`: the next one runs at the same time, and waits for it only where its work ends.
+    `cached` bytes are scratch, small enough for L2. `joined`: the next one runs at the same time,
+    and waits for it only where its work ends. `under_way`: bytes that its programs ask for ahead,
+    all together (0: enough of them). `extra_us` is what it takes besides.
     """
 
     bytes: int
@@ -89,17 +89,22 @@ class Kernel:
     efficiency: float = 1.0
     cached: int = 0
     joined: bool = False
+    under_way: int = 0
+    extra_us: float = 0.0
 
     def time_us(self, card: Card, kind: str) -> float:
         """Return its time: the longer of bytes and FLOPs, and a launch.
 
-        Fewer tiles than SMs leave bandwidth idle too: one SM draws at most twice its share.
+        Fewer tiles than SMs leave bandwidth idle too: one SM draws at most twice its share. And so
+        do fewer bytes under way than the memory delivers while one of them comes.
         """
         waves = ceil(self.tiles / card.sms) * card.sms / self.tiles if self.tiles else 1.0
         drawn = min(1.0, 2 * self.tiles / card.sms) if self.tiles else 1.0
+        if self.under_way:
+            drawn = min(drawn, self.under_way / (card.bytes_per_us * card.latency_us))
         flops_us = self.flops * waves / card.flops_per_us(kind) / self.efficiency
         moved_us = (self.bytes + self.cached / card.l2_speedup) / card.bytes_per_us / drawn
-        return max(moved_us, flops_us) + card.launch_us
+        return max(moved_us, flops_us) + card.launch_us + self.extra_us
 
 
 def time_us(kernels: list[Kernel], card: Card, kind: str) -> float:
@@ -125,10 +130,20 @@ def bytes_of(kernels: list[Kernel]) -> int:
 
 
 def decode_splits(p: Problem, tile: Tile, card: Card) -> int:
-    """Return into how many parts a decode splits K: those of the shortest time, 4 at most."""
-    steps = max(1, p.K // ((1 if card.interpreted else 4) * tile.block_k))
-    counts = range(1, min(steps, tiling.MAX_SPLITS) + 1)
-    return min(counts, key=lambda n: time_us(decode(p, tile, card, n), card, p.kind))
+    """Return into how many parts a decode splits K: those of the shortest time, 8 at most."""
+    counts = range(1, min(_parts_of_k(p, tile, card), 2 * tiling.MAX_SPLITS) + 1)
+    times = (time_us(decode(p, tile, card, n), card, p.kind) for n in counts)
+    return counts[-1] if card.interpreted else min(zip(times, counts, strict=True))[1]
+
+
+def decode_h_splits(p: Problem, tile: Tile, card: Card) -> int:
+    """Return into how many parts it splits h: as many as may be, so that h is there in time."""
+    return min(_parts_of_k(p, tile, card), tiling.MAX_SPLITS)
+
+
+def _parts_of_k(p: Problem, tile: Tile, card: Card) -> int:
+    """Return how many parts of at least two steps K has: a shorter one is all start and end."""
+    return max(1, p.K // ((1 if card.interpreted else 2) * tile.block_k))
 
 
 def _padded(R: int) -> int:
@@ -188,13 +203,16 @@ def torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
 
 
 def decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
-    """The base product and h split over K, then their sums."""
+    """One launch: the base product and h split over K, parts of y summed by the last to come."""
     splits, of = splits or decode_splits(p, tile, card), p.bytes
-    parts = splits * p.M * (p.N + p.R) * 4
-    base = _base(p, tile, card, of.x + of.keep + of.weight + of.A, p.K, p.N)
-    moved = of.B + of.bias + of.y + of.h
-    sums = Kernel(moved, 2 * p.M * _padded(p.R) * p.N, cached=parts)
-    return [replace(base, tiles=base.tiles * splits, cached=parts), sums]
+    moved = of.x + of.keep + of.weight + of.A + of.B + of.bias + of.y + of.h
+    base = _base(p, tile, card, moved, p.K, p.N)
+    stage = tile.block_k * (tile.block_m + tile.block_n) * p.size
+    resident = card.sms * max(1, card.shared_bytes // (tile.stages * stage))
+    under_way = min(splits * base.tiles, resident) * (tile.stages - 1) * stage
+    # Its counters are there for h, also where y is in one part.
+    kernel = replace(base, tiles=splits * base.tiles, under_way=under_way, extra_us=card.fill_us)
+    return [kernel if splits == 1 else _with_arrivals(kernel, splits * p.M * p.N * 4, card)]
 
 
 def plain_forward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
@@ -242,14 +260,22 @@ def _before(p: Problem) -> list[Kernel]:
 def _pass_over_dy(p: Problem, card: Card) -> tuple[Kernel, int]:
     """Return launch (i) of a backward and the bytes of dB's parts, 0 without."""
     of, parts = p.bytes, tiling.dB_parts(card, p.kind, p.M, p.R, p.size) * p.R * p.N * 4
-    moved = of.y + of.B + of.parts + (of.h + parts if parts else 0)
-    return Kernel(moved, 2 * p.M * p.N * _padded(p.R)), parts
+    moved = of.y + of.B + of.h + (of.h + parts if parts else 0)
+    kernel = Kernel(moved, 2 * p.M * p.N * _padded(p.R))
+    if (splits := tiling.dy_splits(card, p.kind, p.M, p.N, p.R)) > 1:
+        kernel = _with_arrivals(kernel, 4 * p.M * p.R * splits, card)
+    return kernel, parts
+
+
+def _with_arrivals(kernel: Kernel, parts: int, card: Card) -> Kernel:
+    """Return it with sums in `parts` bytes, by the last to come: through L2, counters cleared."""
+    return replace(kernel, cached=2 * parts, extra_us=card.fill_us + card.arrival_us)
 
 
 def _strips(p: Problem, parts: int) -> Kernel:
     """What launch (ii) moves and computes for dA and dB."""
     of = p.bytes
-    moved = of.x + of.keep + of.parts + of.A + of.B + (parts or of.y + of.h)
+    moved = of.x + of.keep + of.h + of.A + of.B + (parts or of.y + of.h)
     return Kernel(moved, 2 * p.M * (p.N + p.K) * _padded(p.R))
 
 
@@ -259,7 +285,7 @@ def two_launches_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     strips, of = _strips(p, parts), p.bytes
     if not p.needs[0]:
         return [first, strips]
-    moved = of.y + of.weight + of.parts + of.A + of.x + of.keep + strips.bytes
+    moved = of.y + of.weight + of.h + of.A + of.x + of.keep + strips.bytes
     base = _base(p, tile, card, moved, p.N, p.K)
     return [first, replace(base, flops=base.flops + strips.flops)]
 
@@ -274,5 +300,5 @@ def torch_base_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     first, parts = _pass_over_dy(p, card)
     strips, of = _strips(p, parts), p.bytes
     product = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
-    delta = 2 * of.x + of.keep + of.parts + of.A
+    delta = 2 * of.x + of.keep + of.h + of.A
     return [first, product, replace(strips, bytes=strips.bytes + delta)]

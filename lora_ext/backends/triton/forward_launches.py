@@ -17,27 +17,18 @@ from ...call import Call, LowRank, Weight
 from .. import reference
 from . import tiling
 from .cards import Card
-from .costs import Problem, decode_splits
+from .costs import Problem, decode_h_splits, decode_splits
+from .decode_kernels import lora_linear_decode_kernel
 from .forward_kernels import (
-    lora_linear_decode_kernel,
-    lora_linear_decode_sum_kernel,
     lora_linear_fwd_in_loop_kernel,
     lora_linear_fwd_kernel,
     lora_shrink_kernel,
 )
-from .launches import (
-    Launch,
-    base_operands,
-    bits_of,
-    fresh,
-    loop_factor,
-    split_scale,
-    strides,
-)
+from .launches import Launch, base_operands, bits_of, fresh, loop_factor, split_scale, strides
 from .persistent_kernels import lora_linear_fwd_persistent_kernel
 from .tiling import Tile
 
-_SUM_N = 128  # columns of y that a program of decode's second launch sums
+_COUNTERS = 512  # of tiles, that decode asks at once: one at least for each thread of a program
 
 
 class Forward(NamedTuple):
@@ -154,46 +145,39 @@ def torch_base(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
 
 
 def decode(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
-    """For few rows: the base product and h split over K, then their parts summed in order."""
+    """For few rows, one launch: the sums of y and h over K in parts, which the last to come adds.
+
+    Its counters are cleared before each launch, by a fill. Kept from call to call, two streams
+    would share them, and torch.compile's CUDA graphs refuse memory of theirs that outlives a call.
+    """
     M, K, N, R = p.M, p.K, p.N, p.R
-    splits = decode_splits(p, tile, card)
-    tiles_m, block_r = triton.cdiv(M, tile.block_m), tiling.block_r(R)
+    splits, h_splits = decode_splits(p, tile, card), decode_h_splits(p, tile, card)
+    tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)
+    # 64 rows by 64 ranks of float32 next to the sums spill on sm_80 and sm_86.
+    block_r = tiling.block_r(R, tiling.EPILOGUE_R if tile.block_m >= 64 else tiling.MAX_BLOCK_R)
     rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
-    # A tile of 64 rows fills the shared memory of an SM: registers are there for the asking.
-    precision = card.product_options(p.kind, call.A.dtype, p.masked or tile.block_m >= 64)
-    products = Launch(
+    kernel = Launch(
         lora_linear_decode_kernel,
-        (tiles_m, triton.cdiv(N, tile.block_n) + triton.cdiv(R, block_r), splits),
-        **dict(M=M, N=N, K=K, R=R, splits=splits),
+        (tiles_m * (triton.cdiv(R, block_r) * h_splits + tiles_n * splits),),
+        **dict(M=M, N=N, K=K, R=R, splits=splits, h_splits=h_splits, COUNTERS=_COUNTERS),
         **dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r),
         **dict(num_warps=tile.warps, num_stages=tile.stages),
-        **strides("stride_x", "mk", call.x.stride()),
-        **strides("stride_w", "kn", call.weight.T.stride()),
+        **_base_strides(call),
         **strides("STRIDE_A", "KR", strides_a),
-        **precision,
-    )
-    sums = Launch(
-        lora_linear_decode_sum_kernel,
-        (tiles_m, triton.cdiv(N, _SUM_N)),
-        **dict(M=M, N=N, R=R, splits=splits),
-        **dict(BLOCK_M=tile.block_m, BLOCK_N=_SUM_N, BLOCK_R=block_r, num_warps=4, num_stages=1),
-        **strides("stride_b", "rn", call.B.stride()),
-        **precision,
+        # Of four blocks an SM, which ptxas aims at with 60 KB, Triton 3.6 spills 8 bytes.
+        **card.product_options(p.kind, call.A.dtype, all_registers=True),
     )
 
     def run(call: Forward) -> tuple[Tensor, Tensor]:
-        x = call.x
+        x, device = call.x, call.x.device
         y, h = fresh(x, M, N), fresh(x, M, R)
-        y_parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-        h_parts = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-        products(
-            x=x, w=call.weight.T, a=rounded(call.A), keep=call.keep,
-            y_parts=y_parts, h_parts=h_parts,
-        )  # fmt: skip
         scale, power = split_scale(call.scale, y.dtype)
-        sums(
-            y_parts=y_parts, h_parts=h_parts, bias=call.bias, b=call.B, h_out=h, y=y,
-            scale=scale, power=power,
+        kernel(
+            x=x, w=call.weight.T, bias=call.bias, a=rounded(call.A), b=call.B, keep=call.keep,
+            arrived=torch.zeros(tiles_m * (1 + tiles_n), dtype=torch.int32, device=device),
+            y_parts=torch.empty((splits, M, N), dtype=torch.float32, device=device),
+            h_parts=torch.empty((h_splits + 1, M, R), dtype=torch.float32, device=device),
+            h_out=h, y=y, scale=scale, power=power,
         )  # fmt: skip
         return y, h
 

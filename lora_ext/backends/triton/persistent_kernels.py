@@ -124,7 +124,7 @@ def lora_linear_bwd_dx_persistent_kernel(
         else:
             for strip in tl.range(pid, tl.cdiv(N, STRIP) * tl.cdiv(R, BLOCK_R), programs):
                 strip_product(
-                    dy_columns, h, None, dB, scale, strip, M, N, 1, stride_dm, stride_dn,
+                    dy_columns, h, None, dB, scale, strip, M, N, stride_dm, stride_dn,
                     stride_bn, stride_br, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
                 )  # fmt: skip
     if WANT_DA:
@@ -132,7 +132,7 @@ def lora_linear_bwd_dx_persistent_kernel(
         if lane < lanes:
             for strip in tl.range(lane, tl.cdiv(K, STRIP) * tl.cdiv(R, BLOCK_R), lanes):
                 strip_product(
-                    x, t, keep, dA, scale, strip, M, K, 1, stride_xm, stride_xk,
+                    x, t, keep, dA, scale, strip, M, K, stride_xm, stride_xk,
                     stride_gk, stride_gr, R, STRIP, STRIP_M, BLOCK_R, PRECISION,
                 )  # fmt: skip
 

@@ -30,7 +30,7 @@ def _persistent_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
 
 
 def _persistent_tiles_of_dx(p: Problem, card: Card) -> tuple[Tile, ...]:
-    """Those of its twin, where t comes in one part: fewer rows have no tile for each SM.
+    """Those of its twin, where t is summed in one part: fewer rows have no tile for each SM.
 
     None on sm_100: Triton 3.8's compiler crashes on it at rank 16 there (TritonGPUHoistTMEMAlloc).
     """
@@ -81,7 +81,7 @@ REGIMES: dict[str, dict[str, Regime]] = {
         # The same two at the same time: programs that stay for tile after tile, and wait for h
         # after the first one's base product.
         "persistent": Regime(_persistent_tiles, costs.persistent),
-        # Two launches with the base product split over K too, for few rows.
+        # One launch with base product and h split over K, for few rows; who comes last sums.
         "decode": Regime(_decode_tiles, costs.decode),
         # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.
         "torch_base": Regime(_delta_tiles, costs.torch_base),
