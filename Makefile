@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Tests start 200 processes: 2 to 6 s each where Python may not keep what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)
 INSTALLED = $(VENV)/installed-$(TORCH)
@@ -31,6 +33,7 @@ EMULATED = build/emulated
 OF_THE_EMULATOR = -p tests.gpu.emulated_cuda --backends cpp -k "not own_base or many_blocks or tile or threads or a_mask"
 INTERPRETED = triton
 test: CHOICE = -m "not slow"
+test-all: CHOICE = -m "not long"
 test: INTERPRETED = triton-in_loop
 test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
@@ -45,6 +48,7 @@ EXAMPLES ?= 5000
 SECONDS_OF_SOAK ?= 3600
 ISAS ?= avx512 avx2 baseline
 test-long: install
+	$(PYTEST) -m long
 	$(RUN) -m tests.files.corruptions --cases $(EXAMPLES)
 	$(RUN) -m tests.files.faults --kills 50
 	LORA_EXT_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/files/test_patterns.py tests/layers/test_state_machine.py

@@ -212,14 +212,22 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"{machine.wide} 128-bit loads in its loop, not {row.wide}"
 
 
-# `make test` compiles for one family and dtype: the rest takes minutes.
+# `make test` compiles for one family and dtype, 2 s. Of cards that take the tiles of others with
+# less memory `make test-all` compiles the hardest dtype, and `make test-long` the rest: 2 minutes.
 QUICK = ("sm_90", "bf16-R16")
+LIKE_OTHERS = ("sm_86", "sm_89", "sm_120")
+
+
+def marks(family: str, types: str) -> tuple:
+    if family in LIKE_OTHERS and types != "fp16-R64":
+        return (pytest.mark.slow, pytest.mark.long)
+    return () if (family, types) == QUICK else (pytest.mark.slow,)
 
 
 @pytest.mark.parametrize(
     ("family", "types"),
     [
-        pytest.param(family, types, marks=() if (family, types) == QUICK else pytest.mark.slow)
+        pytest.param(family, types, marks=marks(family, types))
         for family in cards.FAMILIES
         for types in DTYPES
     ],

@@ -3,9 +3,11 @@
 blocks/check_blocks.cpp compares each operation of one instruction set with plain loops. It runs for
 what this CPU has, and for AVX-512 with BF16 lowered to AVX2: the same source, the compiler's
 64-byte vectors split in two and the instruction for pairs written out, so that all but the
-instructions is checked on a CPU without them. The wrong kernels are changes of one line of that.
+instructions is checked on a CPU without them. The wrong kernels are changes of one line of that,
+each behind a switch (tests/tools/switched.py).
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from tests.processes import shared_by_workers
+from tests.tools.switched import HEADER, switch_all
 
 ROOT = Path(__file__).parents[2]
 SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
@@ -46,8 +49,8 @@ MUTANTS = {
     ),
     "odd_elements_not_multiplied": (
         "vectors.h",
-        "  acc += (FloatVector)(a & odd) * (FloatVector)(b & odd);\n",
-        "",
+        "acc += (FloatVector)(a & odd) * (FloatVector)(b & odd)",
+        "acc += FloatVector{}",
     ),
     "first_panel_of_a_tile_twice": (
         "multiply_impl.h",
@@ -66,8 +69,8 @@ MUTANTS = {
     ),
     "product_along_lost": (
         "multiply_impl.h",
-        "  add_steps<kRows, kPanels, false>(along.a, along.b, Ahead{}, acc);\n",
-        "",
+        "add_steps<kRows, kPanels, false>(along.a, along.b, Ahead{}, acc)",
+        "(void)0",
     ),
     "product_along_of_the_first_rows": ("blocks.h", "a.block(row, 0, rows, a.cols)", "a"),
     "rows_of_a_tile_past_the_fourth_twice": (
@@ -157,41 +160,35 @@ MUTANTS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """Return the folder of the programs: check, lowered, and each mutant's."""
+    """Return the folder of the two programs, `check` and `lowered`."""
     with shared_by_workers(tmp_path_factory, "blocks") as folder:
-        if not (folder / "check").exists():
+        if not (folder / LOWERED).exists():
             build_programs(folder)
         return folder
 
 
 def build_programs(folder: Path) -> None:
+    """Build the kernels without optimisation: 12 s of compiling in place of 50."""
+    csrc, program = ROOT / "csrc", Path(__file__).parent / "blocks/check_blocks.cpp"
+    sources = lowered(folder / "sources")
+    switch_all(sources / "cpu", MUTANTS.values())
+    (folder / "fault.h").write_text(HEADER)
     rules = [
         "rule compile",
         "  command = c++ -std=c++20 -w -ffp-contract=fast $flags -I$csrc -c $in -o $out",
         "rule link",
         "  command = c++ $in -o $out",
     ]
-
-    def compile_to(target: str, csrc: Path, source: Path, flags: str) -> str:
-        rules.append(f"build {target}: compile {source}")
-        rules.extend([f"  csrc = {csrc}", f"  flags = {flags}"])
-        return target
-
-    csrc, program = ROOT / "csrc", Path(__file__).parent / "blocks/check_blocks.cpp"
-    objects = {
-        name: compile_to(f"{name}.o", csrc, csrc / f"cpu/blocks_{name}.cpp", "-O1") for name in SETS
-    }
-    checks = compile_to("checks.o", csrc, program, "-O1")
-    rules.append(f"build check: link {checks} {' '.join(objects.values())}")
-    checks = compile_to("lowered_checks.o", csrc, program, "-O1 -DLOWERED")
-    for name, mutant in {LOWERED: None, **MUTANTS}.items():
-        sources = lowered(folder / "sources" / name)
-        if mutant is not None:
-            file, old, new = mutant
-            change(sources / "cpu" / file, re.escape(old), new, times=1)
-        target = compile_to(f"{name}.own.o", sources, sources / "cpu/blocks_avx512_bf16.cpp", "-O0")
-        others = [o for other, o in objects.items() if other != "avx512_bf16"]
-        rules.append(f"build {name}: link {checks} {target} {' '.join(others)}")
+    objects = {name: (csrc, csrc / f"cpu/blocks_{name}.cpp", "-O0") for name in SETS}
+    objects["checks"] = (csrc, program, "-O2")
+    objects["lowered_checks"] = (csrc, program, "-O2 -DLOWERED")
+    objects[LOWERED] = (sources, sources / "cpu/blocks_avx512_bf16.cpp", "-O0 -include fault.h")
+    for name, (include, source, flags) in objects.items():
+        rules.append(f"build {name}.o: compile {source}")
+        rules.extend([f"  csrc = {include}", f"  flags = {flags}"])
+    shared = "baseline.o avx2.o avx512.o"
+    rules.append(f"build check: link checks.o {shared} avx512_bf16.o")
+    rules.append(f"build {LOWERED}: link lowered_checks.o {shared} {LOWERED}.o")
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     ran = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
@@ -218,8 +215,10 @@ def change(file: Path, old: str, new: str, times: int) -> None:
     file.write_text(text)
 
 
-def run(program: Path, instruction_set: str) -> subprocess.CompletedProcess:
-    return subprocess.run([program, instruction_set], capture_output=True, text=True, timeout=300)
+def run(program: Path, instruction_set: str, fault: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"LORA_EXT_FAULT": str(fault)}
+    command = [program, instruction_set, *(["first"] if fault else [])]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -235,19 +234,22 @@ def test_every_operation_is_right_without_the_instructions(built):
     assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_wrong_operation_is_refused(built, name):
-    assert run(built / name, "avx512_bf16").returncode not in (0, 2)  # it may crash
+@pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1), ids=list(MUTANTS))
+def test_wrong_operation_is_refused(built, number):
+    assert run(built / LOWERED, "avx512_bf16", number).returncode not in (0, 2)  # it may crash
 
 
 def test_no_instruction_set_leaks_into_another(built):
     """A function that two files share is linked once, perhaps for a CPU that does not have it.
 
-    The lowered files are built without optimisation, where nothing is inlined that need not be.
+    The files are built without optimisation, where nothing is inlined that need not be.
     """
-    for file in [*(f"{name}.o" for name in SETS), f"{LOWERED}.own.o"]:
+    for name in SETS:
         symbols = subprocess.run(
-            ["nm", "--defined-only", built / file], capture_output=True, text=True, check=True
+            ["nm", "--defined-only", built / f"{name}.o"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
         shared = [line for line in symbols if line.split()[-2] in "WVuT"]
-        assert not shared, f"{file}: {shared}"
+        assert not shared, f"{name}: {shared}"

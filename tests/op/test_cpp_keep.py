@@ -75,6 +75,13 @@ def test_every_instruction_set_gives_the_same_bits(isa):
     assert result.returncode == 0, result.stderr
 
 
+def test_known_pytorchs_draw_as_the_kernel_does():
+    """Else a wrong kernel would be taken for another PyTorch, and skip what follows."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14):
+        pytest.skip("a PyTorch that none of this has been run with")
+    assert _draws_as_torch()
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_generators_draw_is_bernoullis(size):
     """Where this PyTorch draws in another way, `dropout_mask="torch"` asks `bernoulli_` itself."""

@@ -283,23 +283,10 @@ def test_operators_have_shape_rules():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lora_ext.linears_fwd.default, (x, *two), test_utils=tests)
     dys, hs = [torch.randn(5, 7)] * 2, [x @ A] * 2
-    needs = [True] * 9
-    arguments = (
-        dys,
-        x,
-        [W, W],
-        [A, A],
-        [B, B],
-        hs,
-        [1.0, 2.0],
-        needs,
-        ["plain"] * 2,
-        [None] * 2,
-        [None] * 2,
-    )
-    torch.library.opcheck(
-        torch.ops.lora_ext.linears_bwd.default, arguments, test_utils=tests
-    )  # fmt: skip
+    rest = (["plain"] * 2, [None] * 2, [None] * 2)
+    for needs in ([True] * 9, [False] + [True] * 8, [True, False, True, False, True] * 2):
+        arguments = (dys, x, [W, W], [A, A], [B, B], hs, [1.0, 2.0], needs[:9], *rest)
+        torch.library.opcheck(torch.ops.lora_ext.linears_bwd.default, arguments, test_utils=tests)
 
 
 def test_backends_without_a_way_of_their_own_run_call_after_call():

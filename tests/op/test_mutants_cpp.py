@@ -29,7 +29,7 @@ from tests.op.acts import refused_acts
 from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
-from tests.tools.switched import Change, build, smallest, switched
+from tests.tools.switched import build, switch_all
 
 pytestmark = [
     pytest.mark.slow,
@@ -410,15 +410,7 @@ def build_libraries(folder: Path) -> None:
     """Build folder/switched.so, with a switch for each mutant, and the lowered kernels'."""
     sources = folder / "switched/csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    changes: dict[str, list[Change]] = {}
-    for number, (file, old, new) in enumerate(MUTANTS.values(), 1):
-        text = (sources / file).read_text()
-        assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times: fix the test"
-        start = text.index(old)
-        change = smallest(text, start, start + len(old), new, number)
-        changes.setdefault(file, []).append(change)
-    for file, held in changes.items():
-        (sources / file).write_text(switched((sources / file).read_text(), held))
+    switch_all(sources, MUTANTS.values())
     lowered = lowered_avx512(folder / LOWERED)
     others = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
     build(folder, sources, LOWERED, others)
@@ -504,7 +496,10 @@ def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
 
 
 if __name__ == "__main__":
-    # An operator takes one kernel a process: each name gets a fork of this one.
+    # An operator takes one kernel a process: each name gets a fork of this one, with what PyTorch
+    # would import at the first gradient, 2 s, already there.
+    import torch.fx.experimental.symbolic_shapes
+
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
     for name in sys.argv[2:]:
         process = get_context("fork").Process(target=print_verdict, args=[sys.argv[1], name])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.processes import shared_by_workers
-from tests.tools.switched import build, smallest, switched
+from tests.tools.switched import build, switch_all
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -28,10 +28,10 @@ pytestmark = [
     ),
     pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja"),
 ]
-FAULTS = {  # number: (file, the line, what it becomes)
-    1: ("cpu/parallel.h", "std::min(part, size - i * part)", "part"),  # past the end
-    2: ("cpu/product.h", "tile / across * tiling.rows, col", "0 * tiling.rows, col"),  # two in one
-}
+FAULTS = [  # file, the line, what it becomes; numbered from 1
+    ("cpu/parallel.h", "std::min(part, size - i * part)", "part"),  # past the end
+    ("cpu/product.h", "tile / across * tiling.rows, col", "0 * tiling.rows, col"),  # two in one
+]
 OPTIONS = {
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
@@ -50,12 +50,7 @@ def folder(tmp_path_factory):
         sources = folder / "csrc"
         if not sources.exists():
             shutil.copytree(ROOT / "csrc", sources)
-            for number, (file, old, new) in FAULTS.items():
-                text = (sources / file).read_text()
-                assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times"
-                start = text.index(old)
-                change = smallest(text, start, start + len(old), new, number)
-                (sources / file).write_text(switched(text, [change]))
+            switch_all(sources, FAULTS)
             threads = ROOT / "tests/op/sanitized/threads.cpp"
             for kind, names in SANITIZERS.items():
                 flags = f"-g1 -fsanitize={names} -fno-sanitize-recover=undefined"

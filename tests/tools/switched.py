@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -228,6 +229,19 @@ def _choice(old: str, offset: int, whole: bool, changes: list[Change]) -> str:
         on = f"lora_ext_fault({change.number})"
         result = f"if ({on}) {{ {new} }} else {result}" if whole else f"({on} ? ({new}) : {result})"
     return f" {result}"
+
+
+def switch_all(folder: Path, faults: Iterable[tuple[str, str, str]]) -> None:
+    """Put faults (file, a piece that it has once, what that becomes) into files, by number."""
+    changes: dict[str, list[Change]] = {}
+    for number, (file, old, new) in enumerate(faults, 1):
+        text = (folder / file).read_text()
+        assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times: fix the test"
+        start = text.index(old)
+        change = smallest(text, start, start + len(old), new, number)
+        changes.setdefault(file, []).append(change)
+    for file, held in changes.items():
+        (folder / file).write_text(switched((folder / file).read_text(), held))
 
 
 def load(library: Path) -> None:

@@ -1,9 +1,11 @@
 // Checks every block operation of one instruction set (csrc/cpu/blocks.h) by its meaning: against
 // loops in double over the same numbers, at sizes around every block. Prints what is wrong.
-//   check_blocks NAME    0: all right, 1: something is wrong, 2: this CPU can't run it
+//   check_blocks NAME [first]    0: all right, 1: something is wrong (with `first` it ends there),
+//                                2: this CPU can't run it
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -92,11 +94,13 @@ struct Matrix {
 using Element = std::function<double(int64_t, int64_t)>;
 
 int n_wrong = 0;
+bool ends_at_the_first = false;
 
 void wrong(const std::string& what, int64_t rows, int64_t cols, int64_t depth) {
   if (++n_wrong < 20) {
     std::printf("%s: rows %ld, cols %ld, depth %ld\n", what.c_str(), rows, cols, depth);
   }
+  if (ends_at_the_first) std::exit(1);
 }
 
 // out (rows, cols) must be want up to `units` of T's rounding of what is summed, and memory next
@@ -108,8 +112,8 @@ void compare(const std::string& what, Matrix<T>& out, const Element& want, const
   bool right = true;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
-      const double error = std::fabs(out(i, j) - want(i, j));
-      right = right && error <= unit * size(i, j) + 2 * kUnit<T> * std::fabs(want(i, j));
+      const double value = want(i, j), error = std::fabs(out(i, j) - value);
+      right = right && error <= unit * size(i, j) + 2 * kUnit<T> * std::fabs(value);
     }
     // The spare elements behind a dense row.
     if (col_stride == 1) right = right && std::isinf(value_of(data[i * row_stride + cols]));
@@ -416,8 +420,9 @@ bool can_run(std::string_view name) {
 }  // namespace
 }  // namespace lora_ext::cpu
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
   using namespace lora_ext::cpu;
+  ends_at_the_first = count > 2;
   std::vector<const Blocks*> all = {&kBaselineBlocks};
 #if defined(__x86_64__)
   for (const Blocks* blocks : {&kAvx2Blocks, &kAvx512Blocks, &kAvx512Bf16Blocks}) {
