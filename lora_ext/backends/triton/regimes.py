@@ -29,6 +29,15 @@ def _persistent_tiles(p: Problem, card: Card) -> tuple[Tile, ...]:
     return tiling.persistent_tiles(card, p.kind, p.R) if can else ()
 
 
+def _persistent_tiles_of_y(p: Problem, card: Card) -> tuple[Tile, ...]:
+    """Those without the wide one for more than 32 ranks of an h in parts: on sm_90 it spills."""
+    tiles, shrink = _persistent_tiles(p, card), tiling.shrink_tile(card, p.kind, p.M, joined=True)
+    blocks = -(-p.M // shrink.block_m) * -(-p.R // tiling.block_r(p.R))
+    in_parts = tiling.splits(card, blocks, p.K, shrink.block_k) > 1
+    narrow = in_parts and p.R > tiling.EPILOGUE_R
+    return tuple(t for t in tiles if not narrow or t.block_n < 256)
+
+
 def _persistent_tiles_of_dx(p: Problem, card: Card) -> tuple[Tile, ...]:
     """Those of its twin, where t is summed in one part: fewer rows have no tile for each SM.
 
@@ -80,7 +89,7 @@ REGIMES: dict[str, dict[str, Regime]] = {
         "two_launches": Regime(_gemm_tiles, costs.two_launches),
         # The same two at the same time: programs that stay for tile after tile, and wait for h
         # after the first one's base product.
-        "persistent": Regime(_persistent_tiles, costs.persistent),
+        "persistent": Regime(_persistent_tiles_of_y, costs.persistent),
         # One launch with base product and h split over K, for few rows; who comes last sums.
         "decode": Regime(_decode_tiles, costs.decode),
         # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.

@@ -115,8 +115,11 @@ def persistent_tiles(card: Card, kind: str, R: int) -> tuple[Tile, ...]:
 
 
 def persistent_r(card: Card, R: int) -> int:
-    """Return the ranks at a time of a persistent epilogue: on sm_100 64 next to 4 parts spill."""
-    return block_r(R, EPILOGUE_R if card.family == "sm_100" else MAX_BLOCK_R)
+    """Return the ranks at a time of a persistent epilogue: of 64 next to 4 parts of h some spill.
+
+    On sm_100, and with Triton 3.6 on sm_90: 72 bytes.
+    """
+    return block_r(R, EPILOGUE_R)
 
 
 def decode_tiles(card: Card, kind: str, M: int) -> tuple[Tile, ...]:
