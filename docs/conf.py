@@ -48,7 +48,7 @@ def read_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
         toctrees = source[0].partition("```{toctree}")
         source[0] = file.read_text() + "\n" + "".join(toctrees[1:])
         app.env.note_dependency(str(file))  # read again when it changes
-    if page in (*ELSEWHERE, "performance"):
+    if "/" not in page:
         source[0] = re.sub(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)", link, source[0])
 
 
