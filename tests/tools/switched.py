@@ -32,7 +32,8 @@ inline unsigned char lora_ext_reached[{MOST_FAULTS}];
 inline bool lora_ext_fault(int number) {{
   static const char* const named = std::getenv("LORA_EXT_FAULT");
   static const int on = named == nullptr ? 0 : std::atoi(named);
-  if (lora_ext_reached[number] == 0) lora_ext_reached[number] = 1;
+  unsigned char* const to = &lora_ext_reached[number];  // which several threads reach
+  if (__atomic_load_n(to, __ATOMIC_RELAXED) == 0) __atomic_store_n(to, 1, __ATOMIC_RELAXED);
   return on == number;
 }}
 """
