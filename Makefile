@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-# Tests start 200 processes: 2 to 6 s each where Python may not keep what it compiled.
+# The processes that tests start would compile PyTorch's Python again: 6 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 EMULATOR = $(wildcard tests/gpu/emulator/*.* tests/gpu/emulator/*/*.*)

@@ -244,6 +244,13 @@ def names_of(what: str, known: Collection[str]):
     return convert
 
 
+def device_here(text: str) -> str:
+    """Type of a --device argument: refuses cuda where there is none."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda asked for, but torch finds no CUDA device")
+    return text
+
+
 def writable(text: str) -> Path:
     """Take the name of a file that can be written."""
     path = Path(text)

@@ -22,6 +22,7 @@ from . import (
     MODES,
     Case,
     Shape,
+    device_here,
     make_case,
     names_of,
     positive,
@@ -219,7 +220,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.bench_linear", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--device", choices=tuple(GRIDS), default="cpu")
+    add("--device", type=device_here, choices=tuple(GRIDS), default="cpu")
     add("--dtype", choices=tuple(DTYPES), default="fp32")
     add("--mode", choices=MODES, default="fwd", help="fwd runs without autograd (default)")
     add("--dropout", type=float, default=0.0, metavar="P", help="on the low-rank part (default 0)")
@@ -247,8 +248,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--compare", type=earlier_run, metavar="OLD.json", help="exit 1 if a row got slower")
     add("--json", type=writable, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
     if args.device == "cuda" and args.base:
         parser.error("argument --base: codes are multiplied by on cpu")
     if not 0 <= args.dropout < 1:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lora_ext.backends import triton as backend
 from lora_ext.backends.triton.regimes import REGIMES
 
-from .. import DTYPES, Case, Shape, flops, make_case, positive, shape, writable
+from .. import DTYPES, Case, Shape, device_here, flops, make_case, positive, shape, writable
 from ..timing import measure
 
 _FIRST = Shape(8192, 4096, 4096, 16)
@@ -253,15 +253,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu.ladder", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--device", type=device_here, choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=tuple(DTYPES), default="bf16")
     add("--shape", type=shape, default=_FIRST, metavar="M,K,N,R", help=f"default {_FIRST}")
     add("--seconds", type=positive(float), default=1.0, metavar="S", help="of each figure")
     add("--json", type=writable, metavar="FILE", help="write the rows there")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import DTYPES, MODES, Shape, make_case, names_of, positive, shape, writable
+from .. import DTYPES, MODES, Shape, device_here, make_case, names_of, positive, shape, writable
 from ..bases import Unavailable
 from ..providers import PROVIDERS
 
@@ -111,7 +111,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu.steps", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--device", type=device_here, choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=tuple(DTYPES), default="bf16")
     add("--shape", type=shape, default=_PROFILED, metavar="M,K,N,R", help=f"default {_PROFILED}")
     add("--small", type=shape, default=_SMALL, metavar="M,K,N,R", help="the host's, see above")
@@ -119,10 +119,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", type=names_of("part", PARTS), default=list(PARTS), metavar="NAME,...")
     add("--providers", type=names_of("provider", PROVIDERS), default=WAYS, metavar="NAME,...")
     add("--json", type=writable, metavar="FILE", help="write the rows there")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import writable
+from .. import device_here, writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +56,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.tuned", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--device", type=device_here, choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--json", type=writable, metavar="FILE", help="copy the file there")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda asked for, but torch finds no CUDA device")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ OURS = os.path.dirname(backend.__file__)
      ("backward", "two_launches", 14)],
 )  # fmt: skip
 def test_a_warm_call_calls_few_functions(direction, name, most):
-    """One more costs 0.1 to 2 µs of the 25 of a forward and the 40 of a backward."""
+    """Of 25 µs for a forward and 40 for a backward."""
     called = []
 
     def profile(frame, event, argument):

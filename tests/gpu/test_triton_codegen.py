@@ -212,8 +212,8 @@ def faults_of(row: Inspected, family: str) -> Iterator[str]:
         yield f"{machine.wide} 128-bit loads in its loop, not {row.wide}"
 
 
-# `make test` compiles for one family and dtype, 2 s. Of cards that take the tiles of others with
-# less memory `make test-all` compiles the hardest dtype, and `make test-long` the rest: 2 minutes.
+# `make test` compiles for one family and dtype. Of cards that take the tiles of others with less
+# memory `make test-all` compiles the hardest dtype, and `make test-long` the rest.
 QUICK = ("sm_90", "bf16-R16")
 LIKE_OTHERS = ("sm_86", "sm_89", "sm_120")
 
