@@ -38,6 +38,14 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
 Tensor gated_fwd(const Tensor& gate, const Tensor& up, const std::string& act);
 void gated_bwd(const Tensor& d_hidden, const Tensor& gate, const Tensor& up, const std::string& act,
                Tensor d_gate, Tensor d_up);
+// DoRA over a dropped x, from y = x @ weight.T + scale * h @ B: with factor = g - 1 and z, what the
+// dropped x gives, y += factor * z + bias; returns z. Of its gradient, dx -= (factor * dy) @ weight
+// where x is dropped.
+Tensor dora_dropped_fwd(Tensor y, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const Tensor& h, const Tensor& B,
+                        const Tensor& keep, const Tensor& factor, double scale, double p);
+void dora_dropped_bwd(Tensor dx, const Tensor& dy, const Tensor& weight, const Tensor& keep,
+                      const Tensor& factor);
 // The panels of weight, or of weight.T, in the dtype that products accumulate in.
 Tensor pack_weight(const Tensor& weight, bool transposed);
 // Dropout's mask as bits: drawn from a seed's hash, of a wider mask's columns from one on; from the

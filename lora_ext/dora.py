@@ -86,6 +86,14 @@ class _Rescaled(torch.autograd.Function):
         return dz if need_dz else None, dg if need_dg else None, dbias
 
 
+def sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over rows of a * b, (N,) in a dtype, of matrices (M, N)."""
+    total = torch.zeros(b.shape[1], dtype=dtype, device=b.device)
+    for some in _pieces(b):
+        total += torch.mul(a[some].to(dtype), b[some]).sum(0)
+    return total
+
+
 def _pieces(matrix: Tensor) -> list[slice]:
     """Cut the rows of a matrix into pieces; on a GPU, and in compiled code, there is one."""
     rows, columns = matrix.shape

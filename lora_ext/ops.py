@@ -132,12 +132,21 @@ def _gated_bwd_fake(d_hidden, gate, up, act, d_gate, d_up) -> None:
     pass
 
 
+def _dora_dropped_fwd_fake(y, x, weight, bias, h, B, keep, factor, scale, p) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _dora_dropped_bwd_fake(dx, dy, weight, keep, factor) -> None:
+    pass
+
+
 LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
 # their sum, and after it dweight, dbias, dA and dB of each); a gated MLP's act(gate) * up, and its
-# gradients, of which d_gate may be d_hidden itself; a weight in panels; and dropout's mask as bits:
-# drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's
-# state, or packed from a mask of bytes.
+# gradients, of which d_gate may be d_hidden itself; DoRA over a dropped x (dora_dropped.py), and
+# its gradient; a weight in panels; and dropout's mask as bits: drawn from a seed's hash
+# (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's state, or packed from a
+# mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
@@ -156,6 +165,16 @@ for _schema, _fake in (
         "gated_bwd(Tensor d_hidden, Tensor gate, Tensor up, str act, Tensor(a!) d_gate,"
         " Tensor(b!) d_up) -> ()",
         _gated_bwd_fake,
+    ),
+    (
+        "dora_dropped_fwd(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B,"
+        " Tensor keep, Tensor factor, float scale, float p) -> Tensor",
+        _dora_dropped_fwd_fake,
+    ),
+    (
+        "dora_dropped_bwd(Tensor(a!) dx, Tensor dy, Tensor weight, Tensor keep, Tensor factor)"
+        " -> ()",
+        _dora_dropped_bwd_fake,
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
     (

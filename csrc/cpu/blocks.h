@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cpu/sparse.h"
+
 namespace lora_ext::cpu {
 
 // Storage only: 16 bits, converted to float on the way in and rounded to nearest even on the way
@@ -121,6 +123,8 @@ struct StorageOps {
   void (*load)(View<const T> src, A* dst, int64_t ld);
   // dst, packed panels of src.rows rows each, = src
   void (*pack)(View<const T> src, A* dst);
+  // dst, dense rows of `ld`, = src; zeros past the last column, up to `ld`, which is whole panels
+  void (*lay_out)(View<const T> src, A* dst, int64_t ld);
   // dst = scale * src (dense rows of `ld`) + bias (per column, may be null); with `add` it is added
   // to what dst holds
   void (*store)(const A* src, int64_t ld, A scale, const T* bias, bool add, View<T> dst);
@@ -260,6 +264,8 @@ struct Blocks {
   StorageOps<Float16> float16;
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
+  SparseOps<float> sparse_float;
+  SparseOps<double> sparse_double;
   MaskOps mask;
   const PairOps* pairs;
 
@@ -267,6 +273,8 @@ struct Blocks {
   const StorageOps<T>& storage() const;
   template <typename A>
   const MultiplyOps<A>& products() const;
+  template <typename A>
+  const SparseOps<A>& sparse() const;
 };
 
 template <>
@@ -296,6 +304,15 @@ inline const MultiplyOps<double>& Blocks::products<double>() const {
 template <>
 inline const MultiplyOps<Pair>& Blocks::products<Pair>() const {
   return pairs->products;
+}
+
+template <>
+inline const SparseOps<float>& Blocks::sparse<float>() const {
+  return sparse_float;
+}
+template <>
+inline const SparseOps<double>& Blocks::sparse<double>() const {
+  return sparse_double;
 }
 
 extern const Blocks kBaselineBlocks;

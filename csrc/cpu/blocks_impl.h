@@ -21,6 +21,7 @@
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
 #include "cpu/pairs_impl.h"
+#include "cpu/sparse_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
@@ -45,9 +46,9 @@ void load(View<const T> src, Acc<T>* dst, int64_t ld) {
   }
 }
 
-// One panel of a matrix whose columns are dense, of up to kPanel columns.
+// One panel, its rows `ld` apart, of a matrix whose columns are dense, of up to kPanel columns.
 template <typename T>
-void pack_transposed(View<const T> src, Acc<T>* dst) {
+void pack_transposed(View<const T> src, Acc<T>* dst, int64_t ld) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>, panel = kPanel<A>;
   // A cache line of each column at a time, of `lanes` columns: 16 of them, a power of two apart,
@@ -64,13 +65,28 @@ void pack_transposed(View<const T> src, Acc<T>* dst) {
         }
         transpose<A>(square);
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) write(dst + (p + i) * panel + j, square[i]);
+        for (int64_t i = 0; i < lanes; ++i) write(dst + (p + i) * ld + j, square[i]);
       }
     }
   }
   for (int64_t p = whole; p < src.rows; ++p) {
-    load_row(src.data + p, src.col_stride, src.cols, dst + p * panel);
-    for (int64_t j = src.cols; j < panel; ++j) dst[p * panel + j] = 0;
+    load_row(src.data + p, src.col_stride, src.cols, dst + p * ld);
+    for (int64_t j = src.cols; j < panel; ++j) dst[p * ld + j] = 0;
+  }
+}
+
+template <typename T>
+void lay_out(View<const T> src, Acc<T>* dst, int64_t ld) {
+  constexpr int64_t panel = kPanel<Acc<T>>;
+  const bool turned = src.col_stride != 1 && src.row_stride == 1;
+  const int64_t done = turned ? (src.cols + panel - 1) / panel * panel : src.cols;
+  for (int64_t j = 0; turned && j < src.cols; j += panel) {
+    const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
+    pack_transposed(src.block(0, j, src.rows, cols), dst + j, ld);
+  }
+  if (!turned) load(src, dst, ld);
+  for (int64_t p = 0; p < src.rows; ++p) {
+    for (int64_t j = done; j < ld; ++j) dst[p * ld + j] = 0;
   }
 }
 
@@ -81,7 +97,7 @@ void pack(View<const T> src, Acc<T>* dst) {
   if (src.col_stride != 1 && src.row_stride == 1) {
     for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
       const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
-      pack_transposed(src.block(0, j, src.rows, cols), dst);
+      pack_transposed(src.block(0, j, src.rows, cols), dst, panel);
     }
     return;
   }
@@ -200,7 +216,8 @@ void keep(Bits bits, View<T> values) {
 template <typename T>
 constexpr StorageOps<T> storage_ops() {
   StorageOps<T> ops = {};
-  ops.load = &load<T>, ops.pack = &pack<T>, ops.store = &store<T>, ops.keep = &keep<T>;
+  ops.load = &load<T>, ops.pack = &pack<T>, ops.lay_out = &lay_out<T>;
+  ops.store = &store<T>, ops.keep = &keep<T>;
   ops.dot = &dot<T>, ops.combine_rows = &combine_rows<T>, ops.update = &update<T>;
   ops.gated = &gated<T>, ops.gated_gradients = &gated_gradients<T>;
   if constexpr (std::is_same_v<Acc<T>, float>) {
@@ -218,6 +235,8 @@ constexpr Blocks make_blocks(const char* name) {
           storage_ops<Float16>(),
           {&multiply<float>, kTilePanels},
           {&multiply<double>, kTilePanels},
+          sparse_ops<float>(),
+          sparse_ops<double>(),
           {&hash_columns, &draw_bits, &pack_bits, &twist, &bernoulli},
           &kPairOps};
 }

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..bases import base_of, hooks_of, parameter_of
-from ..call import Weight
+from ..call import Call, LowRank, Weight
 from ..called import add_low_rank, call_base
 from ..checks import HALF
 from ..dora import rescaled, row_scale
-from ..dora_dropped import both_products, is_few
+from ..dora_dropped import dora_dropped, is_few
 from ..dropout import draw_keep
-from ..functional import adapted, rows_of
+from ..functional import adapted, rows_of, with_shape
 from ..parts import Part
 
 
@@ -234,12 +234,12 @@ def _dora(
         z = add_low_rank(y, x, adapter.A, B, scale, fresh=False)
         return rescaled(z, g, None if bias is None else (1 - g) * bias)
     data, p = weight.data.to(x.dtype), adapter.dropout
-    if y is None and is_few(x, data, p):
+    rows = rows_of(x)
+    low = LowRank(adapter.A, B, scale, None)
+    if y is None and is_few(Call(rows, Weight(data), bias, low), g, p):
         keep = draw_keep(x, p, mask)
-        plain, z = both_products(rows_of(x), data, keep, p)
-        more = rescaled(z, g - 1, bias).add_(plain).view(*x.shape[:-1], len(data))
-        B = B * g.to(B.dtype)
-        return add_low_rank(more, x, adapter.A, B, scale, fresh=True, dropout=p, keep=keep)
+        y = dora_dropped(rows, data, bias, adapter.A, B, scale, g, keep, p)
+        return with_shape(y, x.shape)
     dropped = F.dropout(x, p, True)
     result = F.linear(x, data, bias) if y is None else y
     more = rescaled(F.linear(dropped, data), g - 1, None).add_(result)

@@ -1,95 +1,109 @@
-"""DoRA with a small dropout: the products of x and of the dropped x, from one of them."""
+"""DoRA with a small dropout: a layer by one product with the weight and a sparse one."""
 
 import pytest
 import torch
 
-from lora_ext import dora_dropped
-from lora_ext.dora_dropped import both_products, is_few
-from lora_ext.dropout import pack_bits
+from lora_ext import dora_dropped as module
+from lora_ext.backends import BACKENDS
+from lora_ext.call import Call, LowRank, Weight
+from lora_ext.dora_dropped import is_few
 from lora_ext.testing.parity import Parity, check_parity, why_skipped
+from tests.conftest import small_call
+from tests.op.dora import DTYPES, LAYOUTS, operands, ours, plain, refused_dora, results
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkl.is_available(), reason="sparse products are MKL's"
-)
-P = 0.1
-
-
-def operands(M, K, N, dtype, *, way="contiguous"):
-    g = torch.Generator().manual_seed(M + K)
-    x = torch.randn(M, K, generator=g).to(dtype)
-    weight = torch.randn(N, K, generator=g).to(dtype)
-    if way == "transposed":
-        x, weight = x.T.contiguous().T, weight.T.contiguous().T
-    mask = torch.rand(M, K, generator=g) >= P
-    mask[0], mask[-1] = True, False  # a row without a dropped element, and one without another
-    return x.requires_grad_(), weight, mask
+WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
+pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
 
 
-def plain(x, weight, mask):
-    return x @ weight.T, (mask * x) @ weight.T / (1 - P)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_y_and_gradients_are_as_close_to_float64_as_two_products(dtypes, layout):
+    assert (why := refused_dora(dtypes=[dtypes], layouts=[layout])) is None, why
 
 
-@pytest.mark.parametrize("way", ["contiguous", "transposed"])
-@pytest.mark.parametrize("sizes", [(70, 91, 67), (5, 8, 3), (64, 1, 1)], ids=str)
-def test_products_and_gradient_are_those_of_two(sizes, way):
-    """In float32 next to float64, against two products in float32."""
-    x, weight, mask = operands(*sizes, torch.float32, way=way)
-    dy = torch.randn(2, sizes[0], sizes[2], generator=torch.Generator().manual_seed(1))
-
-    def results(of, x, weight, *more):
-        x = x.detach().requires_grad_()
-        ys = of(x, weight, *more)
-        torch.autograd.backward(ys, [part.to(x.dtype) for part in dy])
-        return [y.detach().double() for y in (*ys, x.grad)]
-
-    exact = results(plain, x.double(), weight.double(), mask)
-    ours = results(both_products, x, weight, pack_bits(mask), P)
-    others = results(plain, x, weight, mask)
-    for mine, other, right in zip(ours, others, exact, strict=True):
-        floor = 4 * torch.finfo(torch.float32).eps * right.norm()
-        assert (mine - right).norm() <= 2 * (other - right).norm() + floor
+def test_without_a_bias_and_with_what_needs_no_gradient():
+    given, weight, mask = operands((70, 91, 67, 4))
+    given["bias"] = None
+    exact, found = (results(of, given, weight, mask) for of in (plain, ours))
+    for name, right in exact.items():
+        torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-3, msg=name)
+    for name in ("x", "A", "B", "g"):
+        leaves = {n: t if t is None else t.detach().clone() for n, t in given.items()}
+        leaves[name].requires_grad_()
+        ours(leaves, weight, mask).sum().backward()
+        assert [n for n, t in leaves.items() if t is not None and t.grad is not None] == [name]
 
 
 def test_where_x_is_dropped_its_gradient_is_that_of_the_plain_product_alone():
-    """To the last digits, however large the gradient of the dropped product is."""
-    x, weight, mask = operands(70, 91, 67, torch.float32)
-    y, dropped = both_products(x, weight, pack_bits(mask), P)
-    (y.sum() + 1e8 * dropped.sum()).backward()
+    """To the last digits, however large what the dropped product is multiplied by."""
+    given, weight, mask = operands((70, 91, 67, 4))
+    given["g"] = torch.full_like(given["g"], 1e4)
+    given["x"].requires_grad_()
+    ours(given, weight, mask).sum().backward()
     want = weight.sum(0).expand(70, 91)
-    torch.testing.assert_close(x.grad[~mask], want[~mask], rtol=1e-4, atol=1e-4)
-    assert (x.grad[mask].abs() > 1e4).any()
+    torch.testing.assert_close(given["x"].grad[~mask], want[~mask], rtol=1e-4, atol=2e-1)
+    assert (given["x"].grad[mask].abs() > 1e4).any()
 
 
 def test_both_derivatives_are_right():
-    x, weight, mask = operands(6, 9, 5, torch.float64)
-    keep = pack_bits(mask)
-    assert torch.autograd.gradcheck(lambda x: both_products(x, weight, keep, P), x)
-    assert torch.autograd.gradgradcheck(lambda x: both_products(x.sin(), weight, keep, P), x)
+    given, weight, mask = operands((6, 9, 5, 2), "float64")
+    leaves = [t.requires_grad_() for t in given.values()]
+
+    def of(*values):
+        return ours(dict(zip(given, values, strict=True)), weight, mask)
+
+    assert torch.autograd.gradcheck(of, leaves)
+    assert torch.autograd.gradgradcheck(of, leaves)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    given = operands((300, 700, 600, 8))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(ours, *given)
+        torch.set_num_threads(4)
+        four = results(ours, *given)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one["y"], four["y"])
+    for name, right in one.items():
+        torch.testing.assert_close(four[name], right, rtol=1e-4, atol=1e-3, msg=name)
 
 
 def test_two_products_are_taken_where_one_is_not_faster():
-    x, weight = torch.randn(8, 16, 9), torch.randn(7, 9)
-    assert is_few(x, weight, 0.05)
-    assert not is_few(x, weight, 0.0) and not is_few(x, weight, 0.2)
-    assert not is_few(x[:1], weight, 0.05) and not is_few(x[..., :0], weight[:, :0], 0.05)
-    assert not is_few(x.bfloat16(), weight.bfloat16(), 0.05)
-    assert not is_few(x, weight.clone().requires_grad_(), 0.05)
+    given, weight, _ = operands((128, 9, 7, 2))
+    x, bias, A, B, g = given.values()
+    call = Call(x, Weight(weight), bias, LowRank(A, B, 1.0, None))
+    assert is_few(call, g, 0.05) and is_few(call._replace(bias=None), g, 0.05)
+    assert not is_few(call, g, 0.0) and not is_few(call, g, 0.5)
+    assert not is_few(call, g.double(), 0.05)
+    low = call.low._replace(A=A.double(), B=B.double())
+    for other in (
+        {"x": x[:10]},
+        {"x": x[:, :0], "weight": Weight(weight[:, :0])},
+        {"weight": Weight(weight.bfloat16())},
+        {"weight": Weight(weight.clone().requires_grad_())},
+        {"bias": bias.double()},
+        {"low": low},
+    ):
+        assert not is_few(call._replace(**other), g, 0.05), other
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_few(x, weight, 0.05)
+        assert not is_few(call, g, 0.05)
 
 
 @pytest.mark.parametrize("feature", ["DoRA", "several adapters, DoRA"])
 @pytest.mark.parametrize("base", ["nn.Linear", "Conv1D"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_layer_is_as_close_to_float64_as_pefts_own(monkeypatch, feature, base, dtype):
     """With its masks, of a small layer too."""
     case = Parity(feature, base, dtype, dropout=0.05)
     if why := why_skipped(case):
         pytest.skip(why)
-    seen, own = [], dora_dropped.both_products
-    monkeypatch.setattr(dora_dropped, "_LEAST_ROWS", 1)
+    seen, own = [], module.dora_dropped
+    monkeypatch.setattr(module, "_LEAST_ROWS", 1)
     monkeypatch.setattr(
-        "lora_ext.integrations.peft_forward.both_products",
+        "lora_ext.integrations.peft_forward.dora_dropped",
         lambda *given: seen.append(given) or own(*given),
     )
     check_parity(case)

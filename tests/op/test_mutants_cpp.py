@@ -26,6 +26,7 @@ from lora_ext.backends import cpp
 from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
 from tests.conftest import linear_of
 from tests.op.acts import refused_acts
+from tests.op.dora import refused_dora
 from tests.op.groups import refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
@@ -398,6 +399,31 @@ MUTANTS = {
         "dy * widen(u + j) * derivative",
         "dy * derivative",
     ),
+    "dora_rows_of_another_block": (
+        "cpu/dora_dropped.cpp",
+        "of.load(x.block(row + i, 0, 1, K), dense",
+        "of.load(x.block(i, 0, 1, K), dense",
+    ),
+    "dora_low_rank_part_whole": (
+        "cpu/dora_dropped.cpp",
+        "static_cast<A>(p * scale)",
+        "static_cast<A>(scale)",
+    ),
+    "dora_dx_of_the_last_columns_alone": (
+        "cpu/sparse_impl.h",
+        "few.values[i + k] += sums[k]",
+        "few.values[i + k] = sums[k]",
+    ),
+    "dora_dropped_past_the_end": (
+        "cpu/dora_dropped.cpp",
+        "if (bits < 64) dropped",
+        "if (bits < 0) dropped",
+    ),
+    "dora_kept_for_dropped": (
+        "cpu/dora_dropped.cpp",
+        "uint64_t dropped = ~kept",
+        "uint64_t dropped = kept",
+    ),
     "transposed_by_one_round_less": (
         "cpu/vectors.h",
         "round = 1; round < kRows",
@@ -487,6 +513,7 @@ def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
     """Return why the checks refuse the C++ kernels that are loaded; None if they do not."""
     linear = linear_of("cpp")
     why = refused(linear, cases) or refused_group("cpp") or refused_acts(cpp)
+    why = why or refused_dora(dtypes=["float32"])
     torch.set_num_threads(MANY_THREADS)
     return (
         why
