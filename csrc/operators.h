@@ -38,6 +38,8 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dys, const std::optio
 Tensor gated_fwd(const Tensor& gate, const Tensor& up, const std::string& act);
 void gated_bwd(const Tensor& d_hidden, const Tensor& gate, const Tensor& up, const std::string& act,
                Tensor d_gate, Tensor d_up);
+// The norms of the rows of weight + scale * (A @ B).T, (N,), float32 or double.
+Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scale);
 // DoRA over a dropped x, from y = x @ weight.T + scale * h @ B: with factor = g - 1 and z, what the
 // dropped x gives, y += factor * z + bias; returns z. Of its gradient, dx -= (factor * dy) @ weight
 // where x is dropped.

@@ -10,6 +10,10 @@ not rescaled, and where dropout is on it drops what is rescaled, but not what th
 import torch
 from torch import Tensor
 
+from .backends import cpp
+from .call import Call, LowRank, Weight
+from .checks import HALF
+
 _PIECE = 1 << 17  # elements worked on at a time: they stay in a core's cache
 
 
@@ -25,13 +29,28 @@ def row_scale(magnitude: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: fl
 
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        left, right = B.T.to(wide), A.T.to(wide)
-        norm = torch.empty(len(weight), dtype=wide, device=weight.device)
-        for some in _pieces(weight):  # the adapted weight is never there whole
-            adapted = torch.addmm(weight[some].to(wide), left[some], right, alpha=scale)
-            norm[some] = torch.linalg.vector_norm(adapted, dim=1)
+        norm = _norm(weight, A, B, scale)
     return magnitude / norm
+
+
+def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return the norms, (N,), in float32 or wider; the adapted weight is never there whole."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    call = Call(weight[:0], Weight(weight), None, LowRank(A, B, scale))
+    of = {A.dtype, B.dtype}
+    if (
+        weight.is_cpu
+        and (of == {weight.dtype} or (of == {torch.float32} and weight.dtype in HALF))
+        and not torch.compiler.is_compiling()
+        and cpp.unsupported(call) is None
+    ):
+        return torch.ops.lora_ext.dora_norm.default(weight, A, B, scale)
+    left, right = B.T.to(wide), A.T.to(wide)
+    norm = torch.empty(len(weight), dtype=wide, device=weight.device)
+    for some in _pieces(weight):
+        adapted = torch.addmm(weight[some].to(wide), left[some], right, alpha=scale)
+        norm[some] = torch.linalg.vector_norm(adapted, dim=1)
+    return norm
 
 
 def rescaled(z: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:

@@ -108,7 +108,7 @@ class _DoraDropped(torch.autograd.Function):
             [need_dx, False, need_dbias, need_dA, need_dB], keep=keep,
         )  # fmt: skip
         if need_dx:
-            torch.ops.lora_ext.dora_dropped_bwd.default(dx, dy, weight, keep, more)
+            torch.ops.lora_ext.dora_dropped_bwd.default(dx, dy.contiguous(), weight, keep, more)
         dB = (g * dB).to(B.dtype) if need_dB else None
         dg = sum_of_products(dy, z, g.dtype) if need_dg else None
         return dx, None, dbias, dA, dB, None, dg, None, None

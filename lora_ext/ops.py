@@ -132,6 +132,10 @@ def _gated_bwd_fake(d_hidden, gate, up, act, d_gate, d_up) -> None:
     pass
 
 
+def _dora_norm_fake(weight, A, B, scale) -> Tensor:
+    return weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
 def _dora_dropped_fwd_fake(y, x, weight, bias, h, B, keep, factor, scale, p) -> Tensor:
     return y.new_empty(y.shape)
 
@@ -143,8 +147,8 @@ def _dora_dropped_bwd_fake(dx, dy, weight, keep, factor) -> None:
 LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
 # their sum, and after it dweight, dbias, dA and dB of each); a gated MLP's act(gate) * up, and its
-# gradients, of which d_gate may be d_hidden itself; DoRA over a dropped x (dora_dropped.py), and
-# its gradient; a weight in panels; and dropout's mask as bits: drawn from a seed's hash
+# gradients, of which d_gate may be d_hidden itself; DoRA's norms (dora.py); DoRA over a dropped x
+# (dora_dropped.py), and its gradient; a weight in panels; and dropout's mask as bits: drawn from a seed's hash
 # (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's state, or packed from a
 # mask of bytes.
 for _schema, _fake in (
@@ -166,6 +170,7 @@ for _schema, _fake in (
         " Tensor(b!) d_up) -> ()",
         _gated_bwd_fake,
     ),
+    ("dora_norm(Tensor weight, Tensor A, Tensor B, float scale) -> Tensor", _dora_norm_fake),
     (
         "dora_dropped_fwd(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B,"
         " Tensor keep, Tensor factor, float scale, float p) -> Tensor",

@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "cpu/sparse.h"
-
 namespace lora_ext::cpu {
 
 // Storage only: 16 bits, converted to float on the way in and rounded to nearest even on the way
@@ -113,6 +111,15 @@ struct Region {
   int64_t row, col, rows, cols;
 };
 
+// A few elements of a row: what each holds, and where the row of the other factor that it meets
+// begins. Those rows are dense and StorageOps::few_width long, zeros past their last element.
+template <typename A>
+struct Few {
+  const int32_t* at;
+  A* values;
+  int64_t count;
+};
+
 // The activation of a gated MLP: x / (1 + e^-x); gelu by erf, and by tanh; the square of relu.
 enum class Act : int8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
 
@@ -138,6 +145,15 @@ struct StorageOps {
   void (*combine_rows)(View<const A> left, View<const T> right, A* out, int64_t ld);
   // y (dense rows) += scale * a @ b, where y is read and written once and rounded at the end
   void (*update)(View<const A> a, Panels<const A> b, A scale, View<T> y);
+  // sums (few_width) += a few elements times the rows that they meet
+  void (*combine_few)(Few<A> few, const A* rows, A* sums);
+  // a few elements += (left * factor) @ the rows that they meet, transposed; left has `cols`
+  void (*sample_few)(const T* left, int64_t cols, const A* factor, const A* rows, Few<A> few);
+  // The sum of squares of row + left @ low, where low has dense rows of `ld`, whole panels
+  A (*squares)(const A* row, const A* left, int64_t rank, const A* low, int64_t ld);
+  // z = scale * (y - sums), y += factor * z + bias; `cols` elements of each
+  void (*rescale)(const A* sums, A scale, const A* factor, const A* bias, int64_t cols, T* y, T* z);
+  int64_t few_width;
   // hidden = act(gate) * up, all of one shape
   void (*gated)(Act act, View<const T> gate, View<const T> up, View<T> hidden);
   // d_up = d_hidden * act(gate), d_gate = d_hidden * up * act'(gate); d_gate may be d_hidden
@@ -264,8 +280,6 @@ struct Blocks {
   StorageOps<Float16> float16;
   MultiplyOps<float> in_float;
   MultiplyOps<double> in_double;
-  SparseOps<float> sparse_float;
-  SparseOps<double> sparse_double;
   MaskOps mask;
   const PairOps* pairs;
 
@@ -273,8 +287,6 @@ struct Blocks {
   const StorageOps<T>& storage() const;
   template <typename A>
   const MultiplyOps<A>& products() const;
-  template <typename A>
-  const SparseOps<A>& sparse() const;
 };
 
 template <>
@@ -304,15 +316,6 @@ inline const MultiplyOps<double>& Blocks::products<double>() const {
 template <>
 inline const MultiplyOps<Pair>& Blocks::products<Pair>() const {
   return pairs->products;
-}
-
-template <>
-inline const SparseOps<float>& Blocks::sparse<float>() const {
-  return sparse_float;
-}
-template <>
-inline const SparseOps<double>& Blocks::sparse<double>() const {
-  return sparse_double;
 }
 
 extern const Blocks kBaselineBlocks;

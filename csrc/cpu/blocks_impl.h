@@ -17,11 +17,11 @@
 #include "cpu/blocks.h"
 #include "cpu/codes_impl.h"
 #include "cpu/combine_codes_impl.h"
+#include "cpu/dora_impl.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
 #include "cpu/pairs_impl.h"
-#include "cpu/sparse_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
@@ -219,6 +219,8 @@ constexpr StorageOps<T> storage_ops() {
   ops.load = &load<T>, ops.pack = &pack<T>, ops.lay_out = &lay_out<T>;
   ops.store = &store<T>, ops.keep = &keep<T>;
   ops.dot = &dot<T>, ops.combine_rows = &combine_rows<T>, ops.update = &update<T>;
+  ops.combine_few = &combine_few<T>, ops.sample_few = &sample_few<T>, ops.rescale = &rescale<T>;
+  ops.few_width = kFewWidth<Acc<T>>, ops.squares = &squares<Acc<T>>;
   ops.gated = &gated<T>, ops.gated_gradients = &gated_gradients<T>;
   if constexpr (std::is_same_v<Acc<T>, float>) {
     ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;
@@ -235,8 +237,6 @@ constexpr Blocks make_blocks(const char* name) {
           storage_ops<Float16>(),
           {&multiply<float>, kTilePanels},
           {&multiply<double>, kTilePanels},
-          sparse_ops<float>(),
-          sparse_ops<double>(),
           {&hash_columns, &draw_bits, &pack_bits, &twist, &bernoulli},
           &kPairOps};
 }

@@ -1,7 +1,7 @@
 // DoRA over a dropped x on the CPU, from what the product of the whole x gives:
 //   q = (dropped x) @ weight.T,  z = (y - q - p * low) / (1 - p),  y += (g - 1) * z + bias
-// and of its gradient, where x is dropped: dx -= (factor * dy) @ weight. Sparse products, by rows of
-// weight.T laid out in the second-level cache.
+// and of its gradient, where x is dropped: dx -= (factor * dy) @ weight. Sparse products, by rows
+// of weight.T laid out in the second-level cache.
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
@@ -15,7 +15,7 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kMostDepth = 512;  // rows laid out at a time: 512 KB of float on AVX-512
+constexpr int64_t kMostDepth = 768;  // rows laid out at a time: 768 KB of float on AVX-512
 constexpr int64_t kMostRows = 1024;  // of sums that wait meanwhile
 constexpr int64_t kLeastRows = 128;  // for which a thread lays a factor out once more
 
@@ -49,7 +49,7 @@ class Dropped {
     first_.get()[rows] = count;
     at_ = Scratch<int32_t>(count), values_ = Scratch<A>(count);
     std::fill_n(values_.get(), count, A{0});
-    const auto width = static_cast<int32_t>(blocks().sparse<A>().width);
+    const auto width = static_cast<int32_t>(blocks().storage<A>().few_width);
     for (int64_t row = 0; row < rows; ++row) {
       int32_t* at = at_.get() + first_.get()[row];
       for_each_dropped(bits(row), from, depth,
@@ -77,7 +77,7 @@ class Dropped {
   Scratch<A> values_;
 };
 
-// A vector (cols,) as A, zeros up to a width.
+// A row as A, zeros up to a width.
 template <typename A, typename T>
 void load_padded(View<const T> row, A* to, int64_t width) {
   blocks().storage<T>().load(row, to, width);
@@ -100,15 +100,12 @@ struct Forward {
 
 template <typename T, typename B>
 void Forward<T, B>::operator()(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-  const SparseOps<A>& sparse = blocks().sparse<A>();
   const StorageOps<T>& of = blocks().storage<T>();
-  const int64_t K = x.cols, R = h.cols, width = sparse.width;
+  const int64_t K = x.cols, R = h.cols, width = of.few_width;
   const int64_t depth = even_part(K, kMostDepth, 64, 64, 1);
   const Scratch<A> sums(rows * width), panel(std::max(std::min(depth, K), R) * width);
-  const Scratch<A> padded(4 * width), dense(K), of_h(rows * R);
+  const Scratch<A> of_factor(width), of_bias(width), dense(K), of_h(rows * R);
   const Scratch<int32_t> each(R);
-  A *of_factor = padded.get(), *of_bias = of_factor + width, *of_y = of_bias + width,
-    *of_z = of_y + width;
   of.load(h.block(row, 0, rows, R), of_h.get(), R);
   for (int64_t i = 0; i < rows * R; ++i) of_h.get()[i] *= low_scale;
   for (int64_t r = 0; r < R; ++r) each.get()[r] = static_cast<int32_t>(r * width);
@@ -128,19 +125,17 @@ void Forward<T, B>::operator()(int64_t row, int64_t rows, int64_t col, int64_t c
     for (const Dropped<A>& some : dropped) {
       of.lay_out(weight.transposed().block(some.from, n, some.depth, wide), panel.get(), width);
       for (int64_t i = 0; i < rows; ++i) {
-        sparse.combine(some.row(i), panel.get(), sums.get() + i * width);
+        of.combine_few(some.row(i), panel.get(), sums.get() + i * width);
       }
     }
     blocks().storage<B>().lay_out(low.block(0, n, R, wide), panel.get(), width);
-    load_padded(factor.block(0, n, 1, wide), of_factor, width);
-    load_padded(bias.block(0, n, 1, bias.cols == 0 ? 0 : wide), of_bias, width);
+    load_padded(factor.block(0, n, 1, wide), of_factor.get(), width);
+    load_padded(bias.block(0, n, 1, bias.cols == 0 ? 0 : wide), of_bias.get(), width);
     for (int64_t i = 0; i < rows; ++i) {
       A* sum = sums.get() + i * width;
-      sparse.combine({each.get(), of_h.get() + i * R, R}, panel.get(), sum);
-      load_padded(read_only(y).block(row + i, n, 1, wide), of_y, width);
-      sparse.rescale(sum, scale, of_factor, of_bias, of_y, of_z);
-      of.store(of_y, width, 1, nullptr, false, y.block(row + i, n, 1, wide));
-      of.store(of_z, width, 1, nullptr, false, z.block(row + i, n, 1, wide));
+      of.combine_few({each.get(), of_h.get() + i * R, R}, panel.get(), sum);
+      of.rescale(sum, scale, of_factor.get(), of_bias.get(), wide,
+                 &y.data[(row + i) * y.row_stride + n], &z.data[(row + i) * z.row_stride + n]);
     }
   }
 }
@@ -158,27 +153,28 @@ struct Backward {
 
 template <typename T>
 void Backward<T>::operator()(int64_t row, int64_t rows, int64_t from, int64_t depth) const {
-  const SparseOps<A>& sparse = blocks().sparse<A>();
   const StorageOps<T>& of = blocks().storage<T>();
-  const int64_t N = dy.cols, width = sparse.width;
-  const Scratch<A> panel(depth * width), dense(std::max(depth, 2 * width));
-  A *of_dy = dense.get(), *of_factor = of_dy + width;
+  const int64_t N = dy.cols, width = of.few_width;
+  const Scratch<A> panel(depth * width), of_factor(width), dense(depth);
   const Dropped<A> dropped(keep.from(row, 0), rows, from, depth);
   for (int64_t n = 0; n < N; n += width) {
     const int64_t wide = std::min(width, N - n);
     of.lay_out(weight.transposed().block(from, n, depth, wide), panel.get(), width);
-    load_padded(factor.block(0, n, 1, wide), of_factor, width);
+    load_padded(factor.block(0, n, 1, wide), of_factor.get(), width);
     for (int64_t i = 0; i < rows; ++i) {
-      load_padded(dy.block(row + i, n, 1, wide), of_dy, width);
-      for (int64_t j = 0; j < width; ++j) of_dy[j] *= of_factor[j];
-      sparse.sample(of_dy, panel.get(), dropped.row(i));
+      const T* left = &dy.data[(row + i) * dy.row_stride + n];
+      of.sample_few(left, wide, of_factor.get(), panel.get(), dropped.row(i));
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
     const View<T> to = dx.block(row + i, from, 1, depth);
-    of.load(read_only(to), dense.get(), depth);
-    dropped.for_each(i, [&](int64_t k, A& value) { dense.get()[k] -= value; });
-    of.store(dense.get(), depth, 1, nullptr, false, to);
+    if constexpr (std::is_same_v<T, A>) {  // 0.3 ms of 2.3 at 960,768,768 less than the other way
+      dropped.for_each(i, [&](int64_t k, A& value) { to.data[k * to.col_stride] -= value; });
+    } else {
+      of.load(read_only(to), dense.get(), depth);
+      dropped.for_each(i, [&](int64_t k, A& value) { dense.get()[k] -= value; });
+      of.store(dense.get(), depth, 1, nullptr, false, to);
+    }
   }
 }
 
@@ -193,11 +189,6 @@ void for_each_block(int64_t rows, int64_t cols, int64_t col_part, const F& body)
     const int64_t row = block / across * row_part, col = block % across * col_part;
     body(row, std::min(row_part, rows - row), col, std::min(col_part, cols - col));
   });
-}
-
-template <typename A>
-View<const A> as_row(const Operand& vector) {
-  return {static_cast<const A*>(vector.data()), 1, vector.size(0), 0, vector.stride(0)};
 }
 
 // A vector over what y has in a row: g and the like are float, or double over double.
@@ -221,6 +212,14 @@ void check_matrix(const Checks& checks, const char* name, const Operand& matrix,
   checks.place(name, matrix);
 }
 
+// A matrix whose rows are dense.
+void check_rows(const Checks& checks, const char* name, const Operand& matrix, int64_t rows,
+                int64_t cols) {
+  check_matrix(checks, name, matrix, rows, cols);
+  STD_TORCH_CHECK(matrix.stride(1) == 1 || cols <= 1, name,
+                  " must have dense rows, got a stride of ", matrix.stride(1));
+}
+
 void check_keep(const Checks& checks, const Operand& keep, int64_t M, int64_t K) {
   check_shape("keep", keep, {M, ceil_div(K, 8)});
   check_is("keep", keep, ScalarType::Byte);
@@ -234,14 +233,14 @@ void check_keep(const Checks& checks, const Operand& keep, int64_t M, int64_t K)
 Tensor dora_dropped_fwd(Tensor y, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Tensor& h, const Tensor& B,
                         const Tensor& keep, const Tensor& factor, double scale, double p) {
-  const Operand of_y(y), of_x(x), of_weight(weight), of_bias(bias), of_h(h), of_B(B),
-      of_keep(keep), of_factor(factor);
+  const Operand of_y(y), of_x(x), of_weight(weight), of_bias(bias), of_h(h), of_B(B), of_keep(keep),
+      of_factor(factor);
   check_dim("y", of_y, 2, "(M, N)");
   check_dim("x", of_x, 2, "(M, K)");
   check_dim("B", of_B, 2, "(R, N)");
   const int64_t M = of_y.size(0), N = of_y.size(1), K = of_x.size(1), R = of_B.size(0);
   const Checks checks("x", of_x);
-  cpu::check_matrix(checks, "y", of_y, M, N);
+  cpu::check_rows(checks, "y", of_y, M, N);
   cpu::check_matrix(checks, "x", of_x, M, K);
   cpu::check_matrix(checks, "weight", of_weight, N, K);
   cpu::check_matrix(checks, "h", of_h, M, R);
@@ -254,10 +253,10 @@ Tensor dora_dropped_fwd(Tensor y, const Tensor& x, const Tensor& weight,
   cpu::with_storage_type("x", of_x.dtype, [&](auto storage) {
     using T = decltype(storage);
     using A = cpu::Acc<T>;
-    const auto row = cpu::checked_row<A>(checks, "factor", of_factor, N,
-                                         cpu::accumulator_of(of_x.dtype));
-    const auto of_each =
-        of_bias ? cpu::checked_row<T>(checks, "bias", of_bias, N, of_x.dtype) : cpu::View<const T>{};
+    const auto row =
+        cpu::checked_row<A>(checks, "factor", of_factor, N, cpu::accumulator_of(of_x.dtype));
+    const auto of_each = of_bias ? cpu::checked_row<T>(checks, "bias", of_bias, N, of_x.dtype)
+                                 : cpu::View<const T>{};
     cpu::with_adapter<T>(of_B, [&](auto low) {
       using L = std::remove_const_t<std::remove_pointer_t<decltype(low.data)>>;
       const cpu::Forward<T, L> forward{cpu::matrix<T>(of_x),
@@ -271,7 +270,7 @@ Tensor dora_dropped_fwd(Tensor y, const Tensor& x, const Tensor& weight,
                                        static_cast<A>(1 / (1 - p)),
                                        cpu::result<T>(y),
                                        cpu::result<T>(z)};
-      const int64_t width = cpu::blocks().sparse<A>().width;
+      const int64_t width = cpu::blocks().storage<T>().few_width;
       cpu::for_each_block(M, N, cpu::even_part(N, N, width, width, cpu::num_threads()), forward);
     });
   });
@@ -286,7 +285,7 @@ void dora_dropped_bwd(Tensor dx, const Tensor& dy, const Tensor& weight, const T
   const int64_t M = of_dx.size(0), K = of_dx.size(1), N = of_dy.size(1);
   const Checks checks("dy", of_dy);
   cpu::check_matrix(checks, "dx", of_dx, M, K);
-  cpu::check_matrix(checks, "dy", of_dy, M, N);
+  cpu::check_rows(checks, "dy", of_dy, M, N);
   cpu::check_matrix(checks, "weight", of_weight, N, K);
   cpu::check_keep(checks, of_keep, M, K);
   cpu::with_storage_type("dy", of_dy.dtype, [&](auto storage) {

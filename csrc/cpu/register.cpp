@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, library) {
   library.impl("linears_bwd", TORCH_BOX(&lora_ext::linears_bwd));
   library.impl("gated_fwd", TORCH_BOX(&lora_ext::gated_fwd));
   library.impl("gated_bwd", TORCH_BOX(&lora_ext::gated_bwd));
+  library.impl("dora_norm", TORCH_BOX(&lora_ext::dora_norm));
   library.impl("dora_dropped_fwd", TORCH_BOX(&lora_ext::dora_dropped_fwd));
   library.impl("dora_dropped_bwd", TORCH_BOX(&lora_ext::dora_dropped_bwd));
   library.impl("pack_weight", TORCH_BOX(&lora_ext::pack_weight));

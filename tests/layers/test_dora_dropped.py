@@ -6,10 +6,21 @@ import torch
 from lora_ext import dora_dropped as module
 from lora_ext.backends import BACKENDS
 from lora_ext.call import Call, LowRank, Weight
+from lora_ext.dora import row_scale
 from lora_ext.dora_dropped import is_few
 from lora_ext.testing.parity import Parity, check_parity, why_skipped
 from tests.conftest import small_call
-from tests.op.dora import DTYPES, LAYOUTS, operands, ours, plain, refused_dora, results
+from tests.op.dora import (
+    DTYPES,
+    LAYOUTS,
+    SCALE,
+    SIZES,
+    operands,
+    ours,
+    plain,
+    refused_dora,
+    results,
+)
 
 WITHOUT_CPP = BACKENDS["cpp"].unsupported(small_call())
 pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP))
@@ -90,6 +101,19 @@ def test_two_products_are_taken_where_one_is_not_faster():
         assert not is_few(call._replace(**other), g, 0.05), other
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_few(call, g, 0.05)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_norms_are_those_of_the_adapted_rows(dtypes, layout):
+    for size in SIZES:
+        given, weight, _ = operands(size, dtypes, layout)
+        A, B = given["A"], given["B"]
+        exact = weight.double() + SCALE * (A.double() @ B.double()).T
+        g = row_scale(torch.ones(len(weight)), weight, A, B, SCALE)
+        eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+        want = 1 / torch.linalg.vector_norm(exact, dim=1)
+        torch.testing.assert_close(g.double(), want, rtol=8 * eps, atol=0)
 
 
 @pytest.mark.parametrize("feature", ["DoRA", "several adapters, DoRA"])

@@ -410,7 +410,7 @@ MUTANTS = {
         "static_cast<A>(scale)",
     ),
     "dora_dx_of_the_last_columns_alone": (
-        "cpu/sparse_impl.h",
+        "cpu/dora_impl.h",
         "few.values[i + k] += sums[k]",
         "few.values[i + k] = sums[k]",
     ),
