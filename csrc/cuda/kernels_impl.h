@@ -1,5 +1,5 @@
-// The kernels: what a block computes of a launch. kernels.cu launches them, tile.h is a block's share
-// of a product and epilogue.h what becomes of its sums.
+// The kernels: what a block computes of a launch. kernels.cu launches them, tile.h is a block's
+// share of a product and epilogue.h what becomes of its sums.
 #pragma once
 
 #include "cuda/epilogue.h"

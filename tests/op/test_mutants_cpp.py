@@ -63,22 +63,22 @@ MUTANTS = {
         "B.right(), 1}",
     ),
     "scale_dropped_in_few_rows_dx": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "static_cast<A>(call_.low.scale)",
         "A(1)",
     ),
     "scale_dropped_in_dx": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "A_t_->right(), call_.low.scale, keep_}",
         "A_t_->right(), 1, keep_}",
     ),
     "scale_dropped_in_dA": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "keep_, call_.low.scale, view.transposed()",
         "keep_, 1, view.transposed()",
     ),
     "one_percent_in_dB": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "{}, call_.low.scale, view",
         "{}, 1.01 * call_.low.scale, view",
     ),
@@ -93,12 +93,12 @@ MUTANTS = {
         "bias",
     ),
     "B_of_first_columns": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "if (is_ready_) part.ready_ = ready_.from(0, col);",
         "",
     ),
     "dx_without_low_rank_part": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "wide_product<T, P>(legs, Out<T>{to, nullptr, add})",
         "wide_product<T, P>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
     ),
@@ -138,12 +138,12 @@ MUTANTS = {
         "cursors[i]->add_to(0, rows, sum",
     ),
     "first_rows_for_all_threads": (
-        "cpu/factors.h",
+        "cpu/left_factor.h",
         "part.data_ += row * row_stride_ * element_;",
         "",
     ),
     "first_columns_for_all_threads": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "part.data_ += col * col_stride_ * element_;",
         "",
     ),
@@ -153,7 +153,7 @@ MUTANTS = {
         "right_.fill(k, steps, 0, cols, packed)",
     ),
     "shared_panels_all_in_the_first_ones_place": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "panels + col * words_of<P>(right.depth())",
         "panels",
     ),
@@ -173,12 +173,12 @@ MUTANTS = {
         "Bits{}, call.low.A",
     ),
     "mask_forgotten_in_dA": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "matrix<T>(call_.x), keep_,",
         "matrix<T>(call_.x), {},",
     ),
     "mask_forgotten_in_dx": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "call_.low.scale, keep_}",
         "call_.low.scale}",
     ),
@@ -204,17 +204,17 @@ MUTANTS = {
         "Left<P>(left, keep_)",
     ),
     "mask_of_first_steps_in_h": (
-        "cpu/factors.h",
+        "cpu/left_factor.h",
         "col_stride_}, keep_.from(row, k), scratch",
         "col_stride_}, keep_.from(row, 0), scratch",
     ),
     "mask_off_by_a_row_in_dA": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "keep_.from(k, col), panels",
         "keep_.from(k > 0 ? k - 1 : k, col), panels",
     ),
     "mask_of_first_panel_in_dA": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "keep.from(0, col), {panels",
         "keep, {panels",
     ),
@@ -284,7 +284,7 @@ MUTANTS = {
         "sum[i]",
     ),
     "dx_of_few_rows_without_low_rank_part": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "cols, !masked);",
         "cols, false);",
     ),
@@ -334,7 +334,7 @@ MUTANTS = {
         "scale = codes.scale[block > 0 ? block - 1 : block];",
     ),
     "scale_of_the_neighbour_block_in_dots": (
-        "cpu/codes_impl.h",
+        "cpu/dot_codes_impl.h",
         "codes.scale[scale]",
         "codes.scale[scale > 0 ? scale - 1 : scale]",
     ),
@@ -344,17 +344,17 @@ MUTANTS = {
         "decode_nibbles<T>(codes, region.col + row * (codes.width / 2 * 2), region.cols, dst);",
     ),
     "codes_of_first_columns": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "part.first_col_ += col;",
         "",
     ),
     "codes_of_first_steps": (
-        "cpu/factors.h",
+        "cpu/right_factor.h",
         "{part.col + j, part.row, n, part.rows}",
         "{part.col + j, 0, n, part.rows}",
     ),
     "last_columns_of_dots_alone": (
-        "cpu/codes_impl.h",
+        "cpu/dot_codes_impl.h",
         "{out + i * ld, ld, 1, k > 0}",
         "{out + i * ld, ld, 1, false}",
     ),
@@ -364,12 +364,12 @@ MUTANTS = {
         "Format::kInt8 ? kNf4Values",
     ),
     "mask_forgotten_in_dx_of_few_rows": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "blocks().storage<A>().keep(keep_.from(0, col), {apart.get(), M, cols, cols, 1});",
         "",
     ),
     "masked_low_rank_part_forgotten_in_dx_of_few_rows": (
-        "cpu/backward.cpp",
+        "cpu/layer_backward.h",
         "if (masked) {  // by itself",
         "if (false) {  // by itself",
     ),
