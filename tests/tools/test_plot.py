@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import GRIDS, Shape, plot
-from tests.tools.test_bench import made_row
+from tests.tools.test_bench_report import made_row
 
 
 def made_run(shapes, mode="fwd", providers=("linear", "reference", "lora_ext")):
