@@ -17,7 +17,7 @@ import lora_ext
 from lora_ext import testing
 
 from .bases import Unavailable, needed
-from .providers import PlainLoRALayer
+from .peers import PlainLoRALayer
 
 RANK, ALPHA = 8, 2.0
 LEARNING_RATE = 1e-4

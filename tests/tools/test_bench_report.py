@@ -2,14 +2,14 @@
 
 import pytest
 
-from benchmarks import Shape, report, timing
+from benchmarks import Shape, report, runs, timing
 
 SHAPE = Shape(6, 32, 48, 4)
 
 
 def made_row(provider, ms, shape=SHAPE, spread=0.02, saved_mib=0.0):
     times = timing.Times(ms, ms * (1 - spread), ms * (1 + spread))
-    return report.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib, 0.5)
+    return runs.make_row(provider, "cpu", "fp32", "fwd", shape, times, 1.0, saved_mib, 0.5)
 
 
 @pytest.mark.parametrize(("slowdown", "expected"), [(1.2, True), (1.05, False), (0.5, False)])
