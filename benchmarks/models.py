@@ -131,7 +131,7 @@ class Step:
 
     def draw_by_hash(self) -> None:
         """Have our own layers draw their masks the fast way from here on."""
-        for _, layer in lora_ext.layers.lora_layers(self._model):
+        for _, layer in lora_ext.inject.lora_layers(self._model):
             layer.lora.dropout_mask = "hash"
 
     def __call__(self) -> float:
