@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from .checks import Touched, check_dropout, check_hyperparameters
 from .conv1d import is_conv1d, is_linear
-from .layers import LinearWithLoRA, lora_layers, why_composed
+from .layers import LinearWithLoRA, why_composed
 
 
 def replace_linear_with_lora(
@@ -128,7 +128,8 @@ def merge_(model: nn.Module, *, unload: bool = False) -> Touched:
     The sum is taken in float32 (float64 for float64) and rounded once. The new weight is a
     Parameter of its own: the old one is kept for `unmerge_`, and a layer tied to it is not touched.
     `state_dict()` goes on giving the unmerged weight, so that a checkpoint never counts A and B
-    twice. Merged layers run `linear(x)`; their A and B get no gradient.
+    twice. Merged layers run `linear(x)`; their A and B get no gradient. No other thread may run the
+    model during `merge_` or `unmerge_`: it could add A and B to a weight that has them.
 
     Args:
         model: a model with LinearWithLoRA layers; those already merged are left as they are.
@@ -180,6 +181,11 @@ def unmerge_(model: nn.Module) -> None:
             # The model may have moved in the meantime, and an untied weight with it.
             original.data = original.data.to(layer.weight.device, layer.weight.dtype)
             layer.linear.weight = original
+
+
+def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
+    """Yield (name, layer) for each LinearWithLoRA in the model, once each."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LinearWithLoRA))
 
 
 def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -161,14 +160,15 @@ class LinearWithLoRA(nn.Module):
         self.linear = cast(nn.Linear, linear)
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
         # Created on the default device, as the reference does it, and then moved: a seed gives the
-        # same A wherever the weight is.
+        # same A wherever the weight is. From meta nothing moves.
+        meta = weight.is_meta or torch.get_default_device().type == "meta"
         self.lora = LoRALayer(
             *sizes_of(linear),
             rank,
             alpha,
             scaling=scaling,
             dtype=adapter_dtype(weight.dtype) if dtype is None else dtype,
-            device="meta" if weight.is_meta else None,
+            device=weight.device if meta else None,
             dropout=dropout,
             dropout_mask=dropout_mask,
         ).to(weight.device)
@@ -287,11 +287,6 @@ def why_composed(linear: nn.Module, lora: LoRALayer, *, kind: type = Parameter) 
     if type(base := base_of(linear, kind=kind)) is str:
         return f"linear {base}"
     return why_not_low(lora, LoRALayer, kind=kind)
-
-
-def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
-    """Yield (name, layer) for each LinearWithLoRA in the model, once each."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, LinearWithLoRA))
 
 
 def _part_of_the_output(lora: nn.Module, args: Any) -> None:

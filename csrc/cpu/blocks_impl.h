@@ -18,6 +18,7 @@
 #include "cpu/codes_impl.h"
 #include "cpu/combine_codes_impl.h"
 #include "cpu/dora_impl.h"
+#include "cpu/dot_codes_impl.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"
@@ -220,7 +221,7 @@ constexpr StorageOps<T> storage_ops() {
   ops.store = &store<T>, ops.keep = &keep<T>;
   ops.dot = &dot<T>, ops.combine_rows = &combine_rows<T>, ops.update = &update<T>;
   ops.combine_few = &combine_few<T>, ops.sample_few = &sample_few<T>, ops.rescale = &rescale<T>;
-  ops.few_width = kFewWidth<Acc<T>>, ops.squares = &squares<Acc<T>>;
+  ops.squares = &squares<Acc<T>>, ops.few_width = kFewWidth<Acc<T>>;
   ops.gated = &gated<T>, ops.gated_gradients = &gated_gradients<T>;
   if constexpr (std::is_same_v<Acc<T>, float>) {
     ops.decode = &decode<T>, ops.dot_codes = &dot_codes<T>;

@@ -196,8 +196,8 @@ def run_stage(stage: Stage, log: IO[str], more: Mapping[str, str]) -> tuple[str,
     print(f"\n$ {' '.join(stage.command)}", file=log, flush=True)
     began = log.tell()
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "240"} | more
-    # A session of its own, so that its workers end with it. A shell has what it runs in the
-    # background, gpu_check and so its stages, ignore the signal that _stop sends.
+    # A session of its own, so that its workers end with it. Under `nohup ... &` an interrupt is
+    # ignored, and so it would be in what is started there.
     process = subprocess.Popen(
         stage.command,
         cwd=ROOT,

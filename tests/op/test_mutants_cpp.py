@@ -23,14 +23,16 @@ import pytest
 import torch
 
 from lora_ext.backends import cpp
-from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
+from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case, expected
 from tests.conftest import linear_of
 from tests.op.acts import refused_acts
+from tests.op.cpp_mutants import MUTANTS
 from tests.op.dora import refused_dora
-from tests.op.groups import refused_group
+from tests.op.groups import every_case_of_a_group, refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
-from tests.tools.switched import build, switch_all
+from tests.tools.library import Library, build
+from tests.tools.switched import switch_all
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,381 +58,6 @@ AVX512_CASES = [c.but(dtype=d) for c in SHAPES for d in (torch.float64, torch.fl
 AVX512_CASES += [TAILS.but(layout=name) for name in LAYOUTS]
 AVX512_CASES += [LONG.but(dtype=torch.float16)]
 
-# name: (file, the line, what it becomes)
-MUTANTS = {
-    "scale_dropped_in_y": (
-        "cpu/forward.cpp",
-        "B.right(), call_.low.scale}",
-        "B.right(), 1}",
-    ),
-    "scale_dropped_in_few_rows_dx": (
-        "cpu/backward.cpp",
-        "static_cast<A>(call_.low.scale)",
-        "A(1)",
-    ),
-    "scale_dropped_in_dx": (
-        "cpu/backward.cpp",
-        "A_t_->right(), call_.low.scale, keep_}",
-        "A_t_->right(), 1, keep_}",
-    ),
-    "scale_dropped_in_dA": (
-        "cpu/backward.cpp",
-        "keep_, call_.low.scale, view.transposed()",
-        "keep_, 1, view.transposed()",
-    ),
-    "one_percent_in_dB": (
-        "cpu/backward.cpp",
-        "{}, call_.low.scale, view",
-        "{}, 1.01 * call_.low.scale, view",
-    ),
-    "h_scaled": (
-        "cpu/low_rank.h",
-        "made.data, made.row_stride, 1, nullptr",
-        "made.data, made.row_stride, 1.5, nullptr",
-    ),
-    "bias_of_first_columns": (
-        "cpu/product.h",
-        "bias == nullptr ? bias : bias + col",
-        "bias",
-    ),
-    "B_of_first_columns": (
-        "cpu/factors.h",
-        "if (is_ready_) part.ready_ = ready_.from(0, col);",
-        "",
-    ),
-    "dx_without_low_rank_part": (
-        "cpu/backward.cpp",
-        "wide_product<T, P>(legs, Out<T>{to, nullptr, add})",
-        "wide_product<T, P>({&legs.back(), 1}, Out<T>{to, nullptr, add})",
-    ),
-    "last_block_of_the_sums_alone": (
-        "cpu/product.h",
-        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
-        "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
-    ),
-    "last_leg_alone": (
-        "cpu/product.h",
-        "      addend = {sum, ld};\n    }\n    if (!in_place)",
-        "      addend = {};\n    }\n    if (!in_place)",
-    ),
-    "second_block_forgotten": (
-        "cpu/product.h",
-        "k == 0 || k < depth; k += leg_.step",
-        "k == 0 || k < depth; k += leg_.step + (k > 0 ? 0 : leg_.step)",
-    ),
-    "bias_lost_after_the_first_block": (
-        "cpu/product.h",
-        "if (out.bias != nullptr) addend = {out.bias, 0};",
-        "if (out.bias != nullptr && row > 0) addend = {out.bias, 0};",
-    ),
-    "base_product_forgotten_where_it_is_added_to": (
-        "cpu/product.h",
-        "if (out.add) addend = {sum, ld};",
-        "",
-    ),
-    "first_block_of_the_weight_for_all": (
-        "cpu/product.h",
-        "if (k >= rows_packed_)",
-        "if (rows_packed_ == 0)",
-    ),
-    "first_tile_of_rows_for_all": (
-        "cpu/product.h",
-        "cursors[i]->add_to(row, rows, sum",
-        "cursors[i]->add_to(0, rows, sum",
-    ),
-    "first_rows_for_all_threads": (
-        "cpu/factors.h",
-        "part.data_ += row * row_stride_ * element_;",
-        "",
-    ),
-    "first_columns_for_all_threads": (
-        "cpu/factors.h",
-        "part.data_ += col * col_stride_ * element_;",
-        "",
-    ),
-    "first_columns_of_a_large_weight_for_all": (
-        "cpu/product.h",
-        "right_.fill(k, steps, col, cols, packed)",
-        "right_.fill(k, steps, 0, cols, packed)",
-    ),
-    "shared_panels_all_in_the_first_ones_place": (
-        "cpu/factors.h",
-        "panels + col * words_of<P>(right.depth())",
-        "panels",
-    ),
-    "a_threads_last_part_left_out": (
-        "cpu/parallel.h",
-        "i < end; ++i",
-        "i + 1 < end || i == begin; ++i",
-    ),
-    "first_row_of_tiles_for_all": (
-        "cpu/product.h",
-        "tile / across * tiling.rows, col",
-        "0 * tiling.rows, col",
-    ),
-    "mask_forgotten_in_h": (
-        "cpu/forward.cpp",
-        "bits_of(call.low.keep), call.low.A",
-        "Bits{}, call.low.A",
-    ),
-    "mask_forgotten_in_dA": (
-        "cpu/backward.cpp",
-        "matrix<T>(call_.x), keep_,",
-        "matrix<T>(call_.x), {},",
-    ),
-    "mask_forgotten_in_dx": (
-        "cpu/backward.cpp",
-        "call_.low.scale, keep_}",
-        "call_.low.scale}",
-    ),
-    "mask_of_dx_on_the_base_too": (
-        "cpu/product.h",
-        "if (keep.data != nullptr) blocks().storage<A>().keep(keep, {sum, rows, cols, ld, 1});",
-        "if (legs[0].keep.data != nullptr)\n        blocks().storage<A>().keep("
-        "legs[0].keep.from(row, 0), {sum, rows, cols, ld, 1});",
-    ),
-    "mask_with_its_bits_reversed": (
-        "cpu/blocks_impl.h",
-        "Lane{1} << i",
-        "Lane{1} << (lanes - 1 - i)",
-    ),
-    "mask_of_a_tail_with_its_bits_reversed": (
-        "cpu/blocks_impl.h",
-        ">> j % 8 & 1",
-        ">> (7 - j % 8) & 1",
-    ),
-    "mask_of_first_rows_in_h": (
-        "cpu/low_rank.h",
-        "Left<P>(left, keep_.from(row, 0))",
-        "Left<P>(left, keep_)",
-    ),
-    "mask_of_first_steps_in_h": (
-        "cpu/factors.h",
-        "col_stride_}, keep_.from(row, k), scratch",
-        "col_stride_}, keep_.from(row, 0), scratch",
-    ),
-    "mask_off_by_a_row_in_dA": (
-        "cpu/factors.h",
-        "keep_.from(k, col), panels",
-        "keep_.from(k > 0 ? k - 1 : k, col), panels",
-    ),
-    "mask_of_first_panel_in_dA": (
-        "cpu/factors.h",
-        "keep.from(0, col), {panels",
-        "keep, {panels",
-    ),
-    "mask_of_first_rows_in_dx": (
-        "cpu/product.h",
-        "keep = legs[i].keep.from(row, 0);",
-        "keep = legs[i].keep;",
-    ),
-    "group_dx_of_the_first_weight_alone": (
-        "cpu/backward.cpp",
-        "for (const Backward<T, P>& layer : layers) layer.add_base_leg(&legs);",
-        "layers[0].add_base_leg(&legs);",
-    ),
-    "group_dx_of_the_last_layer_alone": (
-        "cpu/backward.cpp",
-        "layers[i].dx(dx, i > 0)",
-        "layers[i].dx(dx, false)",
-    ),
-    "group_dx_without_the_mask_of_the_second": (
-        "cpu/product.h",
-        "blocks().storage<A>().keep(keep, {apart.get(), rows, cols, cols, 1});",
-        "",
-    ),
-    "group_panels_all_in_the_first_ones_place": (
-        "cpu/product.h",
-        "packed += words * round_up_to_panel<P>(width);",
-        "",
-    ),
-    "group_h_of_the_first_for_all": (
-        "cpu/forward.cpp",
-        "hidden->columns(col, R)",
-        "hidden->columns(0, R)",
-    ),
-    "group_h_split_by_the_first_rank": (
-        "cpu/forward.cpp",
-        "col += R;",
-        "col += calls[0].R;",
-    ),
-    "group_A_over_one_another": (
-        "cpu/forward.cpp",
-        "to += columns ? call.R * K : call.R;",
-        "",
-    ),
-    "tail_of_dots_forgotten": (
-        "cpu/few_rows_impl.h",
-        "if (p > 0 && p < depth)",
-        "if (false)",
-    ),
-    "tail_of_dots_summed_twice": (
-        "cpu/vectors.h",
-        "kLanes<A> - count",
-        "0",
-    ),
-    "dots_of_less_than_a_vector_forgotten": (
-        "cpu/few_rows_impl.h",
-        "if (p == 0)",
-        "if (false)",
-    ),
-    "sum_of_half_the_lanes": (
-        "cpu/vectors.h",
-        "width = kVectorBytes / 32; width > 0",
-        "width = 0; width > 0",
-    ),
-    "rows_combined_last_alone": (
-        "cpu/few_rows_impl.h",
-        "add ? read<V>(to) + sum[i] : sum[i]",
-        "sum[i]",
-    ),
-    "dx_of_few_rows_without_low_rank_part": (
-        "cpu/backward.cpp",
-        "cols, !masked);",
-        "cols, false);",
-    ),
-    "carried_part_without_scale": (
-        "cpu/product.h",
-        "sums_.get(), words_, scale, nullptr, false",
-        "sums_.get(), words_, 1, nullptr, false",
-    ),
-    "carried_part_at_every_block": (
-        "cpu/product.h",
-        "k + leg_.step < depth ? Along<P>{} : along",
-        "along",
-    ),
-    "carried_part_of_the_first_rows": (
-        "cpu/product.h",
-        "low_.left.block(row, 0, rows",
-        "low_.left.block(0, 0, rows",
-    ),
-    "edge_columns_not_summed": (
-        "cpu/multiply_impl.h",
-        "scale * sum + start;",
-        "scale * sum;",
-    ),
-    "halves_of_a_byte_swapped": (
-        "cpu/codes_impl.h",
-        "_mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4)",
-        "_mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0)",
-    ),
-    "halves_of_a_last_byte_swapped": (
-        "cpu/codes_impl.h",
-        "code = at % 2 == 0 ?",
-        "code = at % 2 != 0 ?",
-    ),
-    "upper_eight_values_lost": (
-        "cpu/codes_impl.h",
-        "(__m256)(code << 28)",
-        "__m256{}",
-    ),
-    "block_off_by_one": (
-        "cpu/codes_impl.h",
-        "after = (block + 1) << codes.block_bits;",
-        "after = ((block + 1) << codes.block_bits) + 1;",
-    ),
-    "scale_of_the_neighbour_block": (
-        "cpu/codes_impl.h",
-        "scale = codes.scale[block];",
-        "scale = codes.scale[block > 0 ? block - 1 : block];",
-    ),
-    "scale_of_the_neighbour_block_in_dots": (
-        "cpu/codes_impl.h",
-        "codes.scale[scale]",
-        "codes.scale[scale > 0 ? scale - 1 : scale]",
-    ),
-    "blocks_of_each_row_its_own": (
-        "cpu/codes_impl.h",
-        "decode_nibbles<T>(codes, at, region.cols, dst);",
-        "decode_nibbles<T>(codes, region.col + row * (codes.width / 2 * 2), region.cols, dst);",
-    ),
-    "codes_of_first_columns": (
-        "cpu/factors.h",
-        "part.first_col_ += col;",
-        "",
-    ),
-    "codes_of_first_steps": (
-        "cpu/factors.h",
-        "{part.col + j, part.row, n, part.rows}",
-        "{part.col + j, 0, n, part.rows}",
-    ),
-    "last_columns_of_dots_alone": (
-        "cpu/codes_impl.h",
-        "{out + i * ld, ld, 1, k > 0}",
-        "{out + i * ld, ld, 1, false}",
-    ),
-    "codes_of_fp4_for_nf4": (
-        "cpu/codes.cpp",
-        "Format::kNf4 ? kNf4Values",
-        "Format::kInt8 ? kNf4Values",
-    ),
-    "mask_forgotten_in_dx_of_few_rows": (
-        "cpu/backward.cpp",
-        "blocks().storage<A>().keep(keep_.from(0, col), {apart.get(), M, cols, cols, 1});",
-        "",
-    ),
-    "masked_low_rank_part_forgotten_in_dx_of_few_rows": (
-        "cpu/backward.cpp",
-        "if (masked) {  // by itself",
-        "if (false) {  // by itself",
-    ),
-    "combined_codes_of_first_columns": (
-        "cpu/combine_codes_impl.h",
-        "codes.width + col + k",
-        "codes.width + k",
-    ),
-    "combined_codes_of_first_rows": (
-        "cpu/combine_codes_impl.h",
-        "codes, p, col, cols,",
-        "codes, 0, col, cols,",
-    ),
-    "activation_of_another_name": (
-        "cpu/act.cpp",
-        "static_cast<Act>(i)",
-        "static_cast<Act>(i / 2 * 2)",
-    ),
-    "activations_rows_of_the_first_thread_for_all": (
-        "cpu/act.cpp",
-        "cpu::matrix<T>(operand).block(row, 0",
-        "cpu::matrix<T>(operand).block(0, 0",
-    ),
-    "up_forgotten_in_the_gates_gradient": (
-        "cpu/act_impl.h",
-        "dy * widen(u + j) * derivative",
-        "dy * derivative",
-    ),
-    "dora_rows_of_another_block": (
-        "cpu/dora_dropped.cpp",
-        "of.load(x.block(row + i, 0, 1, K), dense",
-        "of.load(x.block(i, 0, 1, K), dense",
-    ),
-    "dora_low_rank_part_whole": (
-        "cpu/dora_dropped.cpp",
-        "static_cast<A>(p * scale)",
-        "static_cast<A>(scale)",
-    ),
-    "dora_dx_of_the_last_columns_alone": (
-        "cpu/dora_impl.h",
-        "few.values[i + k] += sums[k]",
-        "few.values[i + k] = sums[k]",
-    ),
-    "dora_dropped_past_the_end": (
-        "cpu/dora_dropped.cpp",
-        "if (bits < 64) dropped",
-        "if (bits < 0) dropped",
-    ),
-    "dora_kept_for_dropped": (
-        "cpu/dora_dropped.cpp",
-        "uint64_t dropped = ~kept",
-        "uint64_t dropped = kept",
-    ),
-    "transposed_by_one_round_less": (
-        "cpu/vectors.h",
-        "round = 1; round < kRows",
-        "round = 2; round < kRows",
-    ),
-}
-
 
 def build_libraries(folder: Path) -> None:
     """Build folder/switched.so, with a switch for each mutant, and the lowered kernels'."""
@@ -438,8 +65,9 @@ def build_libraries(folder: Path) -> None:
     shutil.copytree(ROOT / "csrc", sources)
     switch_all(sources, MUTANTS.values())
     lowered = lowered_avx512(folder / LOWERED)
-    others = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
-    build(folder, sources, LOWERED, others)
+    changed = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
+    libraries = {"switched": Library(sources, "avx2"), LOWERED: Library(sources, "avx512", changed)}
+    build(folder, libraries)
 
 
 def lowered_avx512(target: Path) -> Path:
@@ -524,10 +152,12 @@ def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
 
 if __name__ == "__main__":
     # An operator takes one kernel a process: each name gets a fork of this one, with what PyTorch
-    # would import at the first gradient, 2 s, already there.
+    # would import at the first gradient, 2 s, and the results to compare with already there.
     import torch.fx.experimental.symbolic_shapes
 
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
+    for case in (*CPP_CASES, *CASES_OF_MANY, *every_case_of_a_group()):
+        expected(case)
     for name in sys.argv[2:]:
         process = get_context("fork").Process(target=print_verdict, args=[sys.argv[1], name])
         process.start()
