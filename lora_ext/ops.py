@@ -148,9 +148,9 @@ LIBRARY = define("lora_ext")
 # On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
 # their sum, and after it dweight, dbias, dA and dB of each); a gated MLP's act(gate) * up, and its
 # gradients, of which d_gate may be d_hidden itself; DoRA's norms (dora.py); DoRA over a dropped x
-# (dora_dropped.py), and its gradient; a weight in panels; and dropout's mask as bits: drawn from a seed's hash
-# (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's state, or packed from a
-# mask of bytes.
+# (dora_dropped.py), and its gradient; a weight in panels; and dropout's mask as bits: drawn from a
+# seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's state, or
+# packed from a mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"

@@ -15,7 +15,8 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kMostDepth = 768;  // rows laid out at a time: 768 KB of float on AVX-512
+// Rows laid out at a time, of up to 1 KB: where sums of all rows wait meanwhile, and where not.
+constexpr int64_t kForwardDepth = 384, kBackwardDepth = 768;
 constexpr int64_t kMostRows = 1024;  // of sums that wait meanwhile
 constexpr int64_t kLeastRows = 128;  // for which a thread lays a factor out once more
 
@@ -102,7 +103,7 @@ template <typename T, typename B>
 void Forward<T, B>::operator()(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
   const StorageOps<T>& of = blocks().storage<T>();
   const int64_t K = x.cols, R = h.cols, width = of.few_width;
-  const int64_t depth = even_part(K, kMostDepth, 64, 64, 1);
+  const int64_t depth = even_part(K, kForwardDepth, 64, 64, 1);
   const Scratch<A> sums(rows * width), panel(std::max(std::min(depth, K), R) * width);
   const Scratch<A> of_factor(width), of_bias(width), dense(K), of_h(rows * R);
   const Scratch<int32_t> each(R);
@@ -295,7 +296,7 @@ void dora_dropped_bwd(Tensor dx, const Tensor& dy, const Tensor& weight, const T
         cpu::matrix<T>(of_dy), cpu::matrix<T>(of_weight), cpu::bits_of(of_keep),
         cpu::checked_row<A>(checks, "factor", of_factor, N, cpu::accumulator_of(of_dy.dtype)),
         cpu::result<T>(dx)};
-    const int64_t part = cpu::even_part(K, cpu::kMostDepth, 64, 64, cpu::num_threads());
+    const int64_t part = cpu::even_part(K, cpu::kBackwardDepth, 64, 64, cpu::num_threads());
     cpu::for_each_block(M, K, part, backward);
   });
 }

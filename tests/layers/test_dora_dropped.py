@@ -116,6 +116,54 @@ def test_norms_are_those_of_the_adapted_rows(dtypes, layout):
         torch.testing.assert_close(g.double(), want, rtol=8 * eps, atol=0)
 
 
+WRONG = {
+    "y": torch.zeros(3, 5),
+    "x": torch.zeros(4, 6, dtype=torch.float64),
+    "weight": torch.zeros(6, 5),
+    "bias": torch.zeros(4),
+    "h": torch.zeros(4, 3),
+    "B": torch.zeros(2, 6),
+    "keep": torch.zeros(4, 2, dtype=torch.uint8),
+    "factor": torch.zeros(5, dtype=torch.float64),
+    "p": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_operators_name_a_wrong_argument(name):
+    given = {
+        "y": torch.zeros(4, 5),
+        "x": torch.zeros(4, 6),
+        "weight": torch.zeros(5, 6),
+        "bias": torch.zeros(5),
+        "h": torch.zeros(4, 2),
+        "B": torch.zeros(2, 5),
+        "keep": torch.zeros(4, 1, dtype=torch.uint8),
+        "factor": torch.zeros(5),
+        "scale": 1.0,
+        "p": 0.1,
+    }
+    ops = torch.ops.lora_ext
+    ops.dora_dropped_fwd(**given)
+    with pytest.raises(RuntimeError, match=rf", ({name}|x|y) must"):
+        ops.dora_dropped_fwd(**given | {name: WRONG[name]})
+    if name in ("weight", "keep", "factor"):
+        backward = {
+            "dx": given["x"],
+            "dy": given["y"],
+            **{n: given[n] for n in WRONG if n in given},
+        }
+        backward = {n: backward[n] for n in ("dx", "dy", "weight", "keep", "factor")}
+        ops.dora_dropped_bwd(**backward)
+        with pytest.raises(RuntimeError, match=f", {name} must"):
+            ops.dora_dropped_bwd(**backward | {name: WRONG[name]})
+    if name in ("weight", "B"):
+        norm = {"weight": given["weight"], "A": torch.zeros(6, 2), "B": given["B"], "scale": 1.0}
+        ops.dora_norm(**norm)
+        with pytest.raises(RuntimeError, match=", (A|B) must"):
+            ops.dora_norm(**norm | {name: WRONG[name]})
+
+
 @pytest.mark.parametrize("feature", ["DoRA", "several adapters, DoRA"])
 @pytest.mark.parametrize("base", ["nn.Linear", "Conv1D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -91,5 +91,7 @@ def refused_dora(sizes=SIZES, dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS)) -> s
                     times = 32 if dtype == torch.float64 else 4  # exact is then of its own errors
                     floor = times * torch.finfo(dtype).eps * right.norm()
                     if not off <= 2 * (others[result] - right).norm() + floor:
-                        return f"{result} of {size}, {name}, {layout} is off by {off / right.norm()}"
+                        return (
+                            f"{result} of {size}, {name}, {layout} is off by {off / right.norm()}"
+                        )
     return None
