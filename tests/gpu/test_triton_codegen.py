@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton import cards, launches, tuning
+from lora_ext.backends.triton import cards, group_costs, group_launches, launches, tuning
 from lora_ext.backends.triton.backward_launches import Backward
 from lora_ext.backends.triton.forward_launches import Forward
 from lora_ext.backends.triton.regimes import REGIMES
@@ -28,6 +28,7 @@ BASE_KERNELS = (
     "lora_linear_fwd_persistent_kernel",
     "lora_linear_bwd_dx_kernel",
     "lora_linear_bwd_dx_persistent_kernel",
+    "lora_linears_bwd_dx_kernel",
 )
 N = K = 4096
 
@@ -120,10 +121,15 @@ def tile_label(tile) -> str:
 @cache
 def distinct(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     """Return a label and the launch for each different kernel that the problems end in."""
+    return launched_by(problems(family, dtypes), DTYPES[dtypes].kind)
+
+
+def launched_by(runs: Iterator[tuple[str, Callable[[], object]]], kind: str):
+    """Return a label and the launch for each different kernel that the runs end in."""
     found: dict[str, tuple[str, Launch]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "kind_of", lambda dtype: DTYPES[dtypes].kind)
-        for label, run in problems(family, dtypes):
+        patch.setattr(tuning, "kind_of", lambda dtype: kind)
+        for label, run in runs:
 
             def record(kernel, grid, arguments, label=label):
                 params = {param.name: param for param in kernel.params}
@@ -140,6 +146,8 @@ def specialised(argument: object, param: Any) -> object:
     """Return what of an argument makes Triton compile again; `param` None is an option."""
     if param is None or param.is_constexpr:
         return argument
+    if isinstance(argument, tuple):
+        return tuple(specialised(of_layer, param) for of_layer in argument)
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     if hasattr(argument, "block_shape"):
@@ -149,9 +157,9 @@ def specialised(argument: object, param: Any) -> object:
     return type(argument)
 
 
-def inspect(family: str, types: str, index: int) -> Inspected:
+def inspect(family: str, types: str, tile: str, launch: Launch) -> Inspected:
     """Compile one launch and read it."""
-    tile, (kernel, grid, options) = distinct(family, types)[index]
+    kernel, grid, options = launch
     rows = options["BLOCK_M"]
     wide = 0
     if DTYPES[types].loops:
@@ -162,9 +170,11 @@ def inspect(family: str, types: str, index: int) -> Inspected:
         machine = codegen.read(compiled, loops=DTYPES[types].loops)
     except Exception as error:  # the table shows what any compiler stage says
         machine = f"{type(error).__name__}: {error}"
-    # The epilogue's loop over ranks, whose operands are small; and decode's loop over tiles that
-    # were there before h: hardly any.
-    waiting = (options["R"] > options["BLOCK_R"]) + ("decode" in kernel.__name__)
+    # The epilogue's loop over ranks, whose operands are small, of each layer, for each half under a
+    # mask; and decode's loop over tiles that were there before h: hardly any.
+    ranks = options["R"] if isinstance(options["R"], tuple) else (options["R"],)
+    waiting = sum(R > options["BLOCK_R"] for R in ranks) * (1 + options.get("MASKED", False))
+    waiting += "decode" in kernel.__name__
     counts = options.get("arrived") is not None
     return Inspected(kernel.__name__, tile, types, rows, wide, waiting, counts, machine)
 
@@ -179,7 +189,7 @@ def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
     if options.get("DESCRIPTORS"):
         return 2
     m, n, k = (options[f"BLOCK_{name}"] for name in "MNK")
-    if "WANT_DX" in options:
+    if "dx" in options:
         n, k = k, n
     threads = options["num_warps"] * (64 if family == "gfx942" else 32)
     return max(1, m * k * size // (threads * 16)) + max(1, n * k * size // (threads * 16))
@@ -237,10 +247,69 @@ def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeyp
     # Compiled again whatever the machine has compiled before, and only read here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
-    rows = [inspect(family, types, index) for index in range(len(distinct(family, types)))]
+    rows = [inspect(family, types, *one) for one in distinct(family, types)]
+    assert_no_faults(rows, family)
+    assert any(row.wide for row in rows) == DTYPES[types].loops
+
+
+def assert_no_faults(rows: list[Inspected], family: str) -> None:
+    """Print the table of what was compiled, and fail on what is wrong in it."""
     print(f"{'kernel':31} {'tile':22} {'types':17} card    regs  shared  in loops")
     for row in rows:
         print(f"{row} {family:7} {row.figures()}")
     faults = [f"{row} {fault}" for row in rows for fault in faults_of(row, family)]
     assert rows and not faults, "\n".join(faults)
-    assert any(row.wide for row in rows) == DTYPES[types].loops
+
+
+def joint_runs(family: str, types: str, layers: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield a label and what runs layers of one x jointly, by every regime and tile of a card."""
+    card = next(card for card in cards.KNOWN.values() if card.family == family)
+    dtype, adapter, R, _, masked, *_ = DTYPES[types]
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    M, widths = 8192, (N, 1024, 1024)[:layers]
+    x, keep = empty(M, K), empty(M, K // 32, of=torch.int32) if masked else None
+    calls, backs = [], []
+    for n in widths:
+        A, B = empty(K, R, of=adapter), empty(R, n, of=adapter)
+        calls.append(Forward(x, empty(n, K), empty(n), A, B, 0.5, keep))
+        own = empty(n, K), A, B, empty(M, R), 0.5, (True, True, True), keep
+        backs.append(Backward(empty(M, n), x, *own))
+    problems = list(map(tuning.forward_problem, calls))
+    for name in group_costs.WITH_SHRINK:
+        way = group_costs.joint_forward(problems, card, lambda regime, _, name=name: regime == name)
+        if way is not None:
+            run = group_launches.forward(calls, problems, way.choices, card)
+            yield tile_label(way.choices[0][1]), partial(run, calls)
+    problems = list(map(tuning.backward_problem, backs))
+    for tile in group_costs.tiles_of_dx(problems, card):
+        run = group_launches.backward(backs, problems, tile, card)
+        yield tile_label(tile), partial(run, backs)
+
+
+# Two legs are as hard on the registers as four, and compile in half the time, 15 s on one core.
+JOINT = [("sm_90", "fp16-R64", 2)] + [
+    (family, types, 3)
+    for family in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for types in ("fp16-R64", "fp16-R64-fp32-AB", "fp16-R64-keep")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "types", "layers"),
+    [JOINT[0], *(pytest.param(*one, marks=pytest.mark.long) for one in JOINT[1:])],
+)
+def test_joint_kernels_fit_their_card_and_use_it(family, types, layers, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    launches_of = launched_by(joint_runs(family, types, layers), DTYPES[types].kind)
+    ours = [one for one in launches_of if "linears" in one[1][0].__name__]
+    rows = [inspect(family, types, *one) for one in ours]
+    assert_no_faults(rows, family)
+    assert {row.kernel for row in rows} == {
+        "lora_linears_shrink_kernel",
+        "lora_linears_bwd_dx_kernel",
+    }
