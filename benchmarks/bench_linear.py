@@ -31,19 +31,10 @@ from . import (
     writable,
 )
 from .bases import Unavailable
-from .providers import DEFAULT, PROVIDERS, Step
-from .report import (
-    FLOOR,
-    Row,
-    compare,
-    earlier_run,
-    make_header,
-    make_row,
-    print_comparison,
-    print_report,
-    wide_console,
-    write_json,
-)
+from .providers import DEFAULT, PROVIDERS
+from .report import compare, print_comparison, print_report, wide_console
+from .runs import FLOOR, Row, earlier_run, make_header, make_row, write_json
+from .step import Step
 from .timing import measure, peak_mib, saved_mib
 
 _SEED = 1  # of the masks that the gate checks with

@@ -22,7 +22,8 @@ from torch import nn
 from . import names_of, positive, writable
 from .bases import Unavailable
 from .models import MODELS, PROVIDERS, RANK, Step
-from .report import make_header, wide_console
+from .report import wide_console
+from .runs import make_header
 from .timing import measure, peak_mib, saved_mib
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

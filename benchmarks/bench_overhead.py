@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import lora_ext
 
-from .report import make_header, wide_console
+from .report import wide_console
+from .runs import make_header
 from .timing import cpu_timer, interleave, summarize
 
 PEERS = ("F.linear", "plain layer")

@@ -19,16 +19,8 @@ import torch
 from rich.table import Table
 
 from . import DTYPES, Shape, flops, positive
-from .report import (
-    FLOOR,
-    OURS,
-    PLAIN,
-    Row,
-    by_shape,
-    earlier_run,
-    geometric_mean,
-    wide_console,
-)
+from .report import OURS, PLAIN, by_shape, geometric_mean, wide_console
+from .runs import FLOOR, Row, earlier_run
 from .timing import cpu_timer, interleave, summarize
 
 GEMM_SIZES = (256, 384, 512, 768, 1024)

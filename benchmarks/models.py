@@ -17,7 +17,7 @@ import lora_ext
 from lora_ext import testing
 
 from .bases import Unavailable, needed
-from .providers import PlainLoRALayer
+from .peers import PlainLoRALayer
 
 RANK, ALPHA = 8, 2.0
 LEARNING_RATE = 1e-4
@@ -131,7 +131,7 @@ class Step:
 
     def draw_by_hash(self) -> None:
         """Have our own layers draw their masks the fast way from here on."""
-        for _, layer in lora_ext.layers.lora_layers(self._model):
+        for _, layer in lora_ext.inject.lora_layers(self._model):
             layer.lora.dropout_mask = "hash"
 
     def __call__(self) -> float:

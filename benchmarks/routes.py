@@ -22,7 +22,8 @@ from rich.table import Table
 from lora_ext import _C
 
 from . import DTYPES, GRIDS, Case, Shape, make_case, names_of, positive, shape
-from .report import instruction_set, wide_console
+from .report import wide_console
+from .runs import instruction_set
 from .timing import interleave
 
 # A minute: decoding, few rows, a short batch, square and wide layers, a high rank.

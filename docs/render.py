@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import make_header
+from benchmarks.runs import make_header
 
 SCRIPT = Path(__file__).resolve().with_name("example.py")
 MADE = "<!-- made from docs/example.py by `python -m docs.render` -->"

@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks import GRIDS, Shape
 from benchmarks.plot import draw, draw_means, machine_of, name_of
 from benchmarks.providers import DEFAULT
-from benchmarks.report import FLOOR, OURS, PLAIN, Row, by_shape, earlier_run, geometric_mean, ratio
+from benchmarks.report import OURS, PLAIN, by_shape, geometric_mean, ratio
+from benchmarks.runs import FLOOR, Row, earlier_run
 
 from . import memory_tables
 

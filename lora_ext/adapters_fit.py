@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .checks import HALF, Touched, check_hyperparameters
 from .conv1d import is_linear, sizes_of
 from .files import quoted
-from .inject import linears
-from .layers import LinearWithLoRA, lora_layers
+from .inject import linears, lora_layers
+from .layers import LinearWithLoRA
 
 
 def install(

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from .checks import Touched, check_dropout, check_hyperparameters
 from .conv1d import is_conv1d, is_linear
-from .layers import LinearWithLoRA, lora_layers, why_composed
+from .layers import LinearWithLoRA, why_composed
 
 
 def replace_linear_with_lora(
@@ -180,6 +180,11 @@ def unmerge_(model: nn.Module) -> None:
             # The model may have moved in the meantime, and an untied weight with it.
             original.data = original.data.to(layer.weight.device, layer.weight.dtype)
             layer.linear.weight = original
+
+
+def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
+    """Yield (name, layer) for each LinearWithLoRA in the model, once each."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LinearWithLoRA))
 
 
 def require_lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:

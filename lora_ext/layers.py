@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -287,11 +286,6 @@ def why_composed(linear: nn.Module, lora: LoRALayer, *, kind: type = Parameter) 
     if type(base := base_of(linear, kind=kind)) is str:
         return f"linear {base}"
     return why_not_low(lora, LoRALayer, kind=kind)
-
-
-def lora_layers(model: nn.Module) -> Iterable[tuple[str, LinearWithLoRA]]:
-    """Yield (name, layer) for each LinearWithLoRA in the model, once each."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, LinearWithLoRA))
 
 
 def _part_of_the_output(lora: nn.Module, args: Any) -> None:

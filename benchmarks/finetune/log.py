@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import make_header
+from benchmarks.runs import make_header
 
 from .tasks import Task
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lora_ext
-from benchmarks.plot import draw_steps
 from benchmarks.timing import interval
 
+from .curves import draw_steps
 from .data import DemoError
 from .log import Log
 from .tasks import Settings, Task

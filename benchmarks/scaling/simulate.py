@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import positive, writable
-from benchmarks.report import make_header, wide_console
+from benchmarks.report import wide_console
+from benchmarks.runs import make_header
 
 from .decoder import DecoderShape
 from .trace import KINDS, LAYERS, Trace, Traffic, simulate_step

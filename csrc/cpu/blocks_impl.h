@@ -17,6 +17,7 @@
 #include "cpu/blocks.h"
 #include "cpu/codes_impl.h"
 #include "cpu/combine_codes_impl.h"
+#include "cpu/dot_codes_impl.h"
 #include "cpu/few_rows_impl.h"
 #include "cpu/mask_impl.h"
 #include "cpu/multiply_impl.h"

@@ -12,16 +12,6 @@ namespace lora_ext {
 namespace cpu {
 namespace {
 
-// lora_ext/dropout.py's _mix, in 64 bits as there: the least significant 32 are what it returns.
-int64_t mix(int64_t n) {
-  const auto times = [](int64_t value, uint64_t factor) {
-    return static_cast<int64_t>(static_cast<uint64_t>(value) * factor & 0xFFFFFFFF);
-  };
-  n = times(n ^ n >> 16, 0x21F0AAAD);
-  n = times(n ^ n >> 15, 0x735A2D97);
-  return n ^ n >> 15;
-}
-
 Tensor empty_bits(const Tensor& like, int64_t rows, int64_t cols) {
   return empty(like, {rows, ceil_div(cols, 8)}, aoti_torch_dtype_uint8());
 }
@@ -113,8 +103,8 @@ Tensor draw_keep(const Tensor& seed, int64_t rows, int64_t cols, double p, int64
   const auto threshold = static_cast<int32_t>(static_cast<int64_t>(dropped) - (int64_t{1} << 31));
   const Tensor bits = cpu::empty_bits(seed, rows, cols);
   cpu::for_each_row(bits, [&](int64_t row, uint8_t* to) {
-    const int64_t hash = cpu::mix(cpu::mix((row & 0xFFFFFFFF) ^ seeds[0]) ^ row >> 32 ^ seeds[1]);
-    cpu::blocks().mask.draw(static_cast<uint32_t>(hash), columns.get(), cols, threshold, to);
+    const uint32_t hash = cpu::mix(cpu::mix((row & 0xFFFFFFFF) ^ seeds[0]) ^ row >> 32 ^ seeds[1]);
+    cpu::blocks().mask.draw(hash, columns.get(), cols, threshold, to);
   });
   return bits;
 }

@@ -37,13 +37,6 @@ inline void row_of_bits(int64_t cols, uint8_t* bits, const F& keep) {
   bits_of_bytes(kept, (cols - from + 7) / 8, bits + from / 8);
 }
 
-// lora_ext/dropout.py's _mix. Of a number of more than 32 bits it reads the lowest 48.
-inline uint32_t mix(uint64_t n) {
-  uint32_t low = static_cast<uint32_t>(n ^ n >> 16) * 0x21F0AAAD;
-  low = (low ^ low >> 15) * 0x735A2D97;
-  return low ^ low >> 15;
-}
-
 void hash_columns(int64_t from, int64_t count, const int64_t (&seed)[2], uint32_t* hashes) {
   const auto first = static_cast<uint64_t>(seed[0]), second = static_cast<uint64_t>(seed[1]);
   for (int64_t k = 0; k < count; ++k) {

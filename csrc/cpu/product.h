@@ -11,7 +11,8 @@
 #include <span>
 #include <vector>
 
-#include "cpu/factors.h"
+#include "cpu/left_factor.h"
+#include "cpu/right_factor.h"
 
 namespace lora_ext::cpu {
 

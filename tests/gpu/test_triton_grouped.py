@@ -4,8 +4,6 @@ In Triton's interpreter, next to tests/op/test_grouped.py, which holds the error
 regimes; and what is chosen on cards, without either interpreter or GPU.
 """
 
-import os
-
 import pytest
 import torch
 
@@ -13,13 +11,14 @@ pytest.importorskip("triton")
 
 from lora_ext import gated_mlp
 from lora_ext.backends import triton
-from lora_ext.backends.triton import group_kernels, group_launches, grouping, launches, regime
+from lora_ext.backends.triton import group_kernels, group_launches, grouping, regime
 from lora_ext.call import Call
 from lora_ext.parts import Part
 from lora_ext.testing import expected
 from lora_ext.testing.backend import make_call
 from tests.conftest import Backend
 from tests.gpu.changed import changed
+from tests.gpu.launched import record_launches, run_once
 from tests.op.groups import FP16, FP32, ODD, WIDE, broken_in_group
 
 KERNELS = ("lora_linears_shrink_kernel", "lora_linears_bwd_dx_kernel")
@@ -62,23 +61,14 @@ MUTANTS = {
 @pytest.fixture
 def interpreted(backend: Backend, monkeypatch):
     """Run once, in the interpreter, with plans made again."""
-    if str(backend) != "triton-two_launches" or os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs once, in the interpreter")
+    run_once(backend, "triton-two_launches", monkeypatch)
     monkeypatch.setattr(grouping, "_plans", {})
 
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """The names of the kernels that are launched."""
-    names = []
-    real = launches.launch
-
-    def launch(kernel, grid, arguments):
-        names.append(kernel.__name__)
-        real(kernel, grid, arguments)
-
-    monkeypatch.setattr(launches, "launch", launch)
-    return names
+    return record_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("cases", GROUPS, ids=["mixed", "masked"])

@@ -4,7 +4,6 @@ The bits in Triton's interpreter or on a GPU, the rest without either.
 """
 
 import mmap
-import os
 import re
 
 import numpy as np
@@ -17,8 +16,8 @@ from lora_ext.backends.triton import cards, launches, mask
 from lora_ext.dropout import draw_bits, pack_bits
 from tests.conftest import Backend
 from tests.gpu import codegen
+from tests.gpu.launched import INTERPRETED, launches_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Less than a byte, whole words, a row more than a program's and a column more than its.
 SIZES = [(1, 1), (5, 7), (37, 96), (3, 100), (33, 1025), (9, 1056), (0, 5), (4, 0)]
 SEEDS = [(1, 2), (2**31 - 1, 2**31 - 2), (2**40 + 3, -7)]
@@ -107,15 +106,6 @@ def draw_row(seed: torch.Tensor, row: int, column: int, p: float) -> bool:
     from tests.op.test_dropout_mask import hash_of
 
     return hash_of(tuple(seed.tolist()), row, column) >= round(p * 2**32)
-
-
-def launches_of(run) -> list:
-    """Return what a function launches, as meta tensors."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "launch", lambda *launch: found.append(launch))
-        run()
-    return found
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:

@@ -5,7 +5,6 @@ test_triton_codegen.py.
 """
 
 import contextlib
-import os
 from dataclasses import replace
 
 import pytest
@@ -21,7 +20,6 @@ from lora_ext.backends.triton import (
     costs,
     decode_kernels,
     forward_launches,
-    launches,
     tiling,
     tuning,
 )
@@ -29,6 +27,7 @@ from lora_ext.testing import TAILS, Case, broken_rules, expected, run_backend
 from tests.conftest import Backend
 from tests.gpu.changed import changed
 from tests.gpu.interleaved import interleaved
+from tests.gpu.launched import record_launches, run_once
 
 DECODE, PASS_OVER_DY = "lora_linear_decode_kernel", "lora_linear_bwd_dy_kernel"
 WHERE = {DECODE: forward_launches, PASS_OVER_DY: backward_launches}
@@ -89,9 +88,7 @@ MUTANTS_OF_T = {
 @pytest.fixture
 def interpreted(backend: Backend, monkeypatch):
     """Run once, next to the regime decode, with plans made again."""
-    if str(backend) != "triton-decode" or os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs once, in the interpreter")
-    monkeypatch.setattr(tuning, "_plans", {})
+    run_once(backend, "triton-decode", monkeypatch)
     monkeypatch.setattr(tuning, "card_of", lambda device: CARD)
 
 
@@ -103,14 +100,7 @@ def results(case: Case, seed: int | None, needs: tuple[bool, ...]) -> dict[str, 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_programs_in_any_order_give_the_same_bits(interpreted, monkeypatch, case):
-    launched = []
-    real = launches.launch
-
-    def launch(kernel, grid, arguments):
-        launched.append(kernel.__name__)
-        real(kernel, grid, arguments)
-
-    monkeypatch.setattr(launches, "launch", launch)
+    launched = record_launches(monkeypatch)
     want = results(case, None, NEEDS)
     assert not broken_rules(want, expected(case))
     for seed in SEEDS:

@@ -3,7 +3,6 @@
 The first in Triton's interpreter, the rest without either interpreter or GPU.
 """
 
-import os
 import re
 
 import pytest
@@ -15,7 +14,6 @@ from lora_ext.backends.triton import (
     backward_launches,
     cards,
     forward_launches,
-    launches,
     persistent_kernels,
     tiling,
     tuning,
@@ -27,9 +25,9 @@ from lora_ext.testing import TAILS, Case, check
 from tests.conftest import Backend, linear_of
 from tests.gpu import codegen
 from tests.gpu.changed import changed
+from tests.gpu.launched import INTERPRETED, launches_of, record_launches, run_once
 from tests.op.test_mutants import refused
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 KERNELS = {
@@ -80,21 +78,12 @@ MUTANTS = {
 @pytest.fixture
 def interpreted(backend: Backend, monkeypatch):
     """Run once, next to the regime itself, with plans made again."""
-    if str(backend) != "triton-persistent" or not INTERPRETED:
-        pytest.skip("runs once, in the interpreter")
-    monkeypatch.setattr(tuning, "_plans", {})
+    run_once(backend, "triton-persistent", monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_regime_runs_what_the_wrong_kernels_are_shown(interpreted, monkeypatch, case):
-    launched = []
-    real = launches.launch
-
-    def launch(kernel, grid, arguments):
-        launched.append(kernel.__name__)
-        real(kernel, grid, arguments)
-
-    monkeypatch.setattr(launches, "launch", launch)
+    launched = record_launches(monkeypatch)
     check(linear_of("triton"), case)
     assert set(KERNELS) <= set(launched)
 
@@ -130,11 +119,7 @@ def problem_of(call: Forward | Backward):
 def launched(card: cards.Card, direction: str, call, tile: tiling.Tile) -> list:
     """Return the launches of a call in this regime."""
     run = tuning.planned(direction, "persistent", call, problem_of(call), tile, card)
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "launch", lambda *launch: found.append(launch))
-        run(call)
-    return found
+    return launches_of(lambda: run(call))
 
 
 def first_use_of_h(ttgir: str, arguments: dict) -> str:

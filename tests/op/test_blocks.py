@@ -72,7 +72,7 @@ MUTANTS = {
         "add_steps<kRows, kPanels, false>(along.a, along.b, Ahead{}, acc)",
         "(void)0",
     ),
-    "product_along_of_the_first_rows": ("blocks.h", "a.block(row, 0, rows, a.cols)", "a"),
+    "product_along_of_the_first_rows": ("operands.h", "a.block(row, 0, rows, a.cols)", "a"),
     "rows_of_a_tile_past_the_fourth_twice": (
         "few_rows_impl.h",
         "const int64_t i = left.rows * tile / tiles, end",

@@ -1,28 +1,22 @@
 """lora_gated_mlp: the error rule, what it keeps, what it falls back on, and mutants."""
 
 import copy
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext import LinearWithLoRA, gated_mlp, lora_gated_mlp
+from lora_ext import gated_mlp, lora_gated_mlp
 from lora_ext.acts import ACTS
 from lora_ext.testing import compare
+from tests.op import mlps
 from tests.op.acts import PLAIN
+from tests.op.mlps import HIDDEN, K, adapted, kept_elements, plain_layer
 from tests.op.test_mutants import changed
 
-K, HIDDEN, ALPHA = 40, 57, 1.5
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
-
-def adapted(K: int, N: int, rank: int, dropout: float, bias: bool) -> LinearWithLoRA:
-    drawn = {"dropout": dropout, "dropout_mask": "torch"}
-    layer = LinearWithLoRA(nn.Linear(K, N, bias=bias), rank, ALPHA, **drawn)
-    nn.init.normal_(layer.lora.B, std=0.3)
-    return layer
 
 
 def layers_of(kind: str, dropout: float = 0.0) -> list[nn.Module | None]:
@@ -36,55 +30,19 @@ def layers_of(kind: str, dropout: float = 0.0) -> list[nn.Module | None]:
     return [gate, adapted(K, HIDDEN, 2, dropout, bias=False), down]
 
 
-def plain_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what PEFT computes, by PyTorch's own operations."""
-    if isinstance(layer, nn.Linear):
-        return layer(x)
-    lora = layer.lora
-    seen = F.dropout(x, lora.dropout) if lora.dropout and lora.training else x
-    return layer.linear(x) + lora.alpha * (seen @ lora.A @ lora.B)
-
-
 def plain_mlp(x: Tensor, gate, up, down, act: str) -> Tensor:
     first = plain_layer(gate, x)
     g, u = first.chunk(2, -1) if up is None else (first, plain_layer(up, x))
     return plain_layer(down, PLAIN[act](g) * u)
 
 
-def results(mlp, x: Tensor, layers) -> dict[str, Tensor]:
-    """Return y and all gradients of the sum of y's squares."""
-    torch.manual_seed(7)
-    x = x.detach().requires_grad_()
-    y = mlp(x, *layers)
-    named = {f"d{i}.{n}": p for i, m in enumerate(layers) if m for n, p in m.named_parameters()}
-    grads = torch.autograd.grad(y.square().sum(), [x, *named.values()])
-    return {"y": y.detach()} | dict(zip(["dx", *named], grads, strict=True))
-
-
 def broken(act: str, kind: str, dtype, dropout=0.0, recompute="act", module=gated_mlp):
     """Return a line for each result that breaks the error rule."""
-    torch.manual_seed(1)
-    exact_layers = [layer and layer.double() for layer in layers_of(kind, dropout)]
-    layers = [layer and copy.deepcopy(layer).to(dtype) for layer in exact_layers]
-    exact_layers = [layer and copy.deepcopy(layer).double() for layer in layers]
-    x = torch.randn(3, 11, K).to(dtype)
 
     def ours(x, *layers):
-        y = module.lora_gated_mlp(x, *layers, act, recompute=recompute)
-        assert "GatedMLP" in type(y.grad_fn).__name__
-        return y
+        return module.lora_gated_mlp(x, *layers, act, recompute=recompute)
 
-    plain, exact = (
-        results(lambda x, *layers: plain_mlp(x, *layers, act), data, of)
-        for data, of in ((x, layers), (x.double(), exact_layers))
-    )
-    # In float64 the oracle is the plain layer itself, whose roundings no term counts.
-    eps, lines = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps, []
-    for name, got in results(ours, x, layers).items():
-        assert got.dtype == dtype and got.shape == exact[name].shape
-        found = compare(name, got, plain[name], exact[name], lambda n, e=exact[name]: eps * n(e))
-        lines += [str(error) for error in found if error.broken]
-    return lines
+    return mlps.broken(ours, partial(plain_mlp, act=act), partial(layers_of, kind, dropout), dtype)
 
 
 @pytest.mark.parametrize("recompute", ["act", "all"])
@@ -132,23 +90,6 @@ def test_wrong_mlp_is_refused(name):
 
 def test_right_mlp_is_accepted():
     assert not refused(changed("gated_mlp.py"))
-
-
-def kept_elements(forward, x: Tensor, layers) -> int:
-    """Return how many elements a forward keeps next to x and the parameters."""
-    tensors = [x, *(p for layer in layers if layer for p in layer.parameters())]
-    known = {t.untyped_storage().data_ptr() for t in tensors}
-    kept = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # alive, so that its address is not used again
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values()) // x.element_size()
 
 
 @pytest.mark.parametrize("kind", ["each", "fused"])

@@ -1,6 +1,6 @@
 """lora_mlp: the error rule, what it keeps, second derivatives, its errors, and mutants."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lora_ext import gated_mlp, lora_mlp
 from lora_ext.acts import UNGATED
-from lora_ext.testing import compare
+from tests.op import mlps
 from tests.op.acts import PLAIN as GATED
-from tests.op.test_gated_mlp import HIDDEN, K, adapted, kept_elements, plain_layer, results
+from tests.op.mlps import HIDDEN, K, adapted, kept_elements, plain_layer
 from tests.op.test_mutants import changed
 
 PLAIN = GATED | {"relu": F.relu}
@@ -31,26 +31,11 @@ def plain_mlp(x: Tensor, up: nn.Module, down: nn.Module, act: str) -> Tensor:
 
 def broken(act, kind="each", dtype=torch.float32, dropout=0.0, recompute="act", module=gated_mlp):
     """Return a line for each result that breaks the error rule."""
-    torch.manual_seed(1)
-    layers = [layer.to(dtype) for layer in layers_of(kind, dropout)]
-    exact_layers = [copy.deepcopy(layer).double() for layer in layers]
-    x = torch.randn(3, 11, K).to(dtype)
 
     def ours(x, *layers):
-        y = module.lora_mlp(x, *layers, act, recompute=recompute)
-        assert "GatedMLP" in type(y.grad_fn).__name__
-        return y
+        return module.lora_mlp(x, *layers, act, recompute=recompute)
 
-    plain, exact = (
-        results(lambda x, *layers: plain_mlp(x, *layers, act), data, of)
-        for data, of in ((x, layers), (x.double(), exact_layers))
-    )
-    eps, lines = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps, []
-    for name, got in results(ours, x, layers).items():
-        assert got.dtype == dtype and got.shape == exact[name].shape
-        found = compare(name, got, plain[name], exact[name], lambda n, e=exact[name]: eps * n(e))
-        lines += [str(error) for error in found if error.broken]
-    return lines
+    return mlps.broken(ours, partial(plain_mlp, act=act), partial(layers_of, kind, dropout), dtype)
 
 
 @pytest.mark.parametrize("recompute", ["act", "all"])

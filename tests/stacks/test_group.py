@@ -1,7 +1,4 @@
-"""group_: models as transformers builds them, trained grouped and not; what makes layers run alone.
-
-Small random weights. PEFT's own training, under one seed, is the standard for its models.
-"""
+"""group_ on siblings, layers of one x: what makes them run together, and what alone."""
 
 import copy
 import gc
@@ -17,144 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from lora_ext import (
     LinearWithLoRA,
     group_,
-    mark_only_lora_as_trainable,
     merge_,
     replace_linear_with_lora,
     ungroup_,
     unmerge_,
 )
 from tests.numerics import assert_same_up_to_rounding
-
-transformers = pytest.importorskip("transformers")
-
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED_QUERY = SIZES | {"num_key_value_heads": 2}
-# name: (configuration, what it gets, model, gated MLPs, groups of siblings that run together)
-MODELS = {
-    "llama": ("LlamaConfig", GROUPED_QUERY, "LlamaForCausalLM", 2, 2),
-    "qwen2": ("Qwen2Config", GROUPED_QUERY, "Qwen2ForCausalLM", 2, 2),
-    "mistral": ("MistralConfig", GROUPED_QUERY, "MistralForCausalLM", 2, 2),
-    "gemma": ("GemmaConfig", GROUPED_QUERY | {"head_dim": 12}, "GemmaForCausalLM", 2, 2),
-    "phi3": ("Phi3Config", GROUPED_QUERY, "Phi3ForCausalLM", 2, 0),
-    "bert": ("BertConfig", SIZES, "BertForMaskedLM", 0, 2),
-    "gpt2": (
-        "GPT2Config",
-        {"vocab_size": 99, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        | {"bos_token_id": 1, "eos_token_id": 2},
-        "GPT2LMHeadModel",
-        0,
-        0,
-    ),
-}
-BLOCKS = r".*(layers|layer|h)\.\d+\..*"
-
-
-def build(name: str) -> nn.Module:
-    config, sizes, model, *_ = MODELS[name]
-    torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
-
-
-def adapted(name: str, dropout: float = 0.0, mask: str = "torch") -> nn.Module:
-    model = build(name)
-    drawn = {"dropout": dropout, "dropout_mask": mask}
-    replace_linear_with_lora(model, 4, 2.0, target_modules=BLOCKS, **drawn)
-    mark_only_lora_as_trainable(model)
-    for layer in lora_layers(model):
-        nn.init.normal_(layer.lora.B, std=0.1)
-    return model
-
-
-def lora_layers(model: nn.Module) -> list[LinearWithLoRA]:
-    return [m for m in model.modules() if isinstance(m, LinearWithLoRA)]
-
-
-def train(model: nn.Module, steps: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses and the random state at the end."""
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    torch.manual_seed(5)
-    losses = []
-    tokens = torch.randint(3, 99, (2, 17), generator=torch.Generator().manual_seed(0))
-    for _ in range(steps):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach().double())
-    return torch.stack(losses), torch.get_rng_state()
-
-
-def assert_same_training(got, want) -> None:
-    (losses, state), (other_losses, other_state) = got, want
-    assert losses[-1] < losses[0]
-    # AdamW turns a rounding in a small gradient into a step: 1e-6 to 1e-5 after ten of them.
-    torch.testing.assert_close(losses, other_losses, rtol=3e-5, atol=0)
-    assert torch.equal(state, other_state)
-
-
-def count_running(report) -> tuple[int, int]:
-    states = [group.state() for group in report.mlps.values()]
-    together = [group.state() for group in report.siblings.values()]
-    return states.count("run as one operation"), sum("together" in state for state in together)
-
-
-def slow_but(*fast: str):
-    """Mark the models that others stand for in a quick run."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-
-
-@pytest.mark.parametrize("dropout", [0.05, pytest.param(0.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", slow_but("llama", "phi3", "bert"))
-def test_grouped_model_trains_like_the_single_layers(name, dropout):
-    if name == "gpt2":
-        pytest.skip("has Conv1D, no nn.Linear")
-    single, model = (adapted(name, dropout) for _ in range(2))
-    report = group_(model)
-    assert_same_training(train(model), train(single))
-    assert count_running(report) == MODELS[name][3:], report
-    assert "alone where" not in str(report) or name == "phi3"
-
-
-@pytest.mark.parametrize("name", slow_but("llama", "bert"))
-def test_peft_model_trains_like_peft(name):
-    peft = pytest.importorskip("peft")
-    from lora_ext.integrations.peft import accelerate, restore
-
-    def wrapped():
-        model = build(name)
-        targets = [n for n, m in model.named_modules() if type(m) is nn.Linear and "." in n]
-        targets = ["c_attn", "c_proj", "c_fc"] if name == "gpt2" else targets
-        config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=targets)
-        return peft.get_peft_model(model, config)
-
-    plain, model = wrapped(), wrapped()
-    report = accelerate(model, groups=True)
-    assert_same_training(train(model), train(plain))
-    if name == "gpt2":
-        return  # Conv1D: single layers, if at all
-    assert count_running(report.groups) == MODELS[name][3:], report
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert accelerate(model).groups is None and ungroup_(model) == 0
-    accelerate(model, groups=True)
-    tokens = torch.arange(3, 20)[None]
-    model.eval()
-    plain.eval()
-    with model.disable_adapter(), plain.disable_adapter():
-        assert torch.equal(model(tokens).logits, plain(tokens).logits)
-    restore(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+from tests.stacks.grouped import X, assert_same_outcomes, graph_of, lora_layers, outcome
 
 
 class Attention(nn.Module):
@@ -181,37 +47,8 @@ def pair(dropout: float = 0.0, **kwargs) -> tuple[Attention, Attention]:
     return model, single
 
 
-def outcome(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    torch.manual_seed(1)
-    x = x.detach().requires_grad_()
-    y = model(x)
-    model.zero_grad()
-    y.square().sum().backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    return [y, x.grad, *grads, torch.get_rng_state()]
-
-
-def assert_same_outcomes(model, single, x, times: int = 3) -> None:
-    for _ in range(times):
-        *got, state = outcome(model, x)
-        *want, other = outcome(single, x)
-        for one, another in zip(got, want, strict=True):
-            assert_same_up_to_rounding(one, another)
-        assert torch.equal(state, other)
-
-
 def runs_together(model: nn.Module, x: torch.Tensor) -> bool:
-    x = x.detach().requires_grad_()
-    y, names, todo = model(x), set(), []
-    todo.append(y.grad_fn)
-    while todo:
-        node = todo.pop()
-        names.add(type(node).__name__)
-        todo += [n for n, _ in node.next_functions if n is not None]
-    return "_LoRALinearsBackward" in names
-
-
-X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    return "_LoRALinearsBackward" in graph_of(model(x.detach().requires_grad_()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -422,72 +259,6 @@ def test_hooks_on_a_sibling_run_and_make_all_run_alone():
     assert len(calls) == 3 and "a layer has hooks" in str(report)
     handle.remove()
     assert runs_together(model, X)
-
-
-class MLP(nn.Module):
-    """A gated MLP whose formula a test may change."""
-
-    def __init__(self, formula=None, act=nn.functional.silu):
-        super().__init__()
-        self.first, self.second = nn.Linear(24, 40), nn.Linear(24, 40)  # names that say nothing
-        self.third = nn.Linear(40, 24)
-        self.act, self.formula = act, formula
-        replace_linear_with_lora(self, 4, 2.0, dropout=0.2, dropout_mask="torch")
-        for layer in lora_layers(self):
-            nn.init.normal_(layer.lora.B)
-
-    def forward(self, x):
-        if self.formula is not None:
-            return self.formula(self, x)
-        return self.third(self.act(self.first(x)) * self.second(x))
-
-
-FORMULAS = {
-    "clamp": lambda m, x: m.third(m.act(m.first(x).clamp(max=7)) * m.second(x)),
-    "other_activation": lambda m, x: m.third(m.first(x).tanh() * m.second(x)),
-    "scaled": lambda m, x: m.third(m.act(m.first(x)) * m.second(x)) * 1.01,
-    "up_before_gate": lambda m, x: m.third(m.second(x) * m.act(m.first(x))),
-    "residual": lambda m, x: x + m.third(m.act(m.first(x)) * m.second(x)),
-    "dropout": lambda m, x: nn.functional.dropout(
-        m.third(m.act(m.first(x)) * m.second(x)), 0.1, m.training
-    ),
-    "a_tuple": lambda m, x: (m.third(m.act(m.first(x)) * m.second(x)),),
-    "fails": lambda m, x: m.missing(x),
-}
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_a_module_that_is_no_gated_mlp_is_left(name):
-    model = MLP(FORMULAS[name])
-    state = torch.get_rng_state()
-    report = group_(model)
-    assert not report.mlps
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(m.training for m in model.modules())
-
-
-@pytest.mark.parametrize("recompute", ["act", "all"])
-@pytest.mark.parametrize(
-    ("act", "name"),
-    [
-        (nn.functional.silu, "silu"),
-        (nn.functional.gelu, "gelu"),
-        (nn.GELU("tanh"), "gelu_tanh"),
-        (lambda g: nn.functional.relu(g) ** 2, "relu2"),
-    ],
-)
-def test_a_gated_mlp_is_found_by_what_it_computes(act, name, recompute):
-    single = MLP(act=act)
-    model = copy.deepcopy(single)
-    report = group_(model, recompute=recompute)
-    (mlp,) = report.mlps.values()
-    assert (mlp.first, mlp.down, mlp.act) == (("first", "second"), "third", name)
-    x = X.clone().requires_grad_()
-    assert "GatedMLP" in type(model(x).grad_fn).__name__
-    assert_same_outcomes(model, single, X)
-    model.third = copy.deepcopy(single.third)
-    assert_same_outcomes(model, single, X)
-    assert "others than those that were probed" in str(report)
 
 
 def test_arguments_are_checked():

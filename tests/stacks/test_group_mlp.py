@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_ext import LinearWithLoRA, group_, mark_only_lora_as_trainable, replace_linear_with_lora
-from tests.stacks.test_group import X, assert_same_outcomes, assert_same_training, train
+from tests.stacks.grouped import X, assert_same_outcomes, assert_same_training, graph_of, train
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,15 +106,6 @@ def test_a_module_is_an_mlp_by_what_it_computes(name):
         assert_same_outcomes(model, single, X, 1)
         names = graph_of(model(X.clone().requires_grad_()))
         assert ("_GatedMLPBackward" in names) == one
-
-
-def graph_of(y: torch.Tensor) -> set[str]:
-    names, todo = set(), [y.grad_fn]
-    while todo:
-        node = todo.pop()
-        names.add(type(node).__name__)
-        todo += [n for n, _ in node.next_functions if n is not None]
-    return names
 
 
 def test_a_sequential_is_an_mlp_too():

@@ -62,7 +62,7 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
             *OP,
             *(
                 f"tests/layers/test_{name}.py"
-                for name in "layers explain quantised prepack".split()
+                for name in "layers explain quantised prepack prepack_stale".split()
             ),
             *("tests/tools/test_report.py", "tests/stacks/test_transforms.py"),
         ),
@@ -76,7 +76,8 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
             *(*KERNELS, "tests/op/test_errors.py", "tests/op/test_cpp_checks.py"),
             *("tests/op/test_grouped.py", "tests/op/test_codes.py", "tests/op/test_acts.py"),
             *("tests/op/test_mlp.py", "tests/op/test_gated_mlp.py", "tests/op/test_pairs.py"),
-            *("tests/op/test_cpp_keep.py", "tests/layers/test_prepack.py"),
+            *("tests/op/test_cpp_keep.py", "tests/op/test_cpp_split.py"),
+            *("tests/layers/test_prepack.py", "tests/layers/test_prepack_stale.py"),
         ),
         environment=(("LORA_EXT_CPU_ISA", "avx2"),),
         seconds=900,

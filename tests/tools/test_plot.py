@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import GRIDS, Shape, plot
-from tests.tools.test_bench import made_row
+from benchmarks.finetune.curves import draw_steps
+from tests.tools.test_bench_report import made_row
 
 
 def made_run(shapes, mode="fwd", providers=("linear", "reference", "lora_ext")):
@@ -77,6 +78,6 @@ def test_steps_are_drawn(tmp_path, longest_ms):
     path = tmp_path / "made.png"
     of_each = {"losses": [1.0, 0.5, 0.2], "step_ms": [longest_ms, 100.0, 100.0]}
     results = [SimpleNamespace(name=name, **of_each) for name in ("plain", "ours")]
-    plot.draw_steps(*results, path, "title\nconditions")
+    draw_steps(*results, path, "title\nconditions")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000

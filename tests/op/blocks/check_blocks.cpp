@@ -5,140 +5,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
 #include <random>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <vector>
 
+#include "check_pairs.h"
 #include "cpu/blocks.h"
+#include "matrices.h"
 
 namespace lora_ext::cpu {
 namespace {
-
-#if defined(__aarch64__)  // g++ 12 has no _Float16 in C++ there
-using Half = __fp16;
-#else
-using Half = _Float16;
-#endif
-
-// ---- numbers of every storage type ----
-
-double value_of(float v) { return v; }
-double value_of(double v) { return v; }
-double value_of(BFloat16 v) {
-  const uint32_t bits = uint32_t{v.bits} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-double value_of(Float16 v) {
-  Half f;
-  std::memcpy(&f, &v, 2);
-  return static_cast<float>(f);
-}
-
-void assign(double v, float* to) { *to = static_cast<float>(v); }
-void assign(double v, double* to) { *to = v; }
-void assign(double v, BFloat16* to) {
-  const float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-void assign(double v, Float16* to) {
-  const Half f = static_cast<Half>(static_cast<float>(v));
-  std::memcpy(to, &f, 2);
-}
-
-template <typename T>
-constexpr double kUnit = std::is_same_v<T, double>     ? 0x1p-53
-                         : std::is_same_v<T, float>    ? 0x1p-24
-                         : std::is_same_v<T, BFloat16> ? 0x1p-9
-                                                       : 0x1p-11;
-
-std::mt19937 generator(1);
-
-enum class Layout { kRows, kColumns, kNeither };
-constexpr Layout kLayouts[] = {Layout::kRows, Layout::kColumns, Layout::kNeither};
-
-// A matrix with its memory. What surrounds the elements is infinite: read, it shows.
-template <typename T>
-struct Matrix {
-  std::vector<T> memory;
-  View<T> view;
-
-  Matrix(int64_t rows, int64_t cols, Layout layout = Layout::kRows, int64_t spare = 3) {
-    const int64_t step = layout == Layout::kNeither ? 2 : 1;
-    const bool by_rows = layout != Layout::kColumns;
-    const int64_t ld = step * (by_rows ? cols : rows) + spare;
-    memory.resize((by_rows ? rows : cols) * ld + 1);
-    for (T& element : memory) assign(std::numeric_limits<double>::infinity(), &element);
-    view = {memory.data() + 1, rows, cols, by_rows ? ld : step, by_rows ? step : ld};
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) assign(normal(generator), &at(i, j));
-    }
-  }
-  T& at(int64_t i, int64_t j) { return view.data[i * view.row_stride + j * view.col_stride]; }
-  double operator()(int64_t i, int64_t j) { return value_of(at(i, j)); }
-  View<const T> read() const {
-    return {view.data, view.rows, view.cols, view.row_stride, view.col_stride};
-  }
-};
-
-using Element = std::function<double(int64_t, int64_t)>;
-
-int n_wrong = 0;
-bool ends_at_the_first = false;
-
-void wrong(const std::string& what, int64_t rows, int64_t cols, int64_t depth) {
-  if (++n_wrong < 20) {
-    std::printf("%s: rows %ld, cols %ld, depth %ld\n", what.c_str(), rows, cols, depth);
-  }
-  if (ends_at_the_first) std::exit(1);
-}
-
-// out (rows, cols) must be want up to `units` of T's rounding of what is summed, and memory next
-// to its rows may not have changed.
-template <typename T>
-void compare(const std::string& what, Matrix<T>& out, const Element& want, const Element& size,
-             double unit, int64_t depth) {
-  const auto [data, rows, cols, row_stride, col_stride] = out.view;
-  bool right = true;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const double value = want(i, j), error = std::fabs(out(i, j) - value);
-      right = right && error <= unit * size(i, j) + 2 * kUnit<T> * std::fabs(value);
-    }
-    // The spare elements behind a dense row.
-    if (col_stride == 1) right = right && std::isinf(value_of(data[i * row_stride + cols]));
-  }
-  if (!right) wrong(what, rows, cols, depth);
-}
-
-// The product of two matrices: element, and sum of magnitudes.
-struct Product {
-  Element left, right;
-  int64_t depth;
-
-  double operator()(int64_t i, int64_t j) const { return sum(i, j, false); }
-  double size(int64_t i, int64_t j) const { return sum(i, j, true); }
-
- private:
-  double sum(int64_t i, int64_t j, bool magnitude) const {
-    double result = 0;
-    for (int64_t k = 0; k < depth; ++k) {
-      const double term = left(i, k) * right(k, j);
-      result += magnitude ? std::fabs(term) : term;
-    }
-    return result;
-  }
-};
 
 // ---- what is stored as T and multiplied as A ----
 
@@ -292,90 +169,6 @@ void check_combine_codes(const StorageOps<float>& ops, int64_t M, bool bytes) {
       bytes ? "combine_codes of bytes" : "combine_codes", out,
       [&](int64_t i, int64_t j) { return product(i, j); },
       [&](int64_t i, int64_t j) { return product.size(i, j) + 10; }, (N + 8) * kUnit<float>, N);
-}
-
-// ---- pairs ----
-
-// What a number of T becomes in a pair.
-template <typename T>
-double rounded(T v) {
-  BFloat16 result;
-  assign(value_of(v), &result);
-  return value_of(result);
-}
-
-// The products of pairs made of matrices of T, of every layout.
-template <typename T>
-void check_pairs_from(const char* name, const PairLoadOps<T>& from, const PairOps& ops, int64_t M,
-                      int64_t K, int64_t N) {
-  const std::string of = std::string("pairs from ") + name + " ";
-  const double unit = (static_cast<double>(K) + 8) * kUnit<float>;
-  const Pair infinite = {{0x7f80}, {0x7f80}};
-  const int64_t pairs = pairs_of(K);
-  for (const Layout left : kLayouts) {
-    for (const Layout right : kLayouts) {
-      Matrix<T> x(M, K, left), w(K, N, right);
-      std::vector<Pair> memory(M * pairs, infinite);
-      std::vector<Pair> packed(pairs * round_up_to_panel<Pair>(N), infinite);
-      View<const Pair> a = {memory.data(), M, pairs, pairs, 1};
-      if (left == Layout::kColumns) {
-        from.load_transposed(x.read(), memory.data(), M);
-        a = {memory.data(), M, pairs, 1, M};
-      } else {
-        from.load(x.read(), memory.data(), pairs);
-      }
-      from.pack(w.read(), packed.data());
-      const auto panels = Panels<const Pair>::packed(packed.data(), pairs);
-      const Product product = {[&](int64_t i, int64_t k) { return rounded(x.at(i, k)); },
-                               [&](int64_t k, int64_t j) { return rounded(w.at(k, j)); }, K};
-      const Element size = [&](int64_t i, int64_t j) { return product.size(i, j) + 10; };
-      Matrix<float> c(M, N), bias(1, N);
-      ops.products.multiply(a, panels, N, c.view.data, c.view.row_stride, 1.5f, {bias.view.data, 0},
-                            {}, {});
-      compare<float>(
-          of + "multiply", c,
-          [&](int64_t i, int64_t j) { return 1.5 * product(i, j) + bias(0, j); }, size, 2 * unit,
-          K);
-      ops.products.multiply(a, panels, N, c.view.data, c.view.row_stride, 1.5f, {}, {},
-                            {a, panels});
-      compare<float>(
-          of + "multiply, with another along", c,
-          [&](int64_t i, int64_t j) { return 3 * product(i, j); }, size, 3 * unit, K);
-      Matrix<BFloat16> y(M, N);
-      Matrix<BFloat16> before = y;
-      before.view.data = before.memory.data() + 1;
-      ops.update(a, panels, 1.5f, y.view);
-      compare<BFloat16>(
-          of + "update", y,
-          [&](int64_t i, int64_t j) { return before(i, j) + 1.5 * product(i, j); }, size, 2 * unit,
-          K);
-    }
-  }
-}
-
-void check_pairs(const PairOps& ops, int64_t M, int64_t K, int64_t N) {
-  check_pairs_from<BFloat16>("bfloat16", ops.from_bfloat16, ops, M, K, N);
-  check_pairs_from<float>("float", ops.from_float, ops, M, K, N);
-  const double unit = (static_cast<double>(K) + 8) * kUnit<float>;
-  Matrix<BFloat16> x(M, K), w(K, N), wt(N, K);
-  Matrix<float> out(M, N);
-  const Element x_at = [&](int64_t i, int64_t k) { return x(i, k); };
-  const Product dots = {x_at, [&](int64_t k, int64_t j) { return wt(j, k); }, K};
-  for (const bool add : {false, true}) {
-    ops.dot(x.read(), wt.read(), out.view.data, out.view.row_stride, 1.5f, add);
-    compare<float>(
-        add ? "dot of pairs, added" : "dot of pairs", out,
-        [&](int64_t i, int64_t j) { return (add ? 3 : 1.5) * dots(i, j); },
-        [&](int64_t i, int64_t j) { return dots.size(i, j) + 10; }, 4 * unit, K);
-  }
-  std::vector<Pair> left(M * pairs_of(K));
-  ops.from_bfloat16.load(x.read(), left.data(), pairs_of(K));
-  ops.combine_rows({left.data(), M, pairs_of(K), pairs_of(K), 1}, w.read(), out.view.data,
-                   out.view.row_stride);
-  const Product product = {x_at, [&](int64_t k, int64_t j) { return w(k, j); }, K};
-  compare<float>(
-      "combine_rows of pairs", out, [&](int64_t i, int64_t j) { return product(i, j); },
-      [&](int64_t i, int64_t j) { return product.size(i, j) + 10; }, unit, K);
 }
 
 void check(const Blocks& blocks) {
