@@ -26,7 +26,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: no LinearWithLoRA in the model, or an unknown `bias`.
+        ValueError: no LinearWithLoRA in the model, one whose A or B has another name in its
+            state_dict (pruned or parametrized, for instance), or an unknown `bias`.
 
     """
     layers = require_lora_layers(model)
@@ -34,6 +35,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         raise ValueError(f"bias must be 'none', 'lora_only' or 'all', got {bias!r}")
     state = model.state_dict()
     wanted = {join(name, f"lora.{factor}") for name in layers for factor in "AB"}
+    if missing := sorted(wanted - state.keys()):
+        raise ValueError(
+            f"model must have {missing[0]} in its state_dict, got another name for it: undo what "
+            "renamed it (pruning, a parametrization, a wrapper)"
+        )
     if bias == "lora_only":
         wanted |= {join(name, "linear.bias") for name in layers}
     elif bias == "all":
@@ -57,7 +63,7 @@ def save_adapter(
 
     Raises:
         TypeError: `model` is no nn.Module, or a name in `modules_to_save` no string.
-        ValueError: no LinearWithLoRA in the model, or no module of a name in `modules_to_save`.
+        ValueError: what `lora_state_dict` refuses, or no module of a name in `modules_to_save`.
         OSError: the file can't be written. One that was there is as it was.
 
     """

@@ -94,7 +94,7 @@ def _dropped(keep: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
     _say_beta_once()
     gone = ~unpack_bits(keep, K)
     (index,) = gone.view(-1).nonzero(as_tuple=True)
-    crow = torch.zeros(len(keep) + 1, dtype=torch.int32)
+    crow = torch.zeros(len(keep) + 1, dtype=torch.int32, device=keep.device)
     torch.cumsum(gone.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=crow[1:])
     return index, crow, (index % K).to(torch.int32)
 
@@ -104,4 +104,4 @@ def _say_beta_once() -> None:
     """Have PyTorch say now, unheard, that sparse CSR is in beta: it says so once a process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
+        torch.zeros(1, 1, device="cpu").to_sparse_csr()

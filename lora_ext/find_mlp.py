@@ -147,8 +147,8 @@ def _act_on_probe(
     like = _like(layers[0])
     if like.is_meta:
         return "its weights are on meta"
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, layers[0].in_features, generator=generator).to(like)  # type: ignore[call-overload]
+    generator = torch.Generator("cpu").manual_seed(0)
+    probe = torch.randn(3, layers[0].in_features, generator=generator, device="cpu").to(like)  # type: ignore[call-overload]
     modules = list(parent.modules())
     before = [module.training for module in modules]
     devices = [like.device] if like.is_cuda else []
@@ -184,7 +184,8 @@ def _act_on_probe(
 
 def _is_act(module: nn.Module, act: str, device: torch.device) -> bool:
     """Whether a module computes an activation in float32, up to rounding."""
-    x = torch.cat((torch.linspace(-8, 8, 4001), torch.linspace(-1e3, 1e3, 2001))).to(device)
+    near, far = (torch.linspace(-end, end, n, device=device) for end, n in ((8, 4001), (1e3, 2001)))
+    x = torch.cat((near, far))
     got, want = module(x.clone()), UNGATED[act].value(x)
     plain = isinstance(got, Tensor) and got.dtype == want.dtype and got.shape == want.shape
     return plain and torch.allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -184,8 +184,9 @@ class _LoRALinear(torch.autograd.Function):
             ctx.save_for_backward(*saved)
         else:
             ctx.save_for_backward(*saved, keep)
-        # A and B unversioned where they are not read: their gradients take the layout.
-        unread = None if need_dx else (A, B)
+        # A and B where they are not read: their gradients take the layout. A second derivative
+        # reads A again, if it is still the same.
+        unread = None if need_dx else (A, B, 0 if A.is_inference() else A._version)
         ctx.call = (x.shape, unread, scale, name, None if panels is None else panels.backward)
         if x.dim() != 2:
             y = with_shape(y, x.shape)
@@ -204,7 +205,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, A, B, h, *keep = ctx.saved_tensors
         x_shape, unread, scale, name, panels = ctx.call
         if unread is not None:
-            A, B = unread
+            A, B = unread[0], unread[1] if B is None else B
         as_rows = len(x_shape) == 2
         if not as_rows:
             x, dy = None if x is None else rows_of(x), rows_of(dy)
@@ -226,7 +227,10 @@ def _differentiable_gradients(
     """
     x, weight, A, B, h, *kept = ctx.saved_tensors
     x_shape, unread, scale, _, layout = ctx.call
-    A, B = unread or (A, B)
+    if unread is not None:
+        A, B = unread[0], unread[1] if B is None else B
+        if ctx.needs_input_grad[4] and not A.is_inference() and A._version != unread[2]:
+            raise RuntimeError("A must be as it was in the forward, got one written to in place")
     keep = kept[0] if kept else None
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]
     dx = dweight = dbias = dA = dB = None

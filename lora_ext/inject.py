@@ -128,7 +128,8 @@ def merge_(model: nn.Module, *, unload: bool = False) -> Touched:
     The sum is taken in float32 (float64 for float64) and rounded once. The new weight is a
     Parameter of its own: the old one is kept for `unmerge_`, and a layer tied to it is not touched.
     `state_dict()` goes on giving the unmerged weight, so that a checkpoint never counts A and B
-    twice. Merged layers run `linear(x)`; their A and B get no gradient.
+    twice. Merged layers run `linear(x)`; their A and B get no gradient. No other thread may run the
+    model during `merge_` or `unmerge_`: it could add A and B to a weight that has them.
 
     Args:
         model: a model with LinearWithLoRA layers; those already merged are left as they are.

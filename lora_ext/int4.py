@@ -42,7 +42,7 @@ def weight_of(module: Any, parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
     data, groups, before = parts  # (N, K / 2), (K / group, N, 2), a factor of x
     (N, K), packed = (len(data), 2 * data.shape[1]), data.reshape(-1)
     scale, zero = (groups[:, None, :, i].float() for i in (0, 1))
-    result = torch.empty(K, N, dtype=dtype)
+    result = torch.empty(K, N, dtype=dtype, device="cpu")
     rows = rows_together()
     for first in range(0, N, rows):  # so many rows of the weight are column after column in memory
         some = slice(first, min(first + rows, N))
@@ -71,8 +71,8 @@ def _order(rows: int) -> Tensor:
 
 def _places(N: int, K: int) -> Tensor:
     """Return where PyTorch's packing puts each code, (N, K), by packing the digits of numbers."""
-    number = torch.arange(N * K).view(N, K)
-    found = torch.zeros(N * K, dtype=torch.int64)
+    number = torch.arange(N * K, device="cpu").view(N, K)
+    found = torch.zeros(N * K, dtype=torch.int64, device="cpu")
     for shift in (0, 4, 8):
         digit = (number >> shift & 15).int()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit, 1)

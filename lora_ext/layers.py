@@ -160,14 +160,15 @@ class LinearWithLoRA(nn.Module):
         self.linear = cast(nn.Linear, linear)
         weight = linear.weight if isinstance(linear.weight, Tensor) else torch.empty(0)
         # Created on the default device, as the reference does it, and then moved: a seed gives the
-        # same A wherever the weight is.
+        # same A wherever the weight is. From meta nothing moves.
+        meta = weight.is_meta or torch.get_default_device().type == "meta"
         self.lora = LoRALayer(
             *sizes_of(linear),
             rank,
             alpha,
             scaling=scaling,
             dtype=adapter_dtype(weight.dtype) if dtype is None else dtype,
-            device="meta" if weight.is_meta else None,
+            device=weight.device if meta else None,
             dropout=dropout,
             dropout_mask=dropout_mask,
         ).to(weight.device)

@@ -93,4 +93,6 @@ def _why_not(layer: LinearWithLoRA) -> str | None:
         return f"the layer runs backend {layer.backend!r}"
     if weight.requires_grad:
         return "the weight requires grad: it is not frozen"
+    if weight.is_inference():
+        return "the weight is of inference mode, where PyTorch counts no writes"
     return cpp.why_not_packed(weight)

@@ -53,6 +53,8 @@ class QuantisedLinear(nn.Linear):
         scale, data = own["scale"], own["_parameters"]["weight"].detach()
         if own["format"] != "int8":
             return Weight(data, own["format"], scale)
+        if scale.is_inference():  # PyTorch counts no writes
+            return Weight(data, "int8", scale * (1 / 127))
         of, version, unit = own.get("_unit", (None, 0, None))
         if of is not scale or version != scale._version:
             unit = scale * (1 / 127)
@@ -83,7 +85,7 @@ class QuantisedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.format == "int8":
             destination[f"{prefix}SCB"] = self.scale
-            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
+            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8, device="cpu")
             return
         state: dict[str, Any] = {
             "quant_type": self.format,
@@ -91,7 +93,7 @@ class QuantisedLinear(nn.Linear):
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": [self.out_features, self.in_features],
         }
-        told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
         destination[f"{prefix}weight.absmax"] = self.scale
         destination[f"{prefix}weight.quant_map"] = table(self.format, self.scale.device)
         destination[f"{prefix}weight.quant_state.bitsandbytes__{self.format}"] = told

@@ -105,6 +105,8 @@ def _of_8_bits(module: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Weig
 
 def _once(of: Tensor, compute: Any) -> Tensor:
     """Return what was computed of a tensor, or compute it where the tensor was written to since."""
+    if of.is_inference():  # PyTorch counts no writes
+        return compute()
     known = _scales.get(of)
     if known is None or known[0] != of._version:
         with torch.no_grad():

@@ -114,7 +114,9 @@ def active_adapters(layer: Any) -> list[Adapter] | str:
 def why_called(layer: Any) -> str | None:
     """Say why a layer's base is called and not read, now, for an x of its dtype; None if read."""
     base = layer.base_layer
-    like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next(
+        (p for p in base.parameters() if p.is_floating_point()), torch.empty(0, device="cpu")
+    )
     dtype = getattr(base, "compute_dtype", None) or like.dtype
     x = torch.empty(0, layer.in_features, dtype=dtype, device=like.device)
     judged = base_of(base, x=x)

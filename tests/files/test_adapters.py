@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_ext import (
     LinearWithLoRA,
@@ -244,3 +245,15 @@ def test_loading_in_threads_leaves_the_random_numbers_alone(saved):
             job.result()
     assert torch.equal(torch.stack(got), want)
     assert all(torch.equal(other(TOKENS), model(TOKENS)) for other in models)
+
+
+@pytest.mark.parametrize("save", [save_adapter, lambda model, path: lora_state_dict(model)])
+def test_a_layer_whose_factors_have_other_names_is_refused_and_not_left_out(saved, tmp_path, save):
+    model, path = saved
+    before = path.read_bytes()
+    prune.l1_unstructured(model.blocks[0].up.lora, "A", 0.5)
+    with pytest.raises(ValueError, match="have blocks.0.up.lora.A in its state_dict, .*pruning"):
+        save(model, path)
+    assert path.read_bytes() == before
+    prune.remove(model.blocks[0].up.lora, "A")
+    save(model, path)

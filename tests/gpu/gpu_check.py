@@ -196,9 +196,16 @@ def run_stage(stage: Stage, log: IO[str], more: Mapping[str, str]) -> tuple[str,
     print(f"\n$ {' '.join(stage.command)}", file=log, flush=True)
     began = log.tell()
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "240"} | more
-    # A session of its own, so that its workers end with it.
+    # A session of its own, so that its workers end with it. Under `nohup ... &` an interrupt is
+    # ignored, and so it would be in what is started there.
     process = subprocess.Popen(
-        stage.command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+        stage.command,
+        cwd=ROOT,
+        env=env,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     result = ""
     try:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_ext import LinearWithLoRA, LoRALayer, explain, lora_linear
+from lora_ext import (
+    LinearWithLoRA,
+    LoRALayer,
+    explain,
+    group_,
+    lora_linear,
+    replace_linear_with_lora,
+)
 from lora_ext.testing import Case, broken_rules, expected
 from lora_ext.testing import LinearWithLoRA as PlainLinearWithLoRA
 from lora_ext.testing import LoRALayer as PlainLoRALayer
@@ -126,6 +133,19 @@ def test_adapter_dtype_is_one_that_runs(backend: Backend, base):
 def test_meta_base_gives_meta_adapters():
     layer = LinearWithLoRA(nn.Linear(12, 10, device="meta"), 3, 1.0)
     assert layer.lora.A.is_meta and layer.lora.B.is_meta
+
+
+def test_default_device_of_meta_changes_nothing_for_layers_elsewhere():
+    linears = [nn.Linear(n, m) for n, m in ((12, 10), (10, 12))]
+    x = torch.randn(5, 12)
+    with torch.device("meta"):
+        model = nn.Sequential(linears[0], nn.ReLU(), linears[1])
+        replace_linear_with_lora(model, 3, 1.0)
+        assert model[0].lora.A.any() and not model[0].lora.B.any()
+        nn.init.normal_(model[0].lora.B)
+        group_(model)
+        y = model(x)
+    assert_same_up_to_rounding(y, by_hand(model[2], by_hand(model[0], x).relu()))
 
 
 class HalvedLinear(nn.Linear):

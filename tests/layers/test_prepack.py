@@ -131,6 +131,15 @@ def test_what_is_left_has_its_reason(model):
     )
 
 
+def test_a_weight_of_inference_mode_is_left():
+    """A write to it would go unseen."""
+    with torch.inference_mode():
+        layer = LinearWithLoRA(nn.Linear(48, 80), 4, 0.7).requires_grad_(False)
+        report = prepack_(nn.Sequential(layer))
+        assert layer(torch.ones(3, 48)).shape == (3, 80)
+    assert "of inference mode, where PyTorch counts no writes" in report.left["0"]
+
+
 def test_a_second_call_starts_again(model):
     prepack_(model)
     model[0].backend = "reference"

@@ -1,6 +1,7 @@
 """quantise_(): plain models over codes, and bitsandbytes' checkpoints in both directions."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_ext import (
     replace_linear_with_lora,
 )
 from lora_ext.codes import FORMATS
-from lora_ext.testing import Case, broken_rules, expect, gradients, make_inputs
+from lora_ext.testing import Case, broken_rules, compare, expect, gradients, make_inputs
 from tests.training import MLP, batches
 
 EACH = pytest.mark.parametrize("format", FORMATS)
@@ -69,14 +70,21 @@ def test_linear_alone_is_the_linear_of_what_its_codes_stand_for(format, dtype):
     model = nn.Sequential(linear(dtype))
     quantise_(model, format, block_size=128)
     assert type(model[0]) is QuantisedLinear and model[0].weight.requires_grad is False
-    x, other = (torch.ones(4, K, dtype=dtype).requires_grad_() for _ in range(2))
-    y = model(x)
-    want = nn.functional.linear(other, model[0].dequantised(), model[0].bias)
-    rounding = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(y, want, rtol=rounding, atol=rounding)
-    y.sum().backward()
-    want.sum().backward()
-    torch.testing.assert_close(x.grad, other.grad, rtol=rounding, atol=8 * rounding)
+    x, dy = torch.randn(4, K, dtype=dtype), torch.randn(4, N, dtype=dtype)
+    weight, bias = model[0].dequantised(), model[0].bias.detach()
+
+    def of(run, *tensors):
+        x, dy, *others = tensors
+        x = x.requires_grad_()
+        y = run(x, *others)
+        return y.detach(), *torch.autograd.grad(y, x, dy)
+
+    got, plain = of(model, x, dy), of(nn.functional.linear, x, dy, weight, bias)
+    exact = of(nn.functional.linear, *(t.detach().double() for t in (x, dy, weight, bias)))
+    for name, ours, theirs, right in zip(("y", "dx"), got, plain, exact, strict=True):
+        floor = partial(lambda right, norm: torch.finfo(dtype).eps * norm(right), right)
+        found = compare(name, ours, theirs, right, floor)
+        assert not any(error.broken for error in found), found
 
 
 @EACH
@@ -207,6 +215,16 @@ def test_merging_into_codes_raises():
     quantise_(model)
     with pytest.raises(ValueError, match="0 can't be merged: "):
         merge_(model)
+
+
+@EACH
+def test_codes_of_inference_mode_are_read(format):
+    with torch.inference_mode():
+        made = QuantisedLinear(linear(), format)
+        x = torch.randn(3, K)
+        plain = made(x) - made.bias
+        made.scale.mul_(2)
+        torch.testing.assert_close(made(x) - made.bias, 2 * plain)
 
 
 def test_scales_that_change_are_seen():

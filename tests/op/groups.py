@@ -109,13 +109,25 @@ def broken_in_group(cases: Sequence[Case], backend: str, module: ModuleType = gr
     return lines
 
 
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that a group is checked in."""
+    of_codes = any(case.format != "plain" for case in GROUPS[name])
+    return (FP32, BF16) if of_codes else (FP32, BF16, FP64)
+
+
+def every_case_of_a_group() -> Iterable[Case]:
+    """Yield the cases of what `refused_group` checks."""
+    for name in GROUPS:
+        for dtype in dtypes_of(name):
+            yield from cases_of(name, dtype, None)
+
+
 def refused_group(
     backend: str, module: ModuleType = grouped, names: Iterable[str] = GROUPS
 ) -> str | None:
     """Return why the checks refuse a way to run groups: the first rule it breaks."""
     for name in names:
-        of_codes = any(case.format != "plain" for case in GROUPS[name])
-        for dtype in (FP32, BF16) if of_codes else (FP32, BF16, FP64):
+        for dtype in dtypes_of(name):
             try:
                 broken = broken_in_group(cases_of(name, dtype, None), backend, module)
             except (RuntimeError, AttributeError) as error:

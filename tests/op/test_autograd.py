@@ -161,6 +161,22 @@ def test_checkpointing_gives_equal_gradients(backend: Backend, use_reentrant, am
     assert all(torch.equal(t.grad, want[f"d{n}"]) for n, t in leaf.items())
 
 
+@pytest.mark.parametrize("dx", [False, True])
+def test_what_was_saved_is_read_and_not_what_it_has_become(backend: Backend, dx):
+    """Where saved tensors may be written to: PyTorch keeps what they were."""
+    found = []
+    for write in (False, True):
+        x, *others = leaves(CASE)
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            y = backend.linear(x.requires_grad_(dx) * 1, *others, CASE.alpha)
+            with torch.no_grad():
+                for t in others:
+                    t.mul_(3 if write else 1)
+            y.sum().backward()
+        found.append([t.grad for t in (x, *others) if t.grad is not None])
+    assert len(found[0]) == 4 + dx and all(map(torch.equal, *found))
+
+
 def pickled(layer):
     return pickle.loads(pickle.dumps(layer))
 

@@ -23,14 +23,15 @@ import pytest
 import torch
 
 from lora_ext.backends import cpp
-from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case
+from lora_ext.testing import LAYOUTS, OF_CODES, SHAPES, TAILS, Case, expected
 from tests.conftest import linear_of
 from tests.op.acts import refused_acts
 from tests.op.cpp_mutants import MUTANTS
-from tests.op.groups import refused_group
+from tests.op.groups import every_case_of_a_group, refused_group
 from tests.op.test_mutants import CASES, refused
 from tests.processes import shared_by_workers
-from tests.tools.switched import build, switch_all
+from tests.tools.library import Library, build
+from tests.tools.switched import switch_all
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,8 +64,9 @@ def build_libraries(folder: Path) -> None:
     shutil.copytree(ROOT / "csrc", sources)
     switch_all(sources, MUTANTS.values())
     lowered = lowered_avx512(folder / LOWERED)
-    others = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
-    build(folder, sources, LOWERED, others)
+    changed = {source: lowered for source in ("cpu/isa", "cpu/route", "cpu/blocks_avx512")}
+    libraries = {"switched": Library(sources, "avx2"), LOWERED: Library(sources, "avx512", changed)}
+    build(folder, libraries)
 
 
 def lowered_avx512(target: Path) -> Path:
@@ -148,10 +150,12 @@ def why_refused(cases: list[Case] = CPP_CASES) -> str | None:
 
 if __name__ == "__main__":
     # An operator takes one kernel a process: each name gets a fork of this one, with what PyTorch
-    # would import at the first gradient, 2 s, already there.
+    # would import at the first gradient, 2 s, and the results to compare with already there.
     import torch.fx.experimental.symbolic_shapes
 
     sys.modules["lora_ext._C"] = types.ModuleType("lora_ext._C")
+    for case in (*CPP_CASES, *CASES_OF_MANY, *every_case_of_a_group()):
+        expected(case)
     for name in sys.argv[2:]:
         process = get_context("fork").Process(target=print_verdict, args=[sys.argv[1], name])
         process.start()

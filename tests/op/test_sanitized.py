@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from tests.processes import shared_by_workers
-from tests.tools.switched import build, switch_all
+from tests.tools.library import Library, build
+from tests.tools.switched import switch_all
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -55,9 +56,8 @@ def folder(tmp_path_factory):
             for kind, names in SANITIZERS.items():
                 flags = f"-g1 -fsanitize={names} -fno-sanitize-recover=undefined"
                 (folder / kind).mkdir()
-                build(
-                    folder / kind, sources, flags=flags, more=threads if kind == "thread" else None
-                )
+                more = threads if kind == "thread" else None
+                build(folder / kind, {"switched": Library(sources, "avx2")}, flags, more)
         yield folder
 
 

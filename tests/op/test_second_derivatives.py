@@ -243,3 +243,18 @@ def test_create_graph_over_lora_linear_needs_no_backend_named():
     """As a user calls it."""
     tensors = leaves(SMALL)
     assert torch.autograd.gradgradcheck(lambda *t: lora_linear(*t, SMALL.alpha), tensors)
+
+
+def test_a_factor_changed_in_place_is_noticed_where_h_is_computed_again():
+    """Without dx an ordinary backward reads no A, and takes it changed as PyTorch does."""
+    x, weight, bias, A, B = leaves(SMALL, NEEDS["no_dx"])
+    for create_graph in (False, True):
+        y = lora_linear(x, weight, bias, A, B, SMALL.alpha)
+        with torch.no_grad():
+            A.mul_(2)
+        if create_graph:
+            with pytest.raises(RuntimeError, match="A must be as it was in the forward"):
+                torch.autograd.grad(y.sum(), B, create_graph=True)
+        else:
+            want = SMALL.alpha * (x @ (A / 2)).T @ torch.ones_like(y)
+            assert torch.equal(torch.autograd.grad(y.sum(), B)[0], want)

@@ -30,9 +30,10 @@ from importlib import import_module
 from pathlib import Path
 
 from tests.tools.faults import Fault, lines_of
+from tests.tools.library import Library, build, load
 from tests.tools.mutated import PARTS, ROOT, Part, faults_of
 from tests.tools.reached import Chosen, Place, Reached, Recorder, RecorderOfFaults
-from tests.tools.switched import MOST_FAULTS, build, load, smallest, switched
+from tests.tools.switched import MOST_FAULTS, smallest, switched
 
 PRELOADED = ("torch", "numpy", "pytest", "hypothesis.stateful", "safetensors.torch")
 ROUNDS = 6  # builds until the compiler takes every switch
@@ -161,7 +162,7 @@ def library_of(copy: Path, chosen: list[Fault]) -> tuple[Path, list[Fault]]:
             if (new := switched(text, here)) != (copy / path).read_text():  # as ninja sees it
                 (copy / path).write_text(new)
         try:
-            build(copy, copy / "csrc")
+            build(copy, {"switched": Library(copy / "csrc")})
         except AssertionError as error:
             left = [(number, f) for number, f in kept if number not in blamed(str(error))]
             if left == kept:

@@ -13,16 +13,9 @@ and semicolons; what is no C++ after that, the compiler refuses.
 
 import itertools
 import re
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-
-import torch
-from torch.utils.cpp_extension import include_paths
 
 MOST_FAULTS = 4096
 HEADER = f"""#include <cstdlib>
@@ -37,17 +30,6 @@ inline bool lora_ext_fault(int number) {{
   return on == number;
 }}
 """
-SOURCES = [
-    *("call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"),
-    *("cpu/act", "cpu/pack", "cpu/codes", "cpu/keep", "cpu/blocks_baseline", "cpu/blocks_avx2"),
-    *("cpu/blocks_avx512", "cpu/blocks_avx512_bf16"),
-]
-TORCH_HEADERS = [
-    "inductor/aoti_torch/c/shim.h",
-    "inductor/aoti_torch/generated/c_shim_cpu.h",
-    "stable/ops.h",
-    "stable/tensor.h",
-]
 OPEN, CLOSE = "([{", ")]}"
 HIDDEN = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])+'", re.DOTALL)
 TEMPLATE = re.compile(r"(?<=\w)<[\w:,\s*&/+-]+>")
@@ -243,70 +225,3 @@ def switch_all(folder: Path, faults: Iterable[tuple[str, str, str]]) -> None:
         changes.setdefault(file, []).append(change)
     for file, held in changes.items():
         (folder / file).write_text(switched((folder / file).read_text(), held))
-
-
-def load(library: Path) -> None:
-    """Load a library as lora_ext._C, which must not be there yet."""
-    assert "lora_ext" not in sys.modules, "too late: lora_ext has loaded its own kernels"
-    spec = spec_from_file_location("lora_ext._C", library)
-    sys.modules["lora_ext._C"] = module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-def build(
-    folder: Path,
-    sources: Path,
-    variant: str = "",
-    others: dict[str, Path] | None = None,
-    flags: str = "",
-    more: Path | None = None,
-) -> None:
-    """Build folder/switched.so, a lora_ext._C of a csrc without optimisation, by one ninja run.
-
-    And folder/`variant`.so, which takes some of its files from other csrcs. `flags` are further
-    ones, `more` is a file of C++ that comes before what torch has.
-    """
-    includes = " ".join(f"-isystem {path}" for path in include_paths())
-    libraries = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch -ltorch_cpu -lc10"
-    rules = [
-        f"includes = {includes}",
-        f"python = {sysconfig.get_path('include')}",
-        f"flags = -O0 -w -std=c++20 -fPIC -DTORCH_TARGET_VERSION=0x020b000000000000 {flags}",
-        "rule precompile",
-        "  command = c++ $flags $includes -x c++-header $in -o $out",
-        "build torch.h.gch: precompile torch.h",
-        "rule compile",
-        "  command = c++ $flags -I$sources $includes -include ./torch.h -MMD -MF $out.d -c $in "
-        "-o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule bind",  # pybind11 takes no PyTorch headers before it
-        "  command = c++ $flags -I$sources -isystem $python $includes "
-        "'-DLORA_EXT_BUILT_CUDA=\"none\"' -c $in -o $out",
-        "rule link",
-        f"  command = c++ -shared $flags -Wl,-Bsymbolic $in -o $out {libraries}",
-    ]
-
-    def compile_to(target: str, sources: Path, file: Path) -> str:
-        rules.append(f"build {target}: compile {file} | torch.h.gch")
-        rules.append(f"  sources = {sources}")
-        return target
-
-    def objects_of(name: str, csrc: dict[str, Path]) -> dict[str, str]:
-        return {s: compile_to(f"{name}/{s}.o", of, of / f"{s}.cpp") for s, of in csrc.items()}
-
-    objects = objects_of("switched", dict.fromkeys(SOURCES, sources))
-    rules += [f"build bindings.o: bind {sources}/bindings.cpp", f"  sources = {sources}"]
-    objects["bindings"] = "bindings.o"
-    if more is not None:
-        objects["more"] = compile_to("more.o", sources, more)
-    rules.append(f"build switched.so: link {' '.join(objects.values())}")
-    if others:
-        objects |= objects_of(variant, others)
-        rules.append(f"build {variant}.so: link {' '.join(objects.values())}")
-    header = folder / "torch.h"
-    if not header.exists():
-        header.write_text("".join(f"#include <torch/csrc/{h}>\n" for h in TORCH_HEADERS) + HEADER)
-    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-    built = subprocess.run(["ninja", "-k", "0", "-C", folder], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout

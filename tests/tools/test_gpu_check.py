@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from importlib import import_module
@@ -90,11 +91,34 @@ def test_a_benchmarks_options_are_known_to_it(stage, monkeypatch):
     assert args.device == "cuda"
 
 
+@pytest.fixture
+def run_forked():
+    """Run a stage as gpu_check does, a module of Python in a fork of one process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu.forked"],
+        cwd=ROOT,
+        env=os.environ | gpu_check.REHEARSED,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    run_stage = gpu_check.run_stage
+
+    def run(stage, log, more) -> tuple[str, str]:
+        if stage.command[:3] != [*gpu_check.PYTHON, "-m"]:
+            return run_stage(stage, log, more)
+        print(json.dumps([stage.command[3:], log.name]), file=process.stdin, flush=True)
+        return "passed" if process.stdout.readline() == "0\n" else "failed", ""
+
+    yield run
+    process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="its kernels run in the interpreter"
 )
-def test_the_whole_plan_runs_in_a_rehearsal(tmp_path, monkeypatch):
+def test_the_whole_plan_runs_in_a_rehearsal(run_forked, tmp_path, monkeypatch):
     """Every command starts, takes its options and ends; what profiles runs its command alone."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -105,7 +129,8 @@ def test_the_whole_plan_runs_in_a_rehearsal(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHON", Path(sys.executable).name)
     plan = [s._replace(limit_s=600) for s in gpu_check.stages(tmp_path, True)]
-    with open(tmp_path / "log", "w") as log:
+    monkeypatch.setattr(gpu_check, "run_stage", run_forked)
+    with open(tmp_path / "log", "a") as log:  # to which the forks append
         summary = tmp_path / "summary.json"
         outcomes = gpu_check.run_all(plan, log, summary, "none", gpu_check.REHEARSED)
     said = (tmp_path / "log").read_text()

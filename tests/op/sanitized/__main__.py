@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tools.switched import load
+from tests.tools.library import load
 
 if sys.argv[1] != "installed":
     load(Path(sys.argv[1]))
