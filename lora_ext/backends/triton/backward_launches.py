@@ -19,7 +19,7 @@ from .launches import Launch, base_operands, bits_of, fresh, loop_factor, split_
 from .persistent_kernels import lora_linear_bwd_dx_persistent_kernel
 from .tiling import Tile
 
-_SUM_PARTS, _SUM_N = 16, 1024  # parts of dB a step, elements a program
+SUM_PARTS, SUM_N = 16, 1024  # parts of dB a step, elements a program
 
 
 class Backward(NamedTuple):
@@ -81,7 +81,7 @@ def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
         (programs,),
         **dict(M=M, N=N, K=K, R=R, parts=pass_over_dy.parts),
         **dict(PROGRAMS=card.sms, BLOCK_R=block_r, WANT_DA=need_dA, WANT_DB=need_dB),
-        **dict(DB_IN_PARTS=in_parts, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
+        **dict(DB_IN_PARTS=in_parts, SUM_PARTS=SUM_PARTS, SUM_N=SUM_N),
         **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
         lanes=_lanes(tiles, programs, triton.cdiv(K, strip.block_k) * triton.cdiv(R, block_r)),
         **strides("stride_d", "mn", call.dy.stride()),
@@ -239,7 +239,7 @@ class Finish:
             (programs,),
             **dict(M=M, N=N, K=K, R=R, parts=first.parts),
             **dict(WANT_DX=self.need_dx, WANT_DA=self.need_dA, WANT_DB=self.need_dB),
-            **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=_SUM_PARTS, SUM_N=_SUM_N),
+            **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=SUM_PARTS, SUM_N=SUM_N),
             **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
             **strides("stride_d", "mn", call.dy.stride()),
             **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
@@ -296,6 +296,6 @@ def _programs(p: Problem, tile: Tile, strip: Tile, *, in_parts: bool) -> int:
     if need_dA:
         programs += triton.cdiv(K, strip.block_k) * blocks_r
     if need_dB:
-        runs = triton.cdiv(R * N, _SUM_N)
+        runs = triton.cdiv(R * N, SUM_N)
         programs += runs if in_parts else triton.cdiv(N, strip.block_k) * blocks_r
     return programs
