@@ -196,11 +196,12 @@ for _schema, _fake in (
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
     (
-        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        "draw_keep(Tensor seed, SymInt rows, SymInt cols, float p, SymInt first_column=0)"
+        " -> Tensor",
         _draw_keep_fake,
     ),
     (
-        "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
+        "draw_bernoulli(Tensor(a!) state, SymInt rows, SymInt cols, float p) -> Tensor",
         _draw_bernoulli_fake,
     ),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),
