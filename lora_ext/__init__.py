@@ -1,5 +1,8 @@
 """LoRA layers for PyTorch: `linear(x) + alpha * (x @ A @ B)` as one operation."""
 
+import sys
+from importlib import import_module
+
 from ._version import __version__
 from .adapters import load_adapter, lora_state_dict, save_adapter
 from .adapters_peft import load_peft_adapter, save_peft_adapter
@@ -13,6 +16,9 @@ from .layers import LinearWithLoRA, LoRALayer
 from .prepack import prepack_, unpack_
 from .quantise import quantise_
 from .quantised_linear import QuantisedLinear
+
+if "torch.utils.flop_counter" in sys.modules:  # else `import lora_ext.flops`: it imports Triton
+    import_module(f"{__name__}.flops")
 
 __all__ = [
     "__version__",

@@ -186,7 +186,7 @@ class _LoRALinear(torch.autograd.Function):
             ctx.save_for_backward(*saved, keep)
         # A and B where they are not read: their gradients take the layout. A second derivative
         # reads A again, if it is still the same.
-        unread = None if need_dx else (A, B, 0 if A.is_inference() else A._version)
+        unread = None if need_dx else (A, B, _version_of(A))
         ctx.call = (x.shape, unread, scale, name, None if panels is None else panels.backward)
         if x.dim() != 2:
             y = with_shape(y, x.shape)
@@ -218,6 +218,11 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dweight, dbias, dA, dB, None
 
 
+def _version_of(t: Tensor) -> int | None:
+    """Return how often a tensor was written to; None where PyTorch does not count."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 def _differentiable_gradients(
     ctx: Any, dy: Tensor | None, dh: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -229,7 +234,7 @@ def _differentiable_gradients(
     x_shape, unread, scale, _, layout = ctx.call
     if unread is not None:
         A, B = unread[0], unread[1] if B is None else B
-        if ctx.needs_input_grad[4] and not A.is_inference() and A._version != unread[2]:
+        if ctx.needs_input_grad[4] and _version_of(A) != unread[2]:
             raise RuntimeError("A must be as it was in the forward, got one written to in place")
     keep = kept[0] if kept else None
     needs = need_dx, _, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:5]

@@ -8,11 +8,14 @@ costs twice as much. What a call does not have is None.
 under `lora_ext_triton`: an operator takes one kernel a device.
 """
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .call import Call
 
 SCHEMAS = {
     "linear_fwd": (
@@ -102,7 +105,8 @@ def _linears_fwd_fake(x, weights, biases, As, Bs, scales, formats, keeps, weight
     return [y for y, _ in results], x.new_empty(x.shape[0], sum(A.shape[1] for A in As))
 
 
-def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps, weight_scales):
+def linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps, weight_scales):
+    """Shapes of linears_bwd."""
     gradients: list[Tensor | None] = []
     layers = zip(dys, weights, As, Bs, hs, keeps, strict=True)
     for i, (dy, weight, A, B, h, keep) in enumerate(layers):
@@ -110,6 +114,44 @@ def _linears_bwd_fake(dys, x, weights, As, Bs, hs, scales, needs, formats, keeps
         dx, *others = bwd_fake(dy, x, weight, A, B, h, 1.0, own, keep=keep)
         gradients += others if gradients else [dx, *others]
     return [dys[0].new_empty(0) if g is None else g for g in gradients]  # a list holds no None
+
+
+# dx, the sum over the layers, and after it dweight, dbias, dA and dB of each, as `needs` has them.
+LINEARS_BWD = (
+    "linears_bwd(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor?[] As, Tensor?[] Bs,"
+    " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps,"
+    " Tensor?[] weight_scales) -> Tensor[]"
+)
+
+
+def run_linears_bwd(
+    run: Callable[..., Sequence[Tensor]],
+    dys: Sequence[Tensor],
+    calls: Sequence[Call],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[tuple[bool, ...]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Return the gradients of each call by an operator of LINEARS_BWD; dx is with the first."""
+    weights, lows = [call.weight for call in calls], [call.low for call in calls]
+    gradients = run(
+        dys,
+        next((call.x for call in calls if call.x is not None), None),
+        [None if weight is None else weight.data for weight in weights],
+        [low.A for low in lows],
+        [low.B for low in lows],
+        hs,
+        [low.scale for low in lows],
+        [needs[0][0], *(need for own in needs for need in own[1:])],
+        ["plain" if weight is None else weight.format for weight in weights],
+        [low.keep for low in lows],
+        [None if weight is None else weight.scale for weight in weights],
+    )
+    results = []
+    for i, (_, *others) in enumerate(needs):
+        own = gradients[1 + 4 * i : 5 + 4 * i]
+        dx = gradients[0] if needs[0][0] and i == 0 else None
+        results.append((dx, *(g if n else None for g, n in zip(own, others, strict=True))))
+    return results
 
 
 def _draw_keep_fake(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
@@ -145,12 +187,11 @@ def _dora_dropped_bwd_fake(dx, dy, weight, keep, factor) -> None:
 
 
 LIBRARY = define("lora_ext")
-# On the CPU: layers of one x at once, with a list for each operand (their h side by side; dx is
-# their sum, and after it dweight, dbias, dA and dB of each); a gated MLP's act(gate) * up, and its
-# gradients, of which d_gate may be d_hidden itself; DoRA's norms (dora.py); DoRA over a dropped x
-# (dora_dropped.py), and its gradient; a weight in panels; and dropout's mask as bits: drawn from a
-# seed's hash (dropout.py, keep_mask), drawn as `bernoulli_` would from a generator's state, or
-# packed from a mask of bytes.
+# On the CPU: layers of one x at once, with a list for each operand (their h side by side); a gated
+# MLP's act(gate) * up, and its gradients, of which d_gate may be d_hidden itself; DoRA's norms
+# (dora.py); DoRA over a dropped x (dora_dropped.py), and its gradient; a weight in panels; and
+# dropout's mask as bits: drawn from a seed's hash (dropout.py, keep_mask), drawn as `bernoulli_`
+# would from a generator's state, or packed from a mask of bytes.
 for _schema, _fake in (
     (
         "linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs,"
@@ -158,12 +199,7 @@ for _schema, _fake in (
         " -> (Tensor[] ys, Tensor h)",
         _linears_fwd_fake,
     ),
-    (
-        "linears_bwd(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor?[] As, Tensor?[] Bs,"
-        " Tensor?[] hs, float[] scales, bool[] needs, str[] formats, Tensor?[] keeps,"
-        " Tensor?[] weight_scales) -> Tensor[]",
-        _linears_bwd_fake,
-    ),
+    (LINEARS_BWD, linears_bwd_fake),
     ("gated_fwd(Tensor gate, Tensor up, str act) -> Tensor", _gated_fwd_fake),
     (
         "gated_bwd(Tensor d_hidden, Tensor gate, Tensor up, str act, Tensor(a!) d_gate,"
@@ -183,11 +219,12 @@ for _schema, _fake in (
     ),
     ("pack_weight(Tensor weight, bool transposed) -> Tensor", _pack_fake),
     (
-        "draw_keep(Tensor seed, int rows, int cols, float p, int first_column=0) -> Tensor",
+        "draw_keep(Tensor seed, SymInt rows, SymInt cols, float p, SymInt first_column=0)"
+        " -> Tensor",
         _draw_keep_fake,
     ),
     (
-        "draw_bernoulli(Tensor(a!) state, int rows, int cols, float p) -> Tensor",
+        "draw_bernoulli(Tensor(a!) state, SymInt rows, SymInt cols, float p) -> Tensor",
         _draw_bernoulli_fake,
     ),
     ("pack_keep(Tensor mask) -> Tensor", _pack_keep_fake),

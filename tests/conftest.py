@@ -98,15 +98,20 @@ VARIANTS: dict[str, list[Backend]] = {
         Backend("triton", name, partial(regime, **forced), slow=True)
         for name, forced in {
             "in_loop": {"forward": "in_loop", "descriptors": False},
-            "two_launches": {"forward": "two_launches", "backward": "two_launches"},
+            "two_launches": {
+                "forward": "two_launches",
+                "backward": "two_launches",
+                "group": "joint",
+            },
             "descriptors": {
                 "forward": "two_launches",
                 "backward": "two_launches",
                 "descriptors": True,
+                "group": "joint",
             },
-            "persistent": {"forward": "persistent", "backward": "persistent"},
+            "persistent": {"forward": "persistent", "backward": "persistent", "group": "joint"},
             "decode": {"forward": "decode"},
-            "torch_base": {"forward": "torch_base", "backward": "torch_base"},
+            "torch_base": {"forward": "torch_base", "backward": "torch_base", "group": "joint"},
             "addmm": {"forward": "addmm", "backward": "addmm"},
         }.items()
     ],

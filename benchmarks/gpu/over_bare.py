@@ -1,8 +1,8 @@
-"""Print the table of benchmarks/results/gpu_notes.md: predicted time over the base product alone.
+"""Print the tables of benchmarks/results/gpu_notes.md: predicted time over the base product alone.
 
 `before` is the design without persistent programs and with decode in two launches, as at commit
-05f88c7; `after` is today's. Both by today's cost model and its assumptions. No figure here is a
-measurement.
+05f88c7; `after` is today's. Both by today's cost model and its assumptions. Then groups of layers
+of one x, jointly, over one call after the other. No figure here is a measurement.
 
 python -m benchmarks.gpu.over_bare
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import ceil, exp, log
 from statistics import fmean
 
-from lora_ext.backends.triton import costs, regimes, tiling
+from lora_ext.backends.triton import costs, group_costs, regimes, tiling
 from lora_ext.backends.triton.cards import KNOWN, Card
 from lora_ext.backends.triton.costs import Kernel, Problem
 from lora_ext.backends.triton.regimes import REGIMES
@@ -100,11 +100,47 @@ def table() -> str:
     return "\n".join(lines)
 
 
+GROUPS = {
+    "q, k, v: 4096, 1024, 1024": (4096, (4096, 1024, 1024), 16),
+    "q, k, v: 4096 each": (4096, (4096, 4096, 4096), 16),
+    "gate, up: 14336 each": (4096, (14336, 14336), 16),
+    "q, k, v: 768 each": (768, (768, 768, 768), 16),
+}
+
+
+def group_time(direction: str, M: int, name: str, card: Card) -> tuple[float, float, bool]:
+    """Return the microseconds of what a group is run as, of call after call, and if it is joint."""
+    K, widths, R = GROUPS[name]
+    problems = [problem(Shape(M, K, N, R), direction) for N in widths]
+    apart = group_costs.apart(direction, problems, card)
+    joint = group_costs.joint(direction, problems, card, lambda name, tile: True)
+    apart_us = costs.time_us(apart, card, "half")
+    if joint is None or not group_costs.gains(joint.kernels, apart, card, "half"):
+        return apart_us, apart_us, False
+    return costs.time_us(joint.kernels, card, "half"), apart_us, True
+
+
+def group_table() -> str:
+    """Return a step of groups over the same call after call, in Markdown; f, b: what is joint."""
+    names = ("A100", "L4", "H100", "B200", "MI300X")
+    lines = [f"| layers of K features, M | {' | '.join(names)} |", "|---" * 6 + "|"]
+    for name, (K, *_) in GROUPS.items():
+        for M in (8192, 2048, 512):
+            row = []
+            for card in names:
+                ways = [group_time(of, M, name, KNOWN[card]) for of in REGIMES]
+                ours, others = (sum(way[i] for way in ways) for i in (0, 1))
+                marks = "".join(d for d, way in zip("fb", ways, strict=True) if way[2])
+                row.append(f"{ours / others:.2f} {marks}".strip())
+            lines.append(f"| {name} of {K}, {M} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def cells(values: list[float]) -> str:
     """Return figures as cells of a row."""
     return " | ".join(f"{value:.2f}" for value in values)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), group_table(), sep="\n\n")
     sys.exit(0)

@@ -32,6 +32,29 @@ View<const BFloat16> load_kept(View<const T> from, Bits keep, Pair* dst) {
   return {kept.data, kept.rows, kept.cols, kept.row_stride, 1};
 }
 
+// A block of a left factor: of `count` parts, part i has every count-th row from row i on.
+template <typename P>
+struct Parts {
+  View<const P> views[2] = {};
+  int64_t count = 1;
+};
+
+// Of what is added to a block's product or taken along by it, the rows of its part i of `count`.
+template <typename A>
+Addend<A> part_of(Addend<A> addend, int64_t i, int64_t count) {
+  if (addend.data == nullptr) return {};
+  return {addend.data + i * addend.row_stride, count * addend.row_stride};
+}
+template <typename P>
+Along<P> part_of(Along<P> along, int64_t i, int64_t count) {
+  auto& [data, rows, cols, row_stride, col_stride] = along.a;
+  if (cols == 0) return {};
+  data += i * row_stride;
+  rows = (rows - i + count - 1) / count;
+  row_stride *= count;
+  return along;
+}
+
 // A left factor (rows, depth) with dropout's mask on it: read in place, or by blocks copied to P.
 template <typename P>
 class Left {
@@ -45,6 +68,8 @@ class Left {
         col_stride_(matrix.col_stride),
         keep_(keep),
         element_(sizeof(T)),
+        rows_of_pairs_(kIsPair<P> && std::is_same_v<T, BFloat16> && matrix.col_stride == 1 &&
+                       keep.data == nullptr),
         read_(holds_words(matrix) && keep.data == nullptr ? nullptr : &copy<T>) {}
 
   int64_t rows() const { return rows_; }
@@ -69,6 +94,23 @@ class Left {
     const auto* words = reinterpret_cast<const P*>(data);
     if constexpr (kIsPair<P>) return {words, rows, words_of<P>(depth), row_stride_ / 2, 1};
     return {words, rows, depth, row_stride_, col_stride_};
+  }
+
+  // The same for a product that takes the rows in parts: pairs of an even number of steps are read
+  // in place too where rows lie an odd number of elements apart. Every second row then begins
+  // within a word of the others, and is in a part of its own.
+  Parts<P> parts(int64_t row, int64_t k, int64_t rows, int64_t depth, P* scratch) const {
+    if (in_place() || !rows_of_pairs_ || depth % 2 != 0) {
+      return {{block(row, k, rows, depth, scratch)}, 1};
+    }
+    const int64_t count = row_stride_ % 2 == 0 ? 1 : 2;
+    Parts<P> parts = {{}, count};
+    for (int64_t i = 0; i < count; ++i) {
+      const char* data = data_ + ((row + i) * row_stride_ + k) * element_;
+      parts.views[i] = {reinterpret_cast<const P*>(data), (rows - i + count - 1) / count,
+                        words_of<P>(depth), count * row_stride_ / 2, 1};
+    }
+    return parts;
   }
 
  private:
@@ -120,6 +162,7 @@ class Left {
   int64_t rows_, depth_, row_stride_, col_stride_;
   Bits keep_;
   int64_t element_;
+  bool rows_of_pairs_;
   View<const P> (*read_)(View<const char>, Bits, P*);
 };
 

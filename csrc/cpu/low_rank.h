@@ -167,7 +167,8 @@ class Shrink {
     if (way_ == Way::kStream) return of_few_rows(left, to);
     const Right<P> right = packed_->right().from(0, to.cols);
     const Leg<P> leg = {Left<P>(left, keep_.from(row, 0)), right, 1, {}, kShrinkDepth<P>};
-    product<Element>(leg, Out<Element>{to});
+    const bool few_steps = !kIsPair<P> && to.cols <= kShrinkCols;
+    product<Element>(leg, Out<Element>{to}, few_steps ? kShrinkRows : kLoneRows);
   }
 
  private:
@@ -251,8 +252,8 @@ void gradient(const Hidden<T, P>& hidden, View<const T> right, Bits keep, double
     for_each_part(
         out.cols, even_part(out.cols, most, 32, 16, num_threads()), [&](int64_t col, int64_t cols) {
           const Right<P> factor(right.block(0, col, M, cols), R, kInPlaceRank, keep.from(0, col));
-          const int64_t step = factor.is_ready() ? kInPlaceDepth : kDepth;
-          const Leg<P> leg = {left, factor, scale, {}, step};
+          Leg<P> leg = {left, factor, scale};
+          if (factor.is_ready()) leg.step = kInPlaceDepth;
           product<TOut>(leg, Out<TOut>{out.block(0, col, R, cols)});
         });
   });

@@ -6,137 +6,12 @@
 
 #include "cpu/blocks.h"
 #include "cpu/few_rows_impl.h"
+#include "cpu/load_pairs_impl.h"
 #include "cpu/multiply_impl.h"
 #include "cpu/vectors.h"
 
 namespace lora_ext::cpu {
 namespace {
-
-constexpr int64_t kPairLanes = kLanes<Pair>;  // pairs in a vector
-
-// ---- load and pack ----
-
-// The bits of some bfloat16 numbers, or of float ones rounded to it, in the lower half of each
-// lane.
-inline UintVector bits_of(const BFloat16* from) {
-  return __builtin_convertvector(read<ShortVector>(from), UintVector);
-}
-inline UintVector bits_of(const float* from) { return round_to_bfloat16(read<FloatVector>(from)); }
-
-inline uint32_t bits_of_one(const BFloat16* from) { return from->bits; }
-inline uint32_t bits_of_one(const float* from) {
-  return round_to_bfloat16(FloatVector{} + *from)[0];
-}
-
-// dst[j] = the pair (even[j], odd[j]) for `cols` columns; without `odd` 0 takes its place.
-template <typename T>
-inline void pair_up(const T* even, const T* odd, int64_t stride, int64_t cols, Pair* dst) {
-  int64_t j = 0;
-  if (stride == 1) {
-    for (; j + kPairLanes <= cols; j += kPairLanes) {
-      const UintVector high = odd != nullptr ? bits_of(odd + j) << 16 : UintVector{};
-      write(dst + j, bits_of(even + j) | high);
-    }
-  }
-  for (; j < cols; ++j) {
-    const uint32_t high = odd != nullptr ? bits_of_one(odd + j * stride) << 16 : 0;
-    write(dst + j, bits_of_one(even + j * stride) | high);
-  }
-}
-
-// The pairs of a row whose elements are `stride` apart.
-template <typename T>
-inline void pair_row(const T* src, int64_t stride, int64_t cols, Pair* dst) {
-  BFloat16* to = &dst->even;
-  int64_t k = 0;
-  if (stride == 1) {
-    for (; k + kPairLanes <= cols; k += kPairLanes) {
-      write(to + k, __builtin_convertvector(bits_of(src + k), ShortVector));
-    }
-  }
-  for (; k < cols; ++k) to[k].bits = static_cast<uint16_t>(bits_of_one(src + k * stride));
-  if (cols % 2 != 0) to[cols].bits = 0;
-}
-
-template <typename T>
-void load_pairs(View<const T> src, Pair* dst, int64_t ld) {
-  for (int64_t i = 0; i < src.rows; ++i) {
-    pair_row(src.data + i * src.row_stride, src.col_stride, src.cols, dst + i * ld);
-  }
-}
-
-// One row of pairs of some columns from row 2 * p of a matrix on.
-template <typename T>
-inline void pair_rows(View<const T> src, int64_t p, int64_t col, int64_t cols, Pair* dst) {
-  const T* even = src.data + 2 * p * src.row_stride + col * src.col_stride;
-  const T* odd = 2 * p + 1 < src.rows ? even + src.row_stride : nullptr;
-  pair_up(even, odd, src.col_stride, cols, dst);
-}
-
-template <typename T>
-void load_pairs_transposed(View<const T> src, Pair* dst, int64_t ld) {
-  const View<const T> turned = src.transposed();
-  for (int64_t p = 0; p < pairs_of(turned.rows); ++p) {
-    pair_rows(turned, p, 0, turned.cols, dst + p * ld);
-  }
-}
-
-// The pairs of some neighbours in memory.
-inline FloatVector words_of(const BFloat16* from) { return read<FloatVector>(from); }
-inline FloatVector words_of(const float* from) {
-  BFloat16 rounded[2 * kPairLanes];
-  narrow(read<FloatVector>(from), rounded);
-  narrow(read<FloatVector>(from + kPairLanes), rounded + kPairLanes);
-  return read<FloatVector>(rounded);
-}
-
-// One panel of a matrix whose columns are dense, of up to 16 columns: their pairs are words, which
-// are transposed as floats are.
-template <typename T>
-void pack_pairs_transposed(View<const T> src, Pair* dst) {
-  constexpr int64_t lanes = kPairLanes, panel = kPanel<Pair>;
-  const int64_t whole = src.rows / (2 * panel) * panel;
-  for (int64_t line = 0; line < whole; line += panel) {
-    for (int64_t j = 0; j < panel; j += lanes) {
-      for (int64_t p = line; p < line + panel; p += lanes) {
-        FloatVector square[lanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) {
-          const T* from = src.data + 2 * p + (j + i) * src.col_stride;
-          square[i] = j + i < src.cols ? words_of(from) : FloatVector{};
-        }
-        transpose<float>(square);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) write(dst + (p + i) * panel + j, square[i]);
-      }
-    }
-  }
-  for (int64_t p = whole; p < pairs_of(src.rows); ++p) {
-    pair_rows(src, p, 0, src.cols, dst + p * panel);
-    for (int64_t j = src.cols; j < panel; ++j) dst[p * panel + j] = Pair{};
-  }
-}
-
-template <typename T>
-void pack_pairs(View<const T> src, Pair* dst) {
-  constexpr int64_t panel = kPanel<Pair>;
-  const int64_t pairs = pairs_of(src.rows), panel_size = pairs * panel;
-  if (src.col_stride != 1 && src.row_stride == 1) {
-    for (int64_t j = 0; j < src.cols; j += panel, dst += panel_size) {
-      const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
-      pack_pairs_transposed(src.block(0, j, src.rows, cols), dst);
-    }
-    return;
-  }
-  for (int64_t p = 0; p < pairs; ++p) {
-    Pair* to = dst + p * panel;
-    for (int64_t j = 0; j < src.cols; j += panel, to += panel_size) {
-      const int64_t cols = src.cols - j < panel ? src.cols - j : panel;
-      pair_rows(src, p, j, cols, to);
-      for (int64_t pad = cols; pad < panel; ++pad) to[pad] = Pair{};
-    }
-  }
-}
 
 // ---- products ----
 
@@ -269,9 +144,6 @@ void combine_pairs(View<const Pair> left, View<const BFloat16> right, float* out
     if (rows == 4) combine_pairs_from<4, 3>(0, some, right, to, ld);
   }
 }
-
-template <typename T>
-constexpr PairLoadOps<T> kPairLoadOps = {&load_pairs<T>, &load_pairs_transposed<T>, &pack_pairs<T>};
 
 constexpr PairOps kPairOps = {
     kPairLoadOps<BFloat16>, kPairLoadOps<float>, {&multiply<Pair>, kTilePanels},

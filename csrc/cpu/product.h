@@ -20,9 +20,10 @@ template <typename P>
 struct Leg {
   Left<P> left;
   Right<P> right;
-  double scale = 1;       // meets the sums, never a factor
-  Bits keep = {};         // on the leg's product; the first such leg costs no memory of its own
-  int64_t step = kDepth;  // of the summed dimension at a time; a multiple of 8
+  double scale = 1;  // meets the sums, never a factor
+  Bits keep = {};    // on the leg's product; the first such leg costs no memory of its own
+  // Elements of the summed dimension at a time, at most.
+  int64_t step = kIsPair<P> ? 2 * kDepth : kDepth;
 
   Leg block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     return {left.from(row, rows), right.from(col, cols), scale, keep.from(row, col), step};
@@ -40,44 +41,56 @@ struct Out {
   }
 };
 
+// The rows of a tile, even ones.
+constexpr int64_t tile_rows(int64_t rows) {
+  return rows <= kLoneRows ? rows : even_part(rows, kStripRows, 1, 8, 1);
+}
+
 // The blocks of a leg's right factor, for one thread: ready, or packed when the first tile of the
 // left factor asks for them, so that it finds them in cache; the tiles after it find them packed.
 //
-// A matrix that is far is asked for ahead where the hardware does not guess what comes next:
-// panels, and short pieces of long rows.
+// A matrix that is far, or not packed, is asked for ahead where the hardware does not guess what
+// comes next: panels, and short pieces of long rows.
 template <typename P>
 class Cursor {
  public:
   explicit Cursor(const Leg<P>& leg)
       : leg_(leg),
         right_(leg.right),
+        step_(even_part(right_.depth(), leg.step, 1, 8, 1)),
         width_(round_up_to_panel<P>(right_.cols())),
-        keeps_blocks_(leg.left.rows() > kStripRows),
-        looks_ahead_(right_.is_far() && !keeps_blocks_ &&
+        keeps_blocks_(leg.left.rows() > kLoneRows),
+        looks_ahead_((right_.is_far() || right_.in_place()) && leg.left.rows() <= kStripRows &&
                      (right_.is_ready() || right_.has_dense_rows())),
         block_cols_(looks_ahead_ && !right_.is_ready() ? kAheadCols : right_.cols()),
         packed_(right_.is_ready()
                     ? 0
                     : width_ * words_of<P>(keeps_blocks_ ? right_.depth()
-                                                         : std::min(leg.step, right_.depth()))),
-        copy_(leg.left.in_place() ? 0
-                                  : std::min(kStripRows, leg.left.rows()) *
-                                        words_of<P>(std::min(leg.step, leg.left.depth()))) {}
+                                                         : std::min(step_, right_.depth()))),
+        copy_(leg.left.in_place()
+                  ? 0
+                  : tile_rows(leg.left.rows()) * words_of<P>(std::min(step_, leg.left.depth()))) {}
 
   // sum (rows, cols; dense rows of `ld`) = scale * left's rows from `row` on @ right + addend, and
   // what is taken along.
   void add_to(int64_t row, int64_t rows, Acc<P>* sum, int64_t ld, Addend<Acc<P>> addend,
               Along<P> along = {}) {
     const int64_t depth = right_.depth();
-    for (int64_t k = 0; k == 0 || k < depth; k += leg_.step) {
-      const int64_t steps = std::min(leg_.step, depth - k);
-      const Along<P> with = k + leg_.step < depth ? Along<P>{} : along;
-      const View<const P> left = leg_.left.block(row, k, rows, steps, copy_.get());
+    for (int64_t k = 0; k == 0 || k < depth; k += step_) {
+      const int64_t steps = std::min(step_, depth - k);
+      const Along<P> with = k + step_ < depth ? Along<P>{} : along;
+      const Parts<P> left = leg_.left.parts(row, k, rows, steps, copy_.get());
       for (int64_t col = 0; col < right_.cols(); col += block_cols_) {
         const int64_t cols = std::min(block_cols_, right_.cols() - col);
-        blocks().products<P>().multiply(left, block(k, steps, col, cols), cols, sum + col, ld,
-                                        static_cast<Acc<P>>(leg_.scale), addend.from(col),
-                                        after(k, col), with.from(0, rows, col));
+        const Panels<const P> panels = block(k, steps, col, cols);
+        Ahead ahead = after(k, col);
+        for (int64_t part = 0; part < left.count; ++part) {
+          blocks().products<P>().multiply(left.views[part], panels, cols, sum + part * ld + col,
+                                          left.count * ld, static_cast<Acc<P>>(leg_.scale),
+                                          part_of(addend.from(col), part, left.count), ahead,
+                                          part_of(with.from(0, rows, col), part, left.count));
+          ahead = {};
+        }
       }
       addend = {sum, ld};
     }
@@ -105,12 +118,13 @@ class Cursor {
               next.panel_stride * size};
     }
     const bool last = col + kAheadCols >= right_.cols();
-    return {last ? right_.address(k + leg_.step, 0) : right_.address(k, col + kAheadCols),
+    return {last ? right_.address(k + step_, 0) : right_.address(k, col + kAheadCols),
             right_.row_bytes(), kPanel<P> * right_.element_bytes()};
   }
 
   const Leg<P>& leg_;
   const Right<P>& right_;
+  const int64_t step_;  // blocks of even depth, so that none is short
   const int64_t width_;
   const bool keeps_blocks_, looks_ahead_;
   const int64_t block_cols_;  // all, or so few that both they and the next ones stay in cache
@@ -172,26 +186,26 @@ class Carried {
 
 inline constexpr size_t kMostLegs = 16;  // two a layer of a group
 
-// The product, for the tiles of one thread.
+// The product, for the tiles of one thread, of at most so many rows where that is given.
 template <typename T, typename P>
-void product(std::span<const Leg<P>> legs, const Out<T>& out) {
+void product(std::span<const Leg<P>> legs, const Out<T>& out, int64_t most_rows = kLoneRows) {
   using A = Acc<P>;
-  const int64_t cols = out.to.cols, tile_rows = std::min(kStripRows, out.to.rows);
+  const int64_t cols = out.to.cols, n_rows = std::min(tile_rows(out.to.rows), most_rows);
   const bool masked = legs[0].keep.data != nullptr;
   const bool in_place = std::is_same_v<T, A> && out.to.col_stride == 1 && !(masked && out.add);
-  const Scratch<A> tile(in_place ? 0 : tile_rows * cols);
+  const Scratch<A> tile(in_place ? 0 : n_rows * cols);
   const bool masked_later = std::any_of(legs.begin() + 1, legs.end(),
                                         [](const Leg<P>& leg) { return leg.keep.data != nullptr; });
-  const Scratch<A> apart(masked_later ? tile_rows * cols : 0);
+  const Scratch<A> apart(masked_later ? n_rows * cols : 0);
   std::optional<Carried<P>> carried;
   if (Carried<P>::fits(legs)) {
-    carried.emplace(legs[0], tile_rows);
+    carried.emplace(legs[0], n_rows);
     legs = legs.subspan(1);
   }
   std::array<std::optional<Cursor<P>>, kMostLegs> cursors;
   for (size_t i = 0; i < legs.size(); ++i) cursors[i].emplace(legs[i]);
-  for (int64_t row = 0; row < out.to.rows; row += kStripRows) {
-    const int64_t rows = std::min(kStripRows, out.to.rows - row);
+  for (int64_t row = 0; row < out.to.rows; row += n_rows) {
+    const int64_t rows = std::min(n_rows, out.to.rows - row);
     const View<T> to = out.to.block(row, 0, rows, cols);
     A* sum = tile.get();
     int64_t ld = cols;
@@ -222,8 +236,8 @@ void product(std::span<const Leg<P>> legs, const Out<T>& out) {
 }
 
 template <typename T, typename P>
-void product(const Leg<P>& leg, const Out<T>& out) {
-  product<T, P>(std::span<const Leg<P>>(&leg, 1), out);
+void product(const Leg<P>& leg, const Out<T>& out, int64_t most_rows = kLoneRows) {
+  product<T, P>(std::span<const Leg<P>>(&leg, 1), out, most_rows);
 }
 
 // The same for tiles [row, row + rows) of some columns, by one thread each.

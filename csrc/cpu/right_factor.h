@@ -62,6 +62,8 @@ class Right {
   int64_t depth() const { return depth_; }
   int64_t cols() const { return cols_; }
   bool is_ready() const { return is_ready_; }
+  // Whether it is read as panels where a matrix lies.
+  bool in_place() const { return is_ready_ && fill_ != nullptr; }
   bool is_far() const { return far_; }
   bool has_dense_rows() const { return col_stride_ == 1; }
   Panels<const P> ready() const { return ready_; }

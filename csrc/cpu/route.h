@@ -14,22 +14,25 @@ namespace lora_ext::cpu {
 
 // ---- sizes of blocks, for caches of 32 KB and 512 KB ----
 
-// How much of the summed dimension is worked on at a time: one panel of it (24 KB) stays in a
-// first-level cache while the rows of the left factor pass. Longer sums also round more.
+// How many words of the summed dimension are worked on at a time: one panel of them (24 KB) stays
+// in a first-level cache while the rows of the left factor pass. Longer sums also round more.
 inline constexpr int64_t kDepth = 384;
 // A large product goes by strips of columns and in each by tiles of rows. A tile's sums (192 x 256
-// floats, 192 KB) stay in a second-level cache.
-inline constexpr int64_t kStripCols = 256, kStripRows = 192;
+// floats, 192 KB) stay in a second-level cache. Up to kLoneRows rows are one tile: each block of
+// the right factor then is in cache once.
+inline constexpr int64_t kStripCols = 256, kStripRows = 192, kLoneRows = 256;
 // Parts of rows that are worth packing a strip for again, and that fill a tile's registers.
 inline constexpr int64_t kLeastRows = 24;
-// Rows of a block of h, t, or y += h @ B.
-inline constexpr int64_t kRowBlock = 96;
+// Rows of a block of h, t, or y += h @ B. Of up to kShrinkCols columns, kShrinkRows rows of x or dy
+// are read from end to end before the next: there reading them is most of the time, and the
+// hardware asks ahead along a row.
+inline constexpr int64_t kRowBlock = 96, kShrinkRows = 16, kShrinkCols = 16;
 // A right factor that up to kInPlaceUses rows of the left one meet is not worth packing.
 inline constexpr int64_t kInPlaceUses = 32;
 // dA and dB sum over all rows of x and dy. Up to kInPlaceRank columns of h or t read them in place,
-// kInPlaceDepth rows by kInPlaceCols columns at a time; for more they are packed, kPackedCols at a
-// time.
-inline constexpr int64_t kInPlaceRank = 16, kInPlaceDepth = 96, kInPlaceCols = 512;
+// kInPlaceDepth rows by kInPlaceCols columns at a time; for more, and where a word is not an
+// element, they are packed, kPackedCols at a time.
+inline constexpr int64_t kInPlaceRank = 128, kInPlaceDepth = 96, kInPlaceCols = 512;
 inline constexpr int64_t kPackedCols = 128;
 // A leg of up to so many steps is taken along by the sums of another, see Carried.
 inline constexpr int64_t kCarriedSteps = 64;

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from .. import (
     acts,
-    ops,  # noqa: F401  the schemas that _C registers its kernels for
+    ops,  # the schemas that _C registers its kernels for
 )
 from ..call import Call, Weight
 
@@ -189,26 +189,7 @@ def backward_group(
     needs: Sequence[Needs],
 ) -> list[tuple[Tensor | None, ...]]:
     """Return the gradients of each call; dx, the sum over calls, with the first."""
-    weights, lows = [call.weight for call in calls], [call.low for call in calls]
-    gradients = _BWD_GROUP(
-        dys,
-        next((call.x for call in calls if call.x is not None), None),
-        [None if weight is None else weight.data for weight in weights],
-        [low.A for low in lows],
-        [low.B for low in lows],
-        hs,
-        [low.scale for low in lows],
-        [needs[0][0], *(need for own in needs for need in own[1:])],
-        ["plain" if weight is None else weight.format for weight in weights],
-        [low.keep for low in lows],
-        [None if weight is None else weight.scale for weight in weights],
-    )
-    results = []
-    for i, (_, *others) in enumerate(needs):
-        own = gradients[1 + 4 * i : 5 + 4 * i]
-        dx = gradients[0] if needs[0][0] and i == 0 else None
-        results.append((dx, *(g if n else None for g, n in zip(own, others, strict=True))))
-    return results
+    return ops.run_linears_bwd(_BWD_GROUP, dys, calls, hs, needs)
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:

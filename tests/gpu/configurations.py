@@ -3,14 +3,14 @@
 No GPU is asked: see codegen.py. What is wrong with a kernel is `faults_of`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from lora_ext.backends.triton import cards, tiling, tuning
+from lora_ext.backends.triton import cards, group_costs, group_launches, tiling, tuning
 from lora_ext.backends.triton.backward_launches import Backward
 from lora_ext.backends.triton.forward_launches import Forward
 from lora_ext.backends.triton.regimes import REGIMES
@@ -24,6 +24,7 @@ BASE_KERNELS = (
     "lora_linear_fwd_persistent_kernel",
     "lora_linear_bwd_dx_kernel",
     "lora_linear_bwd_dx_persistent_kernel",
+    "lora_linears_bwd_dx_kernel",
 )
 N = K = 4096
 
@@ -116,6 +117,34 @@ def ways(direction: str, call, p, card) -> Iterator[Way]:
             yield Way(f"{direction} {name}", label_of(tile), partial(run, call))
 
 
+def joint_ways(family: str, types: str, layers: int) -> Iterator[Way]:
+    """Yield every way that a card is offered to run layers of one x jointly."""
+    card = next(card for card in cards.KNOWN.values() if card.family == family)
+    dtype, adapter, R, _, masked, *_ = DTYPES[types]
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    M = 8192
+    x, keep = empty(M, K), empty(M, K // 32, of=torch.int32) if masked else None
+    calls, backs = [], []
+    for n in (N, 1024, 1024)[:layers]:
+        low = empty(K, R, of=adapter), empty(R, n, of=adapter)
+        calls.append(Forward(x, empty(n, K), empty(n), *low, 0.5, keep))
+        own = empty(n, K), *low, empty(M, R), 0.5, (True, True, True), keep
+        backs.append(Backward(empty(M, n), x, *own))
+    problems = list(map(tuning.forward_problem, calls))
+    for name in group_costs.WITH_SHRINK:
+        way = group_costs.joint_forward(problems, card, lambda regime, _, name=name: regime == name)
+        if way is not None:
+            run = group_launches.forward(calls, problems, way.choices, card)
+            yield Way(name, label_of(way.choices[0][1]), partial(run, calls))
+    problems = list(map(tuning.backward_problem, backs))
+    for tile in group_costs.tiles_of_dx(problems, card):
+        run = group_launches.backward(backs, problems, tile, card)
+        yield Way("backward", label_of(tile), partial(run, backs))
+
+
 def label_of(tile: tiling.Tile) -> str:
     """Return a tile's sizes, warps and stages, as in the tables."""
     loads = " tma" if tile.descriptors else ""
@@ -125,10 +154,15 @@ def label_of(tile: tiling.Tile) -> str:
 @cache
 def distinct(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     """Return a label and the launch for each different kernel that the problems end in."""
+    return distinct_of(problems(family, dtypes), DTYPES[dtypes].kind)
+
+
+def distinct_of(offered: Iterable[Way], kind: str) -> list[tuple[str, Launch]]:
+    """Return the same of some ways, with products of one kind."""
     found: dict[str, tuple[str, Launch]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "kind_of", lambda dtype: DTYPES[dtypes].kind)
-        for way in problems(family, dtypes):
+        patch.setattr(tuning, "kind_of", lambda dtype: kind)
+        for way in offered:
             for launch in launches_of(way.run):
                 kernel, _, arguments = launch
                 params = {param.name: param for param in kernel.params}
@@ -137,21 +171,31 @@ def distinct(family: str, dtypes: str) -> list[tuple[str, Launch]]:
     return list(found.values())
 
 
-def offered(family: str) -> dict[str, list[str]]:
-    """Return the tiles that a card is offered, by kind of product, direction and regime."""
-    found: dict[str, set[str]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for dtypes, types in DTYPES.items():
-            patch.setattr(tuning, "kind_of", lambda dtype, kind=types.kind: kind)
-            for way in problems(family, dtypes):
-                found.setdefault(f"{types.kind} {way.regime}", set()).add(way.tile)
-    return {regime: sorted(tiles) for regime, tiles in sorted(found.items())}
+def offered(family: str, types: str) -> list[tuple[str, Launch]]:
+    """Return the same of a layer, and of three layers of one x where those are run jointly."""
+    jointly = joint_ways(family, types, 3) if DTYPES[types].R == 64 and types[:4] == "fp16" else ()
+    return [*distinct(family, types), *distinct_of(jointly, DTYPES[types].kind)]
+
+
+def configurations(family: str) -> set[tuple[str, str]]:
+    """Return (kernel, configuration) of every launch that a card is offered."""
+    launched = (launch for types in DTYPES for _, launch in offered(family, types))
+    return {(kernel.__name__, configuration_of(options)) for kernel, _, options in launched}
+
+
+def configuration_of(options: dict) -> str:
+    """Return a launch's block sizes M, N, K and R, its warps and stages, and how it loads."""
+    sizes = "x".join(str(options.get(f"BLOCK_{size}", 0)) for size in "MNKR")
+    loads = " tma" if options.get("DESCRIPTORS") else ""
+    return f"{sizes} {options['num_warps']}w {options['num_stages']}s{loads}"
 
 
 def specialised(argument: object, param: Any) -> object:
     """Return what of an argument makes Triton compile again; `param` None is an option."""
     if param is None or param.is_constexpr:
         return argument
+    if isinstance(argument, tuple):
+        return tuple(specialised(of_layer, param) for of_layer in argument)
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     if hasattr(argument, "block_shape"):
@@ -161,9 +205,9 @@ def specialised(argument: object, param: Any) -> object:
     return type(argument)
 
 
-def inspect(family: str, types: str, index: int) -> Inspected:
+def inspect(family: str, types: str, tile: str, launch: Launch) -> Inspected:
     """Compile one launch and read it."""
-    tile, (kernel, grid, options) = distinct(family, types)[index]
+    kernel, grid, options = launch
     rows = options["BLOCK_M"]
     wide = 0
     if DTYPES[types].loops:
@@ -174,9 +218,11 @@ def inspect(family: str, types: str, index: int) -> Inspected:
         machine = codegen.read(compiled, loops=DTYPES[types].loops)
     except Exception as error:  # the table shows what any compiler stage says
         machine = f"{type(error).__name__}: {error}"
-    # The epilogue's loop over ranks, whose operands are small; and decode's loop over tiles that
-    # were there before h: hardly any.
-    waiting = (options["R"] > options["BLOCK_R"]) + ("decode" in kernel.__name__)
+    # The epilogue's loop over ranks, whose operands are small, of each layer and under masks each
+    # half of a tile; and decode's loop over tiles that were there before h: hardly any.
+    ranks = options["R"] if isinstance(options["R"], tuple) else (options["R"],)
+    waiting = sum(R > options["BLOCK_R"] for R in ranks) * (1 + options.get("MASKED", False))
+    waiting += "decode" in kernel.__name__
     counts = options.get("arrived") is not None
     return Inspected(kernel.__name__, tile, types, rows, wide, waiting, counts, machine)
 
@@ -191,7 +237,7 @@ def wide_loads(kernel: str, options: dict, family: str, size: int) -> int:
     if options.get("DESCRIPTORS"):
         return 2
     m, n, k = (options[f"BLOCK_{name}"] for name in "MNK")
-    if "WANT_DX" in options:
+    if "dx" in options:
         n, k = k, n
     threads = options["num_warps"] * (64 if family == "gfx942" else 32)
     return max(1, m * k * size // (threads * 16)) + max(1, n * k * size // (threads * 16))

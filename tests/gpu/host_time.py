@@ -15,7 +15,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from lora_ext.backends import triton as backend
-from lora_ext.backends.triton import cards, launches, tuning
+from lora_ext.backends.triton import cards, launches, operators, tuning
 from lora_ext.backends.triton.costs import Problem
 from lora_ext.backends.triton.regimes import REGIMES
 from tests.gpu.codegen import StandInDriver
@@ -32,7 +32,7 @@ def stand_in(with_triton: bool) -> Iterator[None]:
         for where, name, value in (
             (tuning, "card_of", lambda device: H100),
             (tuning, "may_measure", lambda: True),
-            (backend, "_current", lambda device: contextlib.nullcontext()),
+            (operators, "current", lambda device: contextlib.nullcontext()),
             (driver, "_active", StandInDriver("sm_90")),
             (CompiledKernel, "run", property(lambda self: lambda *arguments: None)),
             (CompiledKernel, "_init_handles", lambda self: None),
@@ -54,8 +54,8 @@ def calls(M: int, K: int, N: int, R: int) -> tuple[Callable[[], object], Callabl
     x, weight, bias, A, B = empty(M, K), empty(N, K), empty(N), empty(K, R), empty(R, N)
     dy, h = empty(M, N), empty(M, R)
     return (
-        lambda: backend._forward(x, weight, bias, A, B, 0.5),
-        lambda: backend._backward(dy, x, weight, A, B, h, 0.5, NEEDS),
+        lambda: operators.linear_fwd(x, weight, bias, A, B, 0.5),
+        lambda: operators.linear_bwd(dy, x, weight, A, B, h, 0.5, NEEDS),
     )
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import GRIDS, Shape
 from benchmarks.gpu import over_bare, roofline
+from lora_ext.backends.triton import group_costs
 from lora_ext.backends.triton.cards import KNOWN
+from lora_ext.backends.triton.costs import Problem, bytes_of, time_us
 from lora_ext.backends.triton.regimes import REGIMES
 
 LARGE = Shape(8192, 4096, 4096, 16)
@@ -86,9 +88,48 @@ def test_unknown_card_is_refused_by_name(capsys):
 def test_the_notes_have_the_table_that_the_model_gives():
     notes = Path(__file__).parents[2] / "benchmarks/results/gpu_notes.md"
     assert over_bare.table() in notes.read_text()
+    assert over_bare.group_table() in notes.read_text()
 
 
 def test_no_shape_is_predicted_slower_than_before():
     for shape in GRIDS["cuda"]["standard"]:
         (forward_before, forward, step_before, step), _ = over_bare.over_bare(shape, KNOWN["H100"])
         assert forward <= forward_before + 0.005 and step <= step_before + 0.005, shape
+
+
+def anything(name, tile) -> bool:
+    return True
+
+
+def test_bytes_of_a_known_group():
+    """H100, bf16: x is read once for h of all and dx written once, in place of three times."""
+    M, K, N, R = LARGE
+    x, card = 2 * M * K, KNOWN["H100"]
+    problems = [Problem(M, K, N, R)] * 3
+    for direction, saved in (("forward", 2 * x), ("backward", 2 * x + 2 * x + 2 * 3 * x)):
+        joint = group_costs.joint(direction, problems, card, anything)
+        apart = group_costs.apart(direction, problems, card)
+        assert bytes_of(apart) - bytes_of(joint.kernels) == saved  # dA's x; dx; its sums
+    assert len(joint.kernels) == 4 and len(apart) == 8
+
+
+def test_no_group_is_run_jointly_that_moves_more_or_takes_longer_than_call_after_call():
+    draw, jointly = random.Random(0), 0
+    for _ in range(300):
+        M, K = (max(1, int(2 ** draw.uniform(0, 14))) for _ in range(2))
+        masked, needs = draw.random() < 0.5, draw.choice([(True,) * 3, (False, True, True)])
+        problems = [
+            Problem(M, K, max(1, int(2 ** draw.uniform(0, 14))), draw.choice((1, 8, 16, 40, 64)),
+                    masked=masked, needs=needs)
+            for _ in range(draw.randint(1, 4))
+        ]  # fmt: skip
+        card = KNOWN[draw.choice(list(KNOWN))]
+        for direction in REGIMES:
+            joint = group_costs.joint(direction, problems, card, anything)
+            apart = group_costs.apart(direction, problems, card)
+            if joint is None or not group_costs.gains(joint.kernels, apart, card, "half"):
+                continue
+            jointly += 1
+            assert len(problems) > 1 and bytes_of(joint.kernels) < bytes_of(apart)
+            assert time_us(joint.kernels, card, "half") <= time_us(apart, card, "half") * 1.001
+    assert 100 < jointly < 500

@@ -62,3 +62,18 @@ def test_a_drop_is_one_operator_more(cuda, draw):
     assert y.device.type == "cuda"
     masks = [t for t in found if t.startswith("lora_ext.")]
     assert masks == [f"lora_ext.{'draw_keep' if draw == 'hash' else 'pack_keep'}.default"]
+
+
+def test_operators_of_a_group_have_shape_rules(cuda):
+    ops, bf16 = torch.ops.lora_ext_triton, torch.bfloat16
+    x, y = torch.empty(6, 24, dtype=bf16), torch.empty(6, 40, dtype=bf16)
+    W, A, B = (torch.empty(s, dtype=bf16) for s in ((40, 24), (24, 4), (4, 40)))
+    two = [W, W], [None, None], [A, A], [B, B], [1.0, 2.0]
+    ys, hs = ops.linears_fwd(x, *two, [None, None])
+    assert [t.shape for t in (*ys, *hs)] == [(6, 40)] * 2 + [(6, 4)] * 2
+    rest = ["plain"] * 2, [None] * 2, [None] * 2
+    needs = [True, False, False, True, True, False, False, True, False]
+    got = ops.linears_bwd([y, y], x, [W, W], [A, A], [B, B], hs, [1.0, 2.0], needs, *rest)
+    empty = (0,)
+    want = [(6, 24), empty, empty, (24, 4), (4, 40), empty, empty, (24, 4), empty]
+    assert [t.shape for t in got] == want

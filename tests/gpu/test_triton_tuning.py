@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, not the interpreter", allow_module_level=True)
 
-from lora_ext.backends.triton import launches, regimes, tuning
+from lora_ext.backends.triton import grouping, launches, regimes, tuning
 from lora_ext.backends.triton.costs import Problem
 from tests.gpu.meta_calls import H100, choice_of, forward_of
 
@@ -195,3 +195,32 @@ def test_nothing_is_measured_in_a_capture_or_when_determinism_is_asked_for(monke
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("LORA_EXT_TUNE", "0")
     assert not tuning.may_measure()
+
+
+def test_a_group_is_timed_jointly_and_call_after_call_once(monkeypatch, tuner):
+    for name in ("_plans", "_unmeasured", "_chosen"):
+        monkeypatch.setattr(grouping, name, {})
+    monkeypatch.setattr(grouping, "card_of", lambda device: H100)
+    launched = []
+    monkeypatch.setattr(launches, "launch", lambda kernel, *_: launched.append(kernel.__name__))
+    x = forward_of(8192, 4096, 4096).x
+    calls = [forward_of(8192, 4096, 4096)._replace(x=x) for _ in range(3)]
+    grouping.run_forward(calls)
+    # The last measured wins: apart, whose single calls are then timed inside.
+    (of_group,) = (
+        key for key in json.loads(tuning.tuning_file(H100).read_text()) if "group" in key
+    )
+    kept = json.loads(tuning.tuning_file(H100).read_text())[of_group]
+    assert kept["chosen"] == "apart" and set(kept["measured_us"]) == {"joint", "apart"}
+    assert launched.count("lora_linears_shrink_kernel") == 1
+    times = len(tuner)
+    grouping.run_forward(calls)
+    for name in ("_plans", "_chosen"):
+        monkeypatch.setattr(grouping, name, {})  # another process
+    grouping.run_forward(calls)
+    assert len(tuner) == times
+
+    monkeypatch.setattr(grouping, "_plans", {})
+    monkeypatch.setattr(tuning, "may_measure", lambda: False)
+    grouping.run_forward(calls)  # by its cost
+    assert launched.count("lora_linears_shrink_kernel") == 2

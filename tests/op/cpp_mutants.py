@@ -46,16 +46,16 @@ BY_FILE = {
     "cpu/product.h": {
         "bias_of_first_columns": ("bias == nullptr ? bias : bias + col", "bias"),
         "last_block_of_the_sums_alone": (
-            "after(k, col), with.from(0, rows, col));\n      }\n      addend = {sum, ld};",
-            "after(k, col), with.from(0, rows, col));\n      }\n      addend = {};",
+            "ahead = {};\n        }\n      }\n      addend = {sum, ld};",
+            "ahead = {};\n        }\n      }\n      addend = {};",
         ),
         "last_leg_alone": (
             "      addend = {sum, ld};\n    }\n    if (!in_place)",
             "      addend = {};\n    }\n    if (!in_place)",
         ),
         "second_block_forgotten": (
-            "k == 0 || k < depth; k += leg_.step",
-            "k == 0 || k < depth; k += leg_.step + (k > 0 ? 0 : leg_.step)",
+            "k == 0 || k < depth; k += step_",
+            "k == 0 || k < depth; k += step_ + (k > 0 ? 0 : step_)",
         ),
         "bias_lost_after_the_first_block": (
             "if (out.bias != nullptr) addend = {out.bias, 0};",
@@ -90,7 +90,7 @@ BY_FILE = {
             "sums_.get(), words_, scale, nullptr, false",
             "sums_.get(), words_, 1, nullptr, false",
         ),
-        "carried_part_at_every_block": ("k + leg_.step < depth ? Along<P>{} : along", "along"),
+        "carried_part_at_every_block": ("k + step_ < depth ? Along<P>{} : along", "along"),
         "carried_part_of_the_first_rows": (
             "low_.left.block(row, 0, rows",
             "low_.left.block(0, 0, rows",

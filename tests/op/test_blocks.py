@@ -33,19 +33,29 @@ pytestmark = [
 # name: (file, the line, what it becomes)
 MUTANTS = {
     "odd_element_of_the_left_factor_kept": (
-        "pairs_impl.h",
+        "load_pairs_impl.h",
         "if (cols % 2 != 0) to[cols].bits = 0;",
         "",
     ),
     "odd_row_of_the_right_factor_kept": (
-        "pairs_impl.h",
+        "load_pairs_impl.h",
         "2 * p + 1 < src.rows ? even + src.row_stride : nullptr",
         "even + src.row_stride",
     ),
     "even_and_odd_swapped_in_the_right_factor": (
-        "pairs_impl.h",
+        "load_pairs_impl.h",
         "write(dst + j, bits_of(even + j) | high);",
         "write(dst + j, bits_of(even + j) << 16 | high >> 16);",
+    ),
+    "pairs_of_a_second_vector_those_of_the_first": (
+        "load_pairs_impl.h",
+        "interleave<true, 4, kPairLanes>(first, second)",
+        "interleave<false, 4, kPairLanes>(first, second)",
+    ),
+    "odd_row_of_two_vectors_that_of_the_even": (
+        "load_pairs_impl.h",
+        "odd != nullptr ? read<Elements>(odd) : Elements{}",
+        "a",
     ),
     "odd_elements_not_multiplied": (
         "vectors.h",

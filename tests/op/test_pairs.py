@@ -30,6 +30,9 @@ pytestmark = pytest.mark.skipif(WITHOUT_CPP is not None, reason=str(WITHOUT_CPP)
 
 # Past one block of each kind, and a large weight, of which the next panels are asked for ahead.
 LARGE = [Case((400,), 1100, 700, 24), Case((40,), 1400, 1300, 8)]
+# Every second row of x and dy begins within a pair; all blocks of their columns but the last are
+# read in place.
+LARGE += [Case((M,), 805, 421, 24) for M in (33, 201)]
 # Rows of x and of the weight a multiple of 4 KB apart meet in one set of a cache; then those of dy.
 APART = [Case((M,), K, 72, 16) for M, K in ((70, 1024), (9, 2048), (40, 3072), (3, 4096))]
 APART += [Case((40,), 72, 2048, 16)]
@@ -55,9 +58,10 @@ def test_the_other_kind_keeps_the_error_rule_in_a_group(name):
 @both_kinds
 @pytest.mark.parametrize("M", [1, 3, 20, 70])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_lies_next_to_an_odd_element_is_not_read(pairs, M, dropout):
+@pytest.mark.parametrize(("K", "N"), [(91, 157), (475, 421)])  # within a block of 384, and past it
+def test_what_lies_next_to_an_odd_element_is_not_read(pairs, M, dropout, K, N):
     """Infinity there, times the 0 that pads the other factor, would be NaN."""
-    case = Case((M,), 91, 157, 5, dtype=BF16, dropout=dropout)
+    case = Case((M,), K, N, 5, dtype=BF16, dropout=dropout)
     want = expected(case)
     surrounded = {name: in_infinity(want.inputs[name]) for name in ("x", "weight", "A", "B", "dy")}
     with forced_pairs(pairs):

@@ -8,12 +8,18 @@
     cards.py              what is known of a card: its limits, its speeds
     tiling.py             the tile sizes of each card, and how sums are split over its programs
     costs.py              what each regime's launches move and compute, and the time that takes
+    torch_costs.py        the same of the regimes that PyTorch runs
     regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
     launches.py           what launches share: operands, options, the launch itself
     forward_launches.py   the launches of each forward regime
     backward_launches.py  the launches of each backward regime
+    operators.py          the operators: empty sizes by PyTorch, the rest by plans
     mask.py               dropout's mask as bits: kernels and launches
     tuning.py             the choice among them, measured once, and the plan of a call
+    group_kernels.py      kernels of several layers of one x: h of all, and dx as one sum
+    group_costs.py        the cost of such a group, jointly and one call after the other
+    group_launches.py     the launches of a group
+    grouping.py           the choice between the two, and the plan of a group
 
 `import triton` and every question to a device wait for the first tensor: the one costs 0.3 s and
 may be missing.
@@ -22,8 +28,8 @@ may be missing.
 import functools
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -32,19 +38,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...call import Call, LowRank, Weight
+from ...call import Call
 from ...dropout import draw_bits, pack_bits
-from ...ops import LIBRARY, define
-from .. import reference
+from ...ops import LIBRARY, run_linears_bwd
+from . import operators
 from .regimes import REGIMES
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (Tensor, Parameter)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself: when it is imported
 _Needs = tuple[bool, bool, bool, bool, bool]
-_LIBRARY = define("lora_ext_triton")
+_LIBRARY = operators.define_all("lora_ext_triton")
 _FWD = torch.ops.lora_ext_triton.linear_fwd.default
 _BWD = torch.ops.lora_ext_triton.linear_bwd.default
+
+_FWD_GROUP = torch.ops.lora_ext_triton.linears_fwd.default
+_BWD_GROUP = torch.ops.lora_ext_triton.linears_bwd.default
 
 
 def unsupported(call: Call) -> str | None:
@@ -98,13 +107,18 @@ def _why_not_here(device: torch.device) -> str | None:
 
 @contextmanager
 def regime(
-    *, forward: str | None = None, backward: str | None = None, descriptors: bool | None = None
+    *,
+    forward: str | None = None,
+    backward: str | None = None,
+    descriptors: bool | None = None,
+    group: str | None = None,
 ) -> Iterator[None]:
     """Run every call inside by the regimes named, whatever would be chosen.
 
     For tests and benchmarks; the names are those of regimes.REGIMES. `descriptors` also fixes how
-    tiles are loaded, where there is a choice. A call that a regime can't take (in_loop beyond rank
-    64, decode beyond 64 rows) is left to the choice.
+    tiles are loaded, where there is a choice, and `group` how calls of one x are run: "joint" or
+    "apart". What a regime can't take (in_loop beyond rank 64, decode beyond 64 rows; jointly, what
+    has no shrink of its own) is left to the choice.
 
     Raises:
         ValueError: a name that is not there.
@@ -114,9 +128,11 @@ def regime(
         if name is not None and name not in REGIMES[direction]:
             names = ", ".join(REGIMES[direction])
             raise ValueError(f"{direction} must be one of {names}, got {name!r}")
+    if group not in (None, "joint", "apart"):
+        raise ValueError(f"group must be one of joint, apart, got {group!r}")
     forced = _tuning()._forced
     before = dict(forced)
-    forced.update(forward=forward, backward=backward, descriptors=descriptors)
+    forced.update(forward=forward, backward=backward, descriptors=descriptors, group=group)
     try:
         yield
     finally:
@@ -127,7 +143,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and h = (keep * x) @ A (M, R), in x's dtype; sums in float32."""
     x, weight, bias, (A, B, scale, keep) = call
     assert weight is not None, "unsupported(call) asks for a weight"
-    run = _forward if x.is_cpu else _FWD
+    run = operators.linear_fwd if x.is_cpu else _FWD
     return run(x, weight.data, bias, A, B, scale, keep=keep)
 
 
@@ -135,59 +151,35 @@ def backward(dy: Tensor, call: Call, h: Tensor | None, needs: _Needs) -> tuple[T
     """Return (dx, dweight, dbias, dA, dB), None where `needs` does not ask."""
     x, weight, _, (A, B, scale, keep) = call
     data = None if weight is None else weight.data
-    run = _backward if dy.is_cpu else _BWD
+    run = operators.linear_bwd if dy.is_cpu else _BWD
     return run(dy, x, data, A, B, h, scale, needs, keep=keep)
 
 
-def _forward(
-    x, weight, bias, A, B, scale, *, format="plain", keep=None, weight_scale=None
-) -> tuple[Tensor, Tensor]:
-    """Kernel of the operator linear_fwd."""
-    if x.numel() == 0 or weight.numel() == 0:
-        return reference.forward(Call(x, Weight(weight), bias, LowRank(A, B, scale, keep)))
-    tuning = _tuning()
-    bias = None if bias is None else bias.contiguous()
-    keep = tuning.words_of(keep, x.shape[1])
-    with _current(x.device):
-        return tuning.run_forward(tuning.Forward(x, weight, bias, A, B, scale, keep))
+def forward_group(calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return y (M, N) and h (M, R) of each call; all have the same x, and a weight."""
+    x = calls[0].x
+    weights, biases, lows = list(zip(*calls, strict=True))[1:]
+    As, Bs, scales, keeps = zip(*lows, strict=True)
+    run = operators.linears_fwd if x.is_cpu else _FWD_GROUP
+    return run(x, [weight.data for weight in weights], biases, As, Bs, scales, keeps)
 
 
-def _backward(
-    dy, x, weight, A, B, h, scale, needs, *, format="plain", keep=None, weight_scale=None
-) -> tuple[Tensor | None, ...]:
-    """Kernel of the operator linear_bwd."""
-    need_dx, need_dweight, need_dbias, need_dA, need_dB = needs
-    if dy.numel() == 0 or ((need_dx or need_dA) and A.numel() == 0):
-        low = LowRank(A, B, scale, keep)
-        call = Call(x, None if weight is None else Weight(weight), None, low)
-        return reference.backward(dy, call, h, needs)
-    tuning = _tuning()
-    keep = tuning.words_of(keep, A.shape[0]) if need_dx or need_dA else None
-    call = tuning.Backward(
-        dy,
-        x if need_dA else None,
-        weight if need_dx else None,
-        A if need_dx or need_dA else None,
-        B,
-        h.contiguous() if need_dB else None,
-        scale,
-        (need_dx, need_dA, need_dB),
-        keep,
-    )
-    dx = dA = dB = None
-    with _current(dy.device):
-        if need_dx or need_dA or need_dB:
-            dx, dA, dB = tuning.run_backward(call)
-        dweight = dy.T @ x if need_dweight else None
-        dbias = dy.sum(0) if need_dbias else None
-    return dx, dweight, dbias, dA, dB
+def backward_group(
+    dys: Sequence[Tensor],
+    calls: Sequence[Call],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[_Needs],
+) -> list[tuple[Tensor | None, ...]]:
+    """Return the gradients of each call; dx, the sum over calls, with the first."""
+    run = operators.linears_bwd if dys[0].is_cpu else _BWD_GROUP
+    return run_linears_bwd(run, dys, calls, hs, needs)
 
 
 def _draw_keep(seed: Tensor, rows: int, cols: int, p: float, first_column: int = 0) -> Tensor:
     """Kernel of the operator lora_ext::draw_keep: one launch, or PyTorch's operations."""
     if why_not_here(seed.device) is not None:
         return draw_bits(seed, rows, cols, p, first_column)
-    with _current(seed.device):
+    with operators.current(seed.device):
         return _mask().draw_keep(seed, rows, cols, p, first_column)
 
 
@@ -195,15 +187,8 @@ def _pack_keep(mask: Tensor) -> Tensor:
     """Kernel of the operator lora_ext::pack_keep: one launch, or PyTorch's operations."""
     if why_not_here(mask.device) is not None:
         return pack_bits(mask)
-    with _current(mask.device):
+    with operators.current(mask.device):
         return _mask().pack_keep(mask)
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device: make it the tensors'."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 @functools.cache
@@ -217,7 +202,7 @@ def _mask() -> ModuleType:
 
 
 if find_spec("triton") is not None:
-    _LIBRARY.impl("linear_fwd", _forward, "CUDA")
-    _LIBRARY.impl("linear_bwd", _backward, "CUDA")
+    for _name in ("linear_fwd", "linear_bwd", "linears_fwd", "linears_bwd"):
+        _LIBRARY.impl(_name, getattr(operators, _name), "CUDA")
     LIBRARY.impl("draw_keep", _draw_keep, "CUDA")
     LIBRARY.impl("pack_keep", _pack_keep, "CUDA")

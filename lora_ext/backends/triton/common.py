@@ -191,13 +191,15 @@ def low_rank_part(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     STORE_H: tl.constexpr,
+    row=None,
 ):
     """Return acc + power * scale * h @ b, h (splits, M, R), b (R, N), BLOCK_R at a time.
 
-    STORE_H: the first column of tiles writes the summed h to h_out (M, R), contiguous.
+    STORE_H: the first column of tiles writes the summed h to h_out (M, R), contiguous. `row` as in
+    load_h.
     """
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        h_tile = load_h(h, m0, r0, M, R, splits, BLOCK_M, BLOCK_R)
+        h_tile = load_h(h, m0, r0, M, R, splits, BLOCK_M, BLOCK_R, row)
         if STORE_H:
             if n0 == 0:
                 store_tile(h_out, h_tile, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
@@ -217,40 +219,18 @@ def load_h(
     splits,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    row=None,
 ):
-    """Return the float32 tile at (m0, r0) of h (splits, M, R), its parts summed first to last."""
-    offs, inside = offsets(m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+    """Return the float32 tile at (m0, r0) of h (splits, M, R), its parts summed first to last.
+
+    `row`: elements from one row of h to the next where h is R columns of a wider one, else None.
+    """
+    stride = R if row is None else row
+    offs, inside = offsets(m0, r0, M, R, stride, 1, BLOCK_M, BLOCK_R)
     total = tl.load(h + offs, mask=inside, other=0.0).to(tl.float32)
     for s in tl.range(1, splits, num_stages=1):
-        part = h + tl.cast(s, tl.int64) * M * R
+        part = h + tl.cast(s, tl.int64) * M * stride
         total += tl.load(part + offs, mask=inside, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def sum_of_h(
-    h,
-    h_out,
-    m0,
-    n0,
-    r0,
-    M,
-    R: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Return the float32 tile at (m0, r0) of h (SPLITS, M, R), its parts summed first to last.
-
-    The first column of tiles writes it to h_out (M, R), where there is one.
-    """
-    offs, inside = offsets(m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
-    total = tl.load(h + offs, mask=inside, other=0.0).to(tl.float32)
-    for s in tl.static_range(1, SPLITS):
-        part = h + tl.cast(M, tl.int64) * (s * R)
-        total += tl.load(part + offs, mask=inside, other=0.0).to(tl.float32)
-    if h_out is not None:
-        tl.store(h_out + offs, total.to(h_out.dtype.element_ty), mask=inside & (n0 == 0))
     return total
 
 

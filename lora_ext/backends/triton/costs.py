@@ -146,22 +146,24 @@ def _parts_of_k(p: Problem, tile: Tile, card: Card) -> int:
     return max(1, p.K // ((1 if card.interpreted else 2) * tile.block_k))
 
 
-def _padded(R: int) -> int:
+def padded(R: int) -> int:
+    """Return R padded as in a product."""
     return tiling.block_r(R, 1 << 30)
 
 
-def _linear(p: Problem) -> Kernel:
+def linear(p: Problem) -> Kernel:
+    """PyTorch's base product."""
     x, weight, y, bias = p.bytes[:4]
     return Kernel(x + weight + y + bias, 2 * p.M * p.N * p.K)
 
 
-def _shrink(p: Problem) -> Kernel:
+def shrink(p: Problem) -> Kernel:
     """Shrink x to h = (keep * x) @ A, in float32."""
     of = p.bytes
-    return Kernel(of.x + of.keep + of.A + of.parts, 2 * p.M * p.K * _padded(p.R))
+    return Kernel(of.x + of.keep + of.A + of.parts, 2 * p.M * p.K * padded(p.R))
 
 
-def _base(p: Problem, tile: Tile, card: Card, moved: int, summed: int, cols: int) -> Kernel:
+def base_product(p: Problem, tile: Tile, card: Card, moved: int, summed: int, cols: int) -> Kernel:
     """A base product of ours (M, cols) over `summed`, which moves `moved` bytes."""
     tiles = ceil(p.M / tile.block_m) * ceil(cols / tile.block_n)
     flops = tiles * 2 * tile.block_m * tile.block_n * summed
@@ -171,8 +173,8 @@ def _base(p: Problem, tile: Tile, card: Card, moved: int, summed: int, cols: int
 def in_loop(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """One launch, each tile with its own h."""
     moved = sum(p.bytes) - p.bytes.parts
-    base = _base(p, tile, card, moved, p.K, p.N)
-    h_flops = base.tiles * 2 * tile.block_m * _padded(p.R) * p.K
+    base = base_product(p, tile, card, moved, p.K, p.N)
+    h_flops = base.tiles * 2 * tile.block_m * padded(p.R) * p.K
     return [replace(base, flops=base.flops + h_flops)]
 
 
@@ -180,7 +182,7 @@ def two_launches(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """The shrink, then the base product with h at hand."""
     of = p.bytes
     moved = of.x + of.weight + of.bias + of.B + of.parts + of.h + of.y
-    return [_shrink(p), _base(p, tile, card, moved, p.K, p.N)]
+    return [shrink(p), base_product(p, tile, card, moved, p.K, p.N)]
 
 
 def persistent(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
@@ -196,17 +198,17 @@ def _stay(kernels: list[Kernel], card: Card) -> list[Kernel]:
 
 
 def torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """PyTorch's base product, the shrink, one pass over y."""
+    """The shrink, PyTorch's base product, one pass over y."""
     of = p.bytes
-    delta = Kernel(of.parts + of.h + of.B + 2 * of.y, 2 * p.M * _padded(p.R) * p.N)
-    return [_linear(p), _shrink(p), delta]
+    delta = Kernel(of.parts + of.h + of.B + 2 * of.y, 2 * p.M * padded(p.R) * p.N)
+    return [shrink(p), linear(p), delta]
 
 
 def decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
     """One launch: the base product and h split over K, parts of y summed by the last to come."""
     splits, of = splits or decode_splits(p, tile, card), p.bytes
     moved = of.x + of.keep + of.weight + of.A + of.B + of.bias + of.y + of.h
-    base = _base(p, tile, card, moved, p.K, p.N)
+    base = base_product(p, tile, card, moved, p.K, p.N)
     stage = tile.block_k * (tile.block_m + tile.block_n) * p.size
     resident = card.sms * max(1, card.shared_bytes // (tile.stages * stage))
     under_way = min(splits * base.tiles, resident) * (tile.stages - 1) * stage
@@ -215,53 +217,11 @@ def decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
     return [kernel if splits == 1 else _with_arrivals(kernel, splits * p.M * p.N * 4, card)]
 
 
-def plain_forward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The mask; casts of wider adapters; F.linear; x @ A; h @ B; scale * d; y + d."""
-    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
-    shrink = Kernel(of.x + a + of.h, 2 * p.M * p.K * p.R)
-    expand = Kernel(of.h + b + of.y, 2 * p.M * p.R * p.N)
-    return [*_before(p), _linear(p), shrink, expand, Kernel(2 * of.y, 0), Kernel(3 * of.y, 0)]
-
-
-def plain_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """Return autograd's kernels for dx, dA and dB of the plain layer.
-
-    The mask and casts; g = scale * dy; t = g @ B.T; dB = h.T @ g; then dx = dy @ weight, t @ A.T
-    and their sum; dA = x.T @ t.
-    """
-    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
-    over_n, over_k = 2 * p.M * p.R * p.N, 2 * p.M * p.R * p.K
-    kernels = [Kernel(2 * of.y, 0), *[Kernel(of.y + b + of.h, over_n)] * 2]
-    if p.needs[0]:
-        base = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
-        kernels += [base, Kernel(of.h + a + of.x, over_k), Kernel(3 * of.x, 0)]
-    return [*_before(p), *kernels, Kernel(of.x + of.h + a, over_k)]
-
-
-def addmm(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The plain layer's with h @ B added to y where that is written."""
-    *rest, expand, _, _ = plain_forward(p, tile, card)
-    return [*rest, replace(expand, bytes=expand.bytes + p.bytes.y)]
-
-
-def addmm_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The plain layer's without scale * dy, with t @ A.T added to dx where that is written."""
-    *products, last = (kernel for kernel in plain_backward(p, tile, card) if kernel.flops)
-    return [*_before(p), *products, replace(last, bytes=last.bytes + p.bytes.x * p.needs[0])]
-
-
-def _before(p: Problem) -> list[Kernel]:
-    """What PyTorch's products need first: x masked, A and B in x's dtype."""
-    wider, size = p.adapter_size != p.size, p.size + p.adapter_size
-    casts = [Kernel(n * p.R * size, 0) for n in (p.K, p.N) if wider]
-    return casts + ([Kernel(2 * p.bytes.x + p.bytes.keep, 0)] if p.masked else [])
-
-
-def _pass_over_dy(p: Problem, card: Card) -> tuple[Kernel, int]:
+def pass_over_dy(p: Problem, card: Card) -> tuple[Kernel, int]:
     """Return launch (i) of a backward and the bytes of dB's parts, 0 without."""
     of, parts = p.bytes, tiling.dB_parts(card, p.kind, p.M, p.R, p.size) * p.R * p.N * 4
     moved = of.y + of.B + of.h + (of.h + parts if parts else 0)
-    kernel = Kernel(moved, 2 * p.M * p.N * _padded(p.R))
+    kernel = Kernel(moved, 2 * p.M * p.N * padded(p.R))
     if (splits := tiling.dy_splits(card, p.kind, p.M, p.N, p.R)) > 1:
         kernel = _with_arrivals(kernel, 4 * p.M * p.R * splits, card)
     return kernel, parts
@@ -272,21 +232,21 @@ def _with_arrivals(kernel: Kernel, parts: int, card: Card) -> Kernel:
     return replace(kernel, cached=2 * parts, extra_us=card.fill_us + card.arrival_us)
 
 
-def _strips(p: Problem, parts: int) -> Kernel:
+def strips_of(p: Problem, parts: int) -> Kernel:
     """What launch (ii) moves and computes for dA and dB."""
     of = p.bytes
     moved = of.x + of.keep + of.h + of.A + of.B + (parts or of.y + of.h)
-    return Kernel(moved, 2 * p.M * (p.N + p.K) * _padded(p.R))
+    return Kernel(moved, 2 * p.M * (p.N + p.K) * padded(p.R))
 
 
 def two_launches_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """The pass over dy, then dx, dA and dB."""
-    first, parts = _pass_over_dy(p, card)
-    strips, of = _strips(p, parts), p.bytes
+    first, parts = pass_over_dy(p, card)
+    strips, of = strips_of(p, parts), p.bytes
     if not p.needs[0]:
         return [first, strips]
     moved = of.y + of.weight + of.h + of.A + of.x + of.keep + strips.bytes
-    base = _base(p, tile, card, moved, p.N, p.K)
+    base = base_product(p, tile, card, moved, p.N, p.K)
     return [first, replace(base, flops=base.flops + strips.flops)]
 
 
@@ -297,8 +257,8 @@ def persistent_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
 
 def torch_base_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """The same with PyTorch's base product between."""
-    first, parts = _pass_over_dy(p, card)
-    strips, of = _strips(p, parts), p.bytes
+    first, parts = pass_over_dy(p, card)
+    strips, of = strips_of(p, parts), p.bytes
     product = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
     delta = 2 * of.x + of.keep + of.h + of.A
     return [first, product, replace(strips, bytes=strips.bytes + delta)]

@@ -44,6 +44,7 @@ def lora_linear_fwd_kernel(
     stride_br,
     stride_bn,
     R: tl.constexpr,
+    ROW: tl.constexpr,
     BASE_DONE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
@@ -56,9 +57,10 @@ def lora_linear_fwd_kernel(
 ):
     """Compute y = x @ w + bias + power * scale * h @ b, with h at hand.
 
-    x (M, K), w (K, N), bias (N,), b (R, N), h (splits, M, R) float32; y (M, N) contiguous, h_out
-    (M, R) contiguous, the sum of h. A program a tile (BLOCK_M, BLOCK_N) of y; float32 accumulator.
-    BASE_DONE: y already holds x @ w + bias, and only the low-rank part is added.
+    x (M, K), w (K, N), bias (N,), b (R, N), h (splits, M, R) float32, its rows ROW elements apart;
+    y (M, N) contiguous, h_out (M, R) contiguous, the sum of h. A program a tile (BLOCK_M, BLOCK_N)
+    of y; float32 accumulator. BASE_DONE: y already holds x @ w + bias, and only the low-rank part
+    is added.
     """
     m0, n0 = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if BASE_DONE:
@@ -71,7 +73,7 @@ def lora_linear_fwd_kernel(
         )  # fmt: skip
     acc = low_rank_part(
         acc, h, b, h_out, m0, n0, M, N, splits,
-        stride_br, stride_bn, scale, power, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, True,
+        stride_br, stride_bn, scale, power, R, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, True, ROW,
     )  # fmt: skip
     acc = add_bias(acc, bias, n0, N, BLOCK_N)
     store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N)

@@ -47,7 +47,17 @@ class Forward(NamedTuple):
     keep: Tensor | None
 
 
+class Parts(NamedTuple):
+    """h before its sum: (splits, M, R) float32, rows `row` elements apart. `joined`: see Shrink."""
+
+    splits: int
+    row: int
+    joined: bool
+
+
 Run = Callable[[Forward], tuple[Tensor, Tensor]]
+# What is left of a call when something else makes its h: that is called for the parts, once.
+Rest = Callable[[Forward, Callable[[Forward], Tensor]], tuple[Tensor, Tensor]]
 
 
 def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
@@ -80,66 +90,88 @@ def in_loop(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
 
 def two_launches(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """Launch h, split over K where rows are few; then the base product, which ends with h @ B."""
-    M, N, R = p.M, p.N, p.R
-    shrink = Shrink(call, p, card)
-    operands, options = base_operands(call.weight.T, tile)
-    finish = _finish(call, p, tile, card, shrink.splits, BASE_DONE=False, **options)
-
-    def run(call: Forward) -> tuple[Tensor, Tensor]:
-        y, h = fresh(call.x, M, N), fresh(call.x, M, R)
-        parts = shrink(call)
-        x, w = operands(call.x, call.weight.T)
-        scale, power = split_scale(call.scale, y.dtype)
-        finish(x=x, w=w, bias=call.bias, b=call.B, h=parts, h_out=h, y=y, scale=scale, power=power)
-        return y, h
-
-    return run
+    return _after(Shrink(call, p, card), rest_of_two_launches, call, p, tile, card)
 
 
 def persistent(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """Launch h, and with it, on the same SMs, programs that stay for the tiles of y."""
-    M, K, N, R = p.M, p.K, p.N, p.R
     shrink = Shrink(call, p, card, joined=card.joins)
-    operands, options = base_operands(call.weight.T, tile)
-    rounded, strides_b = loop_factor(call.B, call.x.dtype, tile)
-    y_box = [tile.block_m, tile.block_n // 2]
-    kernel = Launch(
-        lora_linear_fwd_persistent_kernel,
-        (min(card.sms, _tiles(M, N, tile)),),
-        **dict(M=M, N=N, K=K, R=R, SPLITS=shrink.splits, PROGRAMS=card.sms),
-        BLOCK_R=tiling.persistent_r(card, R),
-        **strides("stride_b", "rn", strides_b),
-        **(card.product_options(p.kind, call.x.dtype) | card.join_options(R)),
-        **options,
-    )
-
-    def run(call: Forward) -> tuple[Tensor, Tensor]:
-        y, h = fresh(call.x, M, N), fresh(call.x, M, R)
-        b = rounded(call.B)  # not between the launches: the second joins the one before it
-        parts = shrink(call)
-        x, w = operands(call.x, call.weight.T)
-        scale, power = split_scale(call.scale, y.dtype)
-        kernel(
-            x=x, w=w, bias=call.bias, b=b, h=parts, h_out=h,
-            y=TensorDescriptor.from_tensor(y, y_box), scale=scale, power=power,
-        )  # fmt: skip
-        return y, h
-
-    return run
+    return _after(shrink, rest_of_persistent, call, p, tile, card)
 
 
 def torch_base(call: Forward, p: Problem, tile: Tile, card: Card) -> Run:
     """PyTorch's own base product, h, then one pass y += scale * h @ B while y is in L2."""
-    M, R = p.M, p.R
-    shrink = Shrink(call, p, card)
-    finish = _finish(call, p, tile, card, shrink.splits, BASE_DONE=True, **tile.options())
+    return _after(Shrink(call, p, card), rest_of_torch_base, call, p, tile, card)
 
-    def run(call: Forward) -> tuple[Tensor, Tensor]:
-        y, h = F.linear(call.x, call.weight, call.bias), fresh(call.x, M, R)
-        parts = shrink(call)
+
+def _after(
+    shrink: "Shrink", plan: Callable[..., Rest], call: Forward, p: Problem, tile: Tile, card: Card
+) -> Run:
+    """Plan the rest of a call, after a shrink of its own."""
+    rest = plan(call, p, tile, card, shrink.parts)
+    return lambda call: rest(call, shrink)
+
+
+def rest_of_two_launches(call: Forward, p: Problem, tile: Tile, card: Card, parts: Parts) -> Rest:
+    """Plan the launch of the base product, which ends with h @ B."""
+    M, N, R = p.M, p.N, p.R
+    operands, options = base_operands(call.weight.T, tile)
+    finish = _finish(call, p, tile, card, parts, BASE_DONE=False, **options)
+
+    def run(call: Forward, shrink: Callable[[Forward], Tensor]) -> tuple[Tensor, Tensor]:
+        y, h_out = fresh(call.x, M, N), fresh(call.x, M, R)
+        h = shrink(call)
+        x, w = operands(call.x, call.weight.T)
         scale, power = split_scale(call.scale, y.dtype)
-        finish(x=y, w=y, bias=None, b=call.B, h=parts, h_out=h, y=y, scale=scale, power=power)
-        return y, h
+        finish(x=x, w=w, bias=call.bias, b=call.B, h=h, h_out=h_out, y=y, scale=scale, power=power)
+        return y, h_out
+
+    return run
+
+
+def rest_of_persistent(call: Forward, p: Problem, tile: Tile, card: Card, parts: Parts) -> Rest:
+    """Plan the launch of programs that stay for the tiles of y, joined to the one before or not."""
+    M, K, N, R = p.M, p.K, p.N, p.R
+    operands, options = base_operands(call.weight.T, tile)
+    rounded, strides_b = loop_factor(call.B, call.x.dtype, tile)
+    y_box = [tile.block_m, tile.block_n // 2]
+    joined = card.join_options(R) if parts.joined else {"DEPENDENT": False}
+    kernel = Launch(
+        lora_linear_fwd_persistent_kernel,
+        (min(card.sms, _tiles(M, N, tile)),),
+        **dict(M=M, N=N, K=K, R=R, ROW=parts.row, SPLITS=parts.splits, PROGRAMS=card.sms),
+        BLOCK_R=tiling.persistent_r(card, R),
+        **strides("stride_b", "rn", strides_b),
+        **(card.product_options(p.kind, call.x.dtype) | joined),
+        **options,
+    )
+
+    def run(call: Forward, shrink: Callable[[Forward], Tensor]) -> tuple[Tensor, Tensor]:
+        y, h_out = fresh(call.x, M, N), fresh(call.x, M, R)
+        b = rounded(call.B)  # not between the launches: the second joins the one before it
+        h = shrink(call)
+        x, w = operands(call.x, call.weight.T)
+        scale, power = split_scale(call.scale, y.dtype)
+        kernel(
+            x=x, w=w, bias=call.bias, b=b, h=h, h_out=h_out,
+            y=TensorDescriptor.from_tensor(y, y_box), scale=scale, power=power,
+        )  # fmt: skip
+        return y, h_out
+
+    return run
+
+
+def rest_of_torch_base(call: Forward, p: Problem, tile: Tile, card: Card, parts: Parts) -> Rest:
+    """Plan PyTorch's base product, and the pass y += scale * h @ B."""
+    M, R = p.M, p.R
+    finish = _finish(call, p, tile, card, parts, BASE_DONE=True, **tile.options())
+
+    def run(call: Forward, shrink: Callable[[Forward], Tensor]) -> tuple[Tensor, Tensor]:
+        y, h_out = F.linear(call.x, call.weight, call.bias), fresh(call.x, M, R)
+        h = shrink(call)
+        scale, power = split_scale(call.scale, y.dtype)
+        finish(x=y, w=y, bias=None, b=call.B, h=h, h_out=h_out, y=y, scale=scale, power=power)
+        return y, h_out
 
     return run
 
@@ -220,6 +252,7 @@ class Shrink:
         self.M, self.R = M, R
         self.rounded, strides_a = loop_factor(call.A, call.x.dtype, tile)
         self.splits = tiling.splits(card, tiles_m * blocks_r, K, tile.block_k)
+        self.parts = Parts(self.splits, R, joined)
         self.kernel = Launch(
             lora_shrink_kernel,
             (tiles_m, blocks_r, self.splits),
@@ -240,14 +273,15 @@ class Shrink:
 
 
 def _finish(
-    call: Forward, p: Problem, tile: Tile, card: Card, splits: int, **options: Any
+    call: Forward, p: Problem, tile: Tile, card: Card, parts: Parts, **options: Any
 ) -> Launch:
-    """Plan the launch that fills y, or adds to it (BASE_DONE), from `splits` parts of h."""
+    """Plan the launch that fills y, or adds to it (BASE_DONE), from parts of h."""
     M, K, N, R = p.M, p.K, p.N, p.R
     return Launch(
         lora_linear_fwd_kernel,
         (_tiles(M, N, tile),),
-        **dict(M=M, N=N, K=K, R=R, splits=splits, BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R)),
+        **dict(M=M, N=N, K=K, R=R, ROW=parts.row, splits=parts.splits),
+        BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R),
         **_base_strides(call),
         **card.product_options(p.kind, call.B.dtype),
         **options,
@@ -259,8 +293,6 @@ def _tiles(M: int, N: int, tile: Tile) -> int:
 
 
 def _base_strides(call: Forward) -> dict[str, int]:
-    w, b = (
-        strides("stride_w", "kn", call.weight.T.stride()),
-        strides("stride_b", "rn", call.B.stride()),
-    )
-    return strides("stride_x", "mk", call.x.stride()) | w | b
+    w, b = call.weight.T.stride(), call.B.stride()
+    of_w, of_b = strides("stride_w", "kn", w), strides("stride_b", "rn", b)
+    return strides("stride_x", "mk", call.x.stride()) | of_w | of_b

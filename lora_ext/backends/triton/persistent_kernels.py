@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .backward_kernels import strip_product, sum_parts
-from .common import add_low_rank, keep_only, load_tile, load_w, sum_of_h, tile_of
+from .common import add_low_rank, keep_only, load_tile, load_w, offsets, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -30,6 +30,7 @@ def lora_linear_fwd_persistent_kernel(
     stride_br,
     stride_bn,
     R: tl.constexpr,
+    ROW: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -44,13 +45,14 @@ def lora_linear_fwd_persistent_kernel(
 ):
     """Compute y = x @ w + bias + power * scale * h @ b, with h of the launch before.
 
-    x (M, K), w (K, N) and y (M, N) by descriptors, bias (N,), b (R, N), h (SPLITS, M, R) float32;
-    h_out (M, R) contiguous, the sum of h. At most PROGRAMS programs; program p takes the tiles
-    (BLOCK_M, BLOCK_N) p, p + PROGRAMS, ... of y. Float32 accumulator.
+    x (M, K), w (K, N) and y (M, N) by descriptors, bias (N,), b (R, N), h (SPLITS, M, R) float32,
+    its rows ROW elements apart; h_out (M, R) contiguous, the sum of h. At most PROGRAMS programs;
+    program p takes the tiles (BLOCK_M, BLOCK_N) p, p + PROGRAMS, ... of y. Float32 accumulator.
     """
     persistent_tiles(
-        x, w, bias, b, None, h, h_out, y, scale, power, M, N, K, stride_br, stride_bn, R, SPLITS,
-        DEPENDENT, PROGRAMS, W_TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
+        x, w, bias, b, None, h, h_out, y, scale, power, M, N, K, stride_br, stride_bn, R, ROW,
+        SPLITS, DEPENDENT, PROGRAMS, W_TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        GROUP_M,
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def lora_linear_bwd_dx_persistent_kernel(
     dB; and the last `lanes` ones, of which many have a tile less, the strips of dA.
     """
     persistent_tiles(
-        dy, w, None, a, keep, t, None, dx, scale_dx, power_dx, M, K, N, stride_ar, stride_ak, R,
+        dy, w, None, a, keep, t, None, dx, scale_dx, power_dx, M, K, N, stride_ar, stride_ak, R, R,
         1, DEPENDENT, PROGRAMS, W_TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         GROUP_M,
     )  # fmt: skip
@@ -155,6 +157,7 @@ def persistent_tiles(
     stride_br,
     stride_bn,
     R: tl.constexpr,
+    ROW: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -188,7 +191,7 @@ def persistent_tiles(
                 b_tile = load_tile(b, r0, n0, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
                 if DEPENDENT and r0 == 0:
                     gdc_wait()
-                h_tile = sum_of_h(h, h_out, m0, n0, r0, M, R, SPLITS, BLOCK_M, BLOCK_R)
+                h_tile = sum_of_h(h, h_out, m0, n0, r0, M, R, SPLITS, BLOCK_M, BLOCK_R, ROW)
                 acc = add_low_rank(acc, h_tile, b_tile.to(y.dtype), scale, power, PRECISION)
         elif DEPENDENT:
             gdc_wait()
@@ -231,6 +234,36 @@ def masked_part(
     part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r0 in tl.static_range(0, R, BLOCK_R):
         b_tile = load_tile(b, r0, n0, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
-        h_tile = sum_of_h(h, None, m0, n0, r0, M, R, 1, BLOCK_M, BLOCK_R)
+        h_tile = sum_of_h(h, None, m0, n0, r0, M, R, 1, BLOCK_M, BLOCK_R, R)
         part = add_low_rank(part, h_tile, b_tile.to(y.dtype), scale, power, PRECISION)
     return keep_only(part, keep, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def sum_of_h(
+    h,
+    h_out,
+    m0,
+    n0,
+    r0,
+    M,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """Return the float32 tile at (m0, r0) of h (SPLITS, M, R), its parts summed first to last.
+
+    ROW elements from one row of h to the next. The first column of tiles writes the sum to h_out
+    (M, R), contiguous, where there is one.
+    """
+    offs, inside = offsets(m0, r0, M, R, ROW, 1, BLOCK_M, BLOCK_R)
+    total = tl.load(h + offs, mask=inside, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, SPLITS):
+        part = h + tl.cast(M, tl.int64) * (s * ROW)
+        total += tl.load(part + offs, mask=inside, other=0.0).to(tl.float32)
+    if h_out is not None:
+        to, _ = offsets(m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)
+        tl.store(h_out + to, total.to(h_out.dtype.element_ty), mask=inside & (n0 == 0))
+    return total

@@ -4,6 +4,7 @@ They are few, and tests/gpu/test_triton_codegen.py compiles each for its card: n
 shared memory within the card, matrix instructions in the loop. What failed there is not here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,14 @@ class Tile:
 # spills on sm_90.
 MAX_BLOCK_R = 64
 EPILOGUE_R = 32
+# Columns of all sums next to each other, of several layers: in a shrink, and in dA's strips, which
+# run with the warps of a tile of dx.
+SHRINK_COLUMNS = 128
+STRIP_COLUMNS = 64
+# Next to a masked part of dx, several layers' sum takes a smaller tile, so many elements a warp,
+# and fewer ranks at once: with a 128x256 tile 664 bytes spill on sm_90, with 32 ranks 144 on sm_80.
+MOST_MASKED = 2048
+MASKED_R = 16
 MAX_SPLITS = 4
 
 _SMALL = Tile(64, 64, 64, 4, 3)
@@ -222,3 +231,8 @@ def splits(card: Card, tiles: int, size: int, block: int) -> int:
 def block_r(R: int, most: int = MAX_BLOCK_R) -> int:
     """Return the rank padded to a power of two: at least 16, a matrix instruction's, at most."""
     return min(max(16, 1 << (R - 1).bit_length()), most)
+
+
+def block_r_of_each(ranks: Sequence[int], columns: int, most: int) -> int:
+    """Return block_r for layers that are summed next to each other, in `columns` columns in all."""
+    return block_r(max(ranks), min(most, 1 << (columns // len(ranks)).bit_length() - 1))

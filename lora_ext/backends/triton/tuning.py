@@ -39,7 +39,7 @@ _GRAPH_BELOW_US = 150.0
 _MAX_BOX = 2**31 - 1  # a descriptor's sizes and coordinates are 32-bit
 _LOG = logging.getLogger(__name__)
 Choice = tuple[str, Tile]
-_forced: dict[str, Any] = {"forward": None, "backward": None, "descriptors": None}
+_forced: dict[str, Any] = dict.fromkeys(("forward", "backward", "descriptors", "group"))
 _chosen: dict[tuple, Choice] = {}
 _plans: dict[tuple, Callable[[Any], tuple]] = {}
 _unmeasured: dict[tuple, Callable[[Any], tuple]] = {}
@@ -213,18 +213,28 @@ def _measure(
     candidate: Candidate,
     by_graph: bool,
 ) -> float | None:
-    """Return the median microseconds of a candidate, L2 cold; None where it can't run here.
+    """Return the median microseconds of a candidate; None where it can't run here."""
+
+    def run() -> Callable[[], Any]:
+        plan = planned(direction, candidate.name, call, p, candidate.tile, card)
+        return lambda: plan(call)
+
+    return measured(run, f"{direction} {p} by {candidate}", by_graph)
+
+
+def measured(plan: Callable[[], Callable[[], Any]], what: str, by_graph: bool) -> float | None:
+    """Return the median microseconds of what is planned, L2 cold; None where it can't run here.
 
     Whatever it raises, a compiler's crash too, is logged and costs it the choice: the user's call
     has other ways to run.
     """
     try:
-        plan = planned(direction, candidate.name, call, p, candidate.tile, card)
-        run = captured(lambda: plan(call)) if by_graph else lambda: plan(call)
+        run = plan()
         bench = triton.testing.do_bench
-        return round(1e3 * bench(run, warmup=5, rep=20, return_mode="median"), 3)
+        timed = captured(run) if by_graph else run
+        return round(1e3 * bench(timed, warmup=5, rep=20, return_mode="median"), 3)
     except Exception as error:
-        _LOG.warning("%s %s by %s can't run here: %s", direction, p, candidate, error)
+        _LOG.warning("%s can't run here: %s", what, error)
         return None
 
 
