@@ -39,7 +39,7 @@ test test-all: export OMP_WAIT_POLICY = passive
 test test-all: install
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) tests/gpu/test_triton_mask.py \
-	  tests/gpu/test_triton_persistent.py tests/gpu/test_triton_parts.py \
+	  $(addprefix tests/gpu/test_triton_,persistent.py parts.py common.py) \
 	  tests/gpu/test_triton_grouped.py tests/op/test_grouped.py --backends $(INTERPRETED)
 	$(RUN) -m tests.gpu.emulated_cuda $(EMULATED)
 	LORA_EXT_EMULATED=$(EMULATED)/emulated.so OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) $(OF_THE_EMULATOR)

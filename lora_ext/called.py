@@ -46,8 +46,10 @@ def call_base(base: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _of_torchao(base: nn.Module) -> bool:
-    weight = base._parameters.get("weight")
-    return type(base) is nn.Linear and type(weight).__module__.startswith("torchao.")
+    kind = type(base._parameters.get("weight"))
+    if type(base) is not nn.Linear or kind in _PLAIN:  # of others a compiler can't ask the module
+        return False
+    return kind.__module__.startswith("torchao.")
 
 
 def lora_delta(

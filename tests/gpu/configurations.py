@@ -171,15 +171,23 @@ def distinct_of(offered: Iterable[Way], kind: str) -> list[tuple[str, Launch]]:
     return list(found.values())
 
 
-def offered(family: str) -> dict[str, list[str]]:
-    """Return the tiles that a card is offered, by kind of product, direction and regime."""
-    found: dict[str, set[str]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for dtypes, types in DTYPES.items():
-            patch.setattr(tuning, "kind_of", lambda dtype, kind=types.kind: kind)
-            for way in problems(family, dtypes):
-                found.setdefault(f"{types.kind} {way.regime}", set()).add(way.tile)
-    return {regime: sorted(tiles) for regime, tiles in sorted(found.items())}
+def offered(family: str, types: str) -> list[tuple[str, Launch]]:
+    """Return the same of a layer, and of three layers of one x where those are run jointly."""
+    jointly = joint_ways(family, types, 3) if DTYPES[types].R == 64 and types[:4] == "fp16" else ()
+    return [*distinct(family, types), *distinct_of(jointly, DTYPES[types].kind)]
+
+
+def configurations(family: str) -> set[tuple[str, str]]:
+    """Return (kernel, configuration) of every launch that a card is offered."""
+    launched = (launch for types in DTYPES for _, launch in offered(family, types))
+    return {(kernel.__name__, configuration_of(options)) for kernel, _, options in launched}
+
+
+def configuration_of(options: dict) -> str:
+    """Return a launch's block sizes M, N, K and R, its warps and stages, and how it loads."""
+    sizes = "x".join(str(options.get(f"BLOCK_{size}", 0)) for size in "MNKR")
+    loads = " tma" if options.get("DESCRIPTORS") else ""
+    return f"{sizes} {options['num_warps']}w {options['num_stages']}s{loads}"
 
 
 def specialised(argument: object, param: Any) -> object:

@@ -140,6 +140,8 @@ def test_a_warm_call_does_not_wait_for_the_device(way, mode):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                case.x.sum().item()  # which waits, and has to show
             step.run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -167,9 +169,10 @@ def test_offsets_past_2_to_the_31_elements(shape, name):
     large_x[-512:], large_dy[-512:] = case.x, case.dy
     y, dx, dA, dB = run(large_x, large_dy)
     want_y, want_dx, want_dA, want_dB = run(case.x, case.dy)
-    # The rows before are zeros and add nothing; a sum in another order rounds differently.
+    # The rows before are zeros and add nothing; a sum in another order rounds to a neighbour.
     for got, want in ((y, want_y), (dx[-512:], want_dx), (dA, want_dA), (dB, want_dB)):
-        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * want.abs().max().item())
+        assert want.any()
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-8 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("name", KERNELS)

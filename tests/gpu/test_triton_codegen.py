@@ -15,12 +15,14 @@ from lora_ext.backends.triton import cards
 from tests.gpu.configurations import (
     DTYPES,
     Inspected,
+    configurations,
     distinct,
     distinct_of,
     faults_of,
     inspect,
     joint_ways,
 )
+from tests.gpu.passed import PASSED
 
 # `make test` compiles for one family and dtype. Of cards that take the tiles of others with less
 # memory `make test-all` compiles the hardest dtype, and `make test-long` the rest.
@@ -83,3 +85,14 @@ def test_joint_kernels_fit_their_card_and_use_it(family, types, layers, tmp_path
     assert_no_faults(rows, family)
     names = {"lora_linears_shrink_kernel", "lora_linears_bwd_dx_kernel"}
     assert {row.kernel for row in rows} == names
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_what_a_card_is_offered_has_passed_on_the_oldest_triton(family):
+    """What is new is compiled by it first, and then put into PASSED: see tests/gpu/passed.py."""
+    new = [
+        (kernel, configuration)
+        for kernel, configuration in sorted(configurations(family))
+        if family not in PASSED.get(kernel, {}).get(configuration, "").split()
+    ]
+    assert not new

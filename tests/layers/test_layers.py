@@ -228,6 +228,24 @@ def test_base_that_is_more_than_its_weight_is_called(kind):
         assert_same_up_to_rounding(mine, other)
 
 
+class KeepsItsResult(nn.Linear):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_result_of_another_class_is_not_written_to(grad):
+    layer = randomised(LinearWithLoRA(KeepsItsResult(12, 10), 3, 1.0))
+    x = torch.randn(5, 12)
+    with torch.set_grad_enabled(grad):
+        assert_same_up_to_rounding(layer(x), by_hand(layer, x))
+        y = layer(x)
+    base = layer.linear
+    assert torch.equal(base.kept, nn.functional.linear(x, base.weight, base.bias))
+    assert not torch.equal(y, base.kept)
+
+
 def test_hook_added_later_is_run_and_removed_again():
     layer = randomised(LinearWithLoRA(nn.Linear(12, 10), 3, 1.0))
     x = torch.randn(5, 12)

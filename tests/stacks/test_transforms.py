@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_ext import lora_linear
 from lora_ext.testing import make_inputs
@@ -123,12 +124,32 @@ def test_default_compile_goes_over_to_dynamic_shapes_once(backend: Backend):
     """Without dynamic= a second batch size compiles again, as shapes become symbols; no more."""
     model = make_models(torch.float64)["ours"].blocks[0]
     use_backend(model, backend.name)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows in (4, 7, 5, 11):
         x = batches(rows=rows)[0][0].double()
         assert torch.equal(compiled(x), model(x))
     assert counter.frame_count == 2
+
+
+def test_a_changed_alpha_or_dropout_is_seen_by_compiled_code():
+    """PyTorch takes a custom operator's floats for constants, and compiles again for others."""
+    layer = make_layer(CASE)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = torch.randn(5, layer.in_features)
+    for alpha, dropout in ((0.5, 0.0), (0.25, 0.0), (0.25, 1.0), (0.5, 0.0)):
+        layer.lora.alpha, layer.lora.dropout = alpha, dropout
+        assert_same_up_to_rounding(compiled(x), layer(x))
+    assert counter.frame_count <= 4
+
+
+def test_a_layer_over_a_hooked_linear_compiles_in_one_graph():
+    layer = make_layer(CASE)
+    layer.linear.register_forward_hook(lambda module, args, y: 2 * y)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(5, layer.in_features)
+    assert_same_up_to_rounding(compiled(x), layer(x))
 
 
 class ByFunction(nn.Module):

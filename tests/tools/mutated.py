@@ -37,6 +37,7 @@ PARTS = {  # triton first: peft imports it, and what it is imported as stays
         (
             *KERNELS,
             *("tests/gpu/test_triton_mask.py", "tests/gpu/test_triton_persistent.py"),
+            "tests/gpu/test_triton_common.py",
             "--backends=triton",
         ),
         environment=(("TRITON_INTERPRET", "1"),),

@@ -8,6 +8,7 @@
     cards.py              what is known of a card: its limits, its speeds
     tiling.py             the tile sizes of each card, and how sums are split over its programs
     costs.py              what each regime's launches move and compute, and the time that takes
+    torch_costs.py        the same of the regimes that PyTorch runs
     regimes.py            the table of regimes, the ways to run a call: tiles and cost of each
     launches.py           what launches share: operands, options, the launch itself
     forward_launches.py   the launches of each forward regime

@@ -48,10 +48,7 @@ def two_launches(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     """Launch the pass over dy; then dx, dA and dB. One or none where fewer are needed."""
     M, K = p.M, p.K
     pass_over_dy = PassOverDy(call, p, card)
-    if not p.needs[0]:
-        operands, options = None, tile.options()
-    else:
-        operands, options = base_operands(call.weight, tile)
+    operands, options = base_operands(call.weight, tile) if p.needs[0] else (None, tile.options())
     finish = Finish(call, p, tile, card, pass_over_dy, BASE_DONE=False, **options)
 
     def run(call: Backward) -> Gradients:
@@ -67,7 +64,7 @@ def two_launches(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
 
 def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     """Launch the pass over dy, and with it programs that stay for dx, then for dA and dB."""
-    M, K, N, R = p.M, p.K, p.N, p.R
+    M, K, R = p.M, p.K, p.R
     _, need_dA, need_dB = p.needs
     pass_over_dy = PassOverDy(call, p, card, joined=card.joins)
     in_parts, strip = pass_over_dy.parts > 0, tiling.strip_tile(card, p.kind)
@@ -79,15 +76,9 @@ def persistent(call: Backward, p: Problem, tile: Tile, card: Card) -> Run:
     kernel = Launch(
         lora_linear_bwd_dx_persistent_kernel,
         (programs,),
-        **dict(M=M, N=N, K=K, R=R, parts=pass_over_dy.parts),
-        **dict(PROGRAMS=card.sms, BLOCK_R=block_r, WANT_DA=need_dA, WANT_DB=need_dB),
-        **dict(DB_IN_PARTS=in_parts, SUM_PARTS=SUM_PARTS, SUM_N=SUM_N),
-        **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
+        **_for_dA_and_dB(call, p, strip, pass_over_dy),
+        **dict(PROGRAMS=card.sms, BLOCK_R=block_r),
         lanes=_lanes(tiles, programs, triton.cdiv(K, strip.block_k) * triton.cdiv(R, block_r)),
-        **strides("stride_d", "mn", call.dy.stride()),
-        **strides("stride_x", "mk", call.x.stride() if need_dA else None),
-        **strides("stride_g", "kr", empty_like_factor(call.A).stride() if need_dA else None),
-        **strides("stride_b", "rn", pass_over_dy.dB_strides),
         **strides("stride_a", "kr", strides_a),
         **(card.product_options(p.kind, call.dy.dtype) | card.join_options(R)),
         **options,
@@ -230,24 +221,15 @@ class Finish:
     def __init__(
         self, call: Backward, p: Problem, tile: Tile, card: Card, first: PassOverDy, **options: Any
     ):
-        M, K, N, R = p.M, p.K, p.N, p.R
         self.need_dx, self.need_dA, self.need_dB = p.needs
         strip = tiling.strip_tile(card, p.kind)
         programs = _programs(p, tile, strip, in_parts=first.parts > 0)
         self.kernel = programs and Launch(
             lora_linear_bwd_dx_kernel,
             (programs,),
-            **dict(M=M, N=N, K=K, R=R, parts=first.parts),
-            **dict(WANT_DX=self.need_dx, WANT_DA=self.need_dA, WANT_DB=self.need_dB),
-            **dict(DB_IN_PARTS=first.parts > 0, SUM_PARTS=SUM_PARTS, SUM_N=SUM_N),
-            **dict(STRIP=strip.block_k, STRIP_M=strip.block_m),
-            **strides("stride_d", "mn", call.dy.stride()),
+            **_for_dA_and_dB(call, p, strip, first),
+            WANT_DX=self.need_dx,
             **strides("stride_w", "nk", call.weight.stride() if call.weight is not None else None),
-            **strides("stride_x", "mk", call.x.stride() if call.x is not None else None),
-            **strides(
-                "stride_g", "kr", empty_like_factor(call.A).stride() if self.need_dA else None
-            ),
-            **strides("stride_b", "rn", first.dB_strides),
             **strides("STRIDE_A", "KR", call.A.stride() if self.need_dx else None),
             # Of two blocks an SM, which ptxas aims at with 99 KB, Triton 3.6 spills 32 bytes.
             **card.product_options(
@@ -257,7 +239,7 @@ class Finish:
             ),
             # The twin of the forward sums over N and has its columns in K.
             **(options | {"BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k}),
-            BLOCK_R=tiling.block_r(R, tiling.EPILOGUE_R),
+            BLOCK_R=tiling.block_r(p.R, tiling.EPILOGUE_R),
         )
 
     def __call__(
@@ -283,6 +265,20 @@ class Finish:
             scale=call.scale, scale_dx=scale_dx, power_dx=power_dx,
         )  # fmt: skip
         return dx, dA, dB
+
+
+def _for_dA_and_dB(call: Backward, p: Problem, strip: Tile, first: PassOverDy) -> dict[str, Any]:
+    """Return what a kernel that has dA and dB next to dx gets for them."""
+    _, need_dA, need_dB = p.needs
+    return {
+        **dict(M=p.M, N=p.N, K=p.K, R=p.R, parts=first.parts),
+        **dict(WANT_DA=need_dA, WANT_DB=need_dB, DB_IN_PARTS=first.parts > 0),
+        **dict(SUM_PARTS=SUM_PARTS, SUM_N=SUM_N, STRIP=strip.block_k, STRIP_M=strip.block_m),
+        **strides("stride_d", "mn", call.dy.stride()),
+        **strides("stride_x", "mk", call.x.stride() if need_dA else None),
+        **strides("stride_g", "kr", empty_like_factor(call.A).stride() if need_dA else None),
+        **strides("stride_b", "rn", first.dB_strides),
+    }
 
 
 def _programs(p: Problem, tile: Tile, strip: Tile, *, in_parts: bool) -> int:

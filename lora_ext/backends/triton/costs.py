@@ -151,7 +151,8 @@ def padded(R: int) -> int:
     return tiling.block_r(R, 1 << 30)
 
 
-def _linear(p: Problem) -> Kernel:
+def linear(p: Problem) -> Kernel:
+    """PyTorch's base product."""
     x, weight, y, bias = p.bytes[:4]
     return Kernel(x + weight + y + bias, 2 * p.M * p.N * p.K)
 
@@ -200,7 +201,7 @@ def torch_base(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
     """The shrink, PyTorch's base product, one pass over y."""
     of = p.bytes
     delta = Kernel(of.parts + of.h + of.B + 2 * of.y, 2 * p.M * padded(p.R) * p.N)
-    return [shrink(p), _linear(p), delta]
+    return [shrink(p), linear(p), delta]
 
 
 def decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
@@ -214,48 +215,6 @@ def decode(p: Problem, tile: Tile, card: Card, splits: int = 0) -> list[Kernel]:
     # Its counters are there for h, also where y is in one part.
     kernel = replace(base, tiles=splits * base.tiles, under_way=under_way, extra_us=card.fill_us)
     return [kernel if splits == 1 else _with_arrivals(kernel, splits * p.M * p.N * 4, card)]
-
-
-def plain_forward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The mask; casts of wider adapters; F.linear; x @ A; h @ B; scale * d; y + d."""
-    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
-    shrink = Kernel(of.x + a + of.h, 2 * p.M * p.K * p.R)
-    expand = Kernel(of.h + b + of.y, 2 * p.M * p.R * p.N)
-    return [*_before(p), _linear(p), shrink, expand, Kernel(2 * of.y, 0), Kernel(3 * of.y, 0)]
-
-
-def plain_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """Return autograd's kernels for dx, dA and dB of the plain layer.
-
-    The mask and casts; g = scale * dy; t = g @ B.T; dB = h.T @ g; then dx = dy @ weight, t @ A.T
-    and their sum; dA = x.T @ t.
-    """
-    of, a, b = p.bytes, p.K * p.R * p.size, p.N * p.R * p.size
-    over_n, over_k = 2 * p.M * p.R * p.N, 2 * p.M * p.R * p.K
-    kernels = [Kernel(2 * of.y, 0), *[Kernel(of.y + b + of.h, over_n)] * 2]
-    if p.needs[0]:
-        base = Kernel(of.y + of.weight + of.x, 2 * p.M * p.N * p.K)
-        kernels += [base, Kernel(of.h + a + of.x, over_k), Kernel(3 * of.x, 0)]
-    return [*_before(p), *kernels, Kernel(of.x + of.h + a, over_k)]
-
-
-def addmm(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The plain layer's with h @ B added to y where that is written."""
-    *rest, expand, _, _ = plain_forward(p, tile, card)
-    return [*rest, replace(expand, bytes=expand.bytes + p.bytes.y)]
-
-
-def addmm_backward(p: Problem, tile: Tile, card: Card) -> list[Kernel]:
-    """The plain layer's without scale * dy, with t @ A.T added to dx where that is written."""
-    *products, last = (kernel for kernel in plain_backward(p, tile, card) if kernel.flops)
-    return [*_before(p), *products, replace(last, bytes=last.bytes + p.bytes.x * p.needs[0])]
-
-
-def _before(p: Problem) -> list[Kernel]:
-    """What PyTorch's products need first: x masked, A and B in x's dtype."""
-    wider, size = p.adapter_size != p.size, p.size + p.adapter_size
-    casts = [Kernel(n * p.R * size, 0) for n in (p.K, p.N) if wider]
-    return casts + ([Kernel(2 * p.bytes.x + p.bytes.keep, 0)] if p.masked else [])
 
 
 def pass_over_dy(p: Problem, card: Card) -> tuple[Kernel, int]:

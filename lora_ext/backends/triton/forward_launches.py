@@ -293,8 +293,6 @@ def _tiles(M: int, N: int, tile: Tile) -> int:
 
 
 def _base_strides(call: Forward) -> dict[str, int]:
-    w, b = (
-        strides("stride_w", "kn", call.weight.T.stride()),
-        strides("stride_b", "rn", call.B.stride()),
-    )
-    return strides("stride_x", "mk", call.x.stride()) | w | b
+    w, b = call.weight.T.stride(), call.B.stride()
+    of_w, of_b = strides("stride_w", "kn", w), strides("stride_b", "rn", b)
+    return strides("stride_x", "mk", call.x.stride()) | of_w | of_b

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from . import costs, tiling
+from . import costs, tiling, torch_costs
 from .cards import Card
 from .costs import Kernel, Problem, bytes_of, time_us
 from .tiling import Tile
@@ -95,10 +95,10 @@ REGIMES: dict[str, dict[str, Regime]] = {
         # F.linear, h = x @ A, then y += scale * h @ B in place while y is in L2.
         "torch_base": Regime(_delta_tiles, costs.torch_base),
         # F.linear, x @ A, then h @ B added to y by one more product, all of them PyTorch's.
-        "addmm": Regime(_addmm_tiles, costs.addmm),
+        "addmm": Regime(_addmm_tiles, torch_costs.addmm),
         # PyTorch's own operators, where every other regime would move more bytes than they do: a
         # rank beyond the features, over few rows, makes float32 h and t outweigh what is saved.
-        "plain": Regime(_delta_tiles, costs.plain_forward),
+        "plain": Regime(_delta_tiles, torch_costs.plain_forward),
     },
     "backward": {
         # t = dy @ B.T and dB's parts; then dx with t at hand, dA, and dB's sum.
@@ -108,8 +108,8 @@ REGIMES: dict[str, dict[str, Regime]] = {
         # dx = dy @ weight by PyTorch between the two; the second then adds scale * t @ A.T to it.
         "torch_base": Regime(_delta_tiles_of_dx, costs.torch_base_backward),
         # Each product by PyTorch, t @ A.T added to dx by its own.
-        "addmm": Regime(_addmm_tiles, costs.addmm_backward),
-        "plain": Regime(_delta_tiles, costs.plain_backward),
+        "addmm": Regime(_addmm_tiles, torch_costs.addmm_backward),
+        "plain": Regime(_delta_tiles, torch_costs.plain_backward),
     },
 }
 
