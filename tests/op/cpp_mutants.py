@@ -143,31 +143,6 @@ BY_FILE = {
     "cpu/vectors.h": {
         "tail_of_dots_summed_twice": ("kLanes<A> - count", "0"),
         "sum_of_half_the_lanes": ("width = kVectorBytes / 32; width > 0", "width = 0; width > 0"),
-        "dora_rows_of_another_block": (
-            "cpu/dora_dropped.cpp",
-            "of.load(x.block(row + i, 0, 1, K), dense",
-            "of.load(x.block(i, 0, 1, K), dense",
-        ),
-        "dora_low_rank_part_whole": (
-            "cpu/dora_dropped.cpp",
-            "static_cast<A>(p * scale)",
-            "static_cast<A>(scale)",
-        ),
-        "dora_dx_of_the_last_columns_alone": (
-            "cpu/dora_impl.h",
-            "few.values[i + k] += sums[k]",
-            "few.values[i + k] = sums[k]",
-        ),
-        "dora_dropped_past_the_end": (
-            "cpu/dora_dropped.cpp",
-            "if (bits < 64) dropped",
-            "if (bits < 0) dropped",
-        ),
-        "dora_kept_for_dropped": (
-            "cpu/dora_dropped.cpp",
-            "uint64_t dropped = ~kept",
-            "uint64_t dropped = kept",
-        ),
         "transposed_by_one_round_less": ("round = 1; round < kRows", "round = 2; round < kRows"),
     },
     "cpu/multiply_impl.h": {
@@ -219,6 +194,18 @@ BY_FILE = {
     },
     "cpu/act_impl.h": {
         "up_forgotten_in_the_gates_gradient": ("dy * widen(u + j) * derivative", "dy * derivative"),
+    },
+    "cpu/dora_dropped.cpp": {
+        "dora_rows_of_another_block": ("x.block(row + i, 0, 1, K)", "x.block(i, 0, 1, K)"),
+        "dora_low_rank_part_whole": ("static_cast<A>(p * scale)", "static_cast<A>(scale)"),
+        "dora_kept_for_dropped": ("uint64_t dropped = ~kept", "uint64_t dropped = kept"),
+        "dora_bias_of_first_columns": ("bias.block(0, n,", "bias.block(0, 0,"),
+    },
+    "cpu/dora_impl.h": {
+        "dora_dx_of_the_last_columns_alone": (
+            "few.values[i + k] += sums[k]",
+            "few.values[i + k] = sums[k]",
+        ),
     },
 }
 # name: (file, the piece, what it becomes)

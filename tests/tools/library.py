@@ -18,9 +18,10 @@ BLOCKS = {  # of an instruction set: the source, and what it defines
     "avx512": ("cpu/blocks_avx512", "kAvx512Blocks"),
     "avx512_bf16": ("cpu/blocks_avx512_bf16", "kAvx512Bf16Blocks"),
 }
+OF_THE_CPU = sorted((Path(__file__).parents[2] / "csrc/cpu").glob("*.cpp"))
 SOURCES = [
-    *("call", "checks", "cpu/register", "cpu/isa", "cpu/route", "cpu/forward", "cpu/backward"),
-    *("cpu/act", "cpu/pack", "cpu/codes", "cpu/keep"),
+    *("call", "checks"),
+    *(f"cpu/{path.stem}" for path in OF_THE_CPU if not path.stem.startswith("blocks_")),
 ]
 TORCH_HEADERS = [
     "inductor/aoti_torch/c/shim.h",
