@@ -110,6 +110,8 @@ def check_parity(case: Parity) -> None:
         if got is None or got.shape != value.shape or not fits:
             lines.append(f"{name}: {got if got is None else (got.shape, got.dtype)}")
             continue
+        if case.dtype == torch.float64:  # what is exact then has errors of PEFT's, unseen
+            eps *= 4
         floor: Callable[..., float] = lambda norm, v=value, e=eps: 4 * e * norm(v)  # noqa: E731
         found = compare(name, got, others[name], value, floor)
         lines += [str(error) for error in found if error.broken]

@@ -178,7 +178,10 @@ GRADIENTS = """dx = with_shape(dx, x_shape)
 FUNCTIONAL_MUTANTS = {
     "x_not_saved": ("keeps_x = need_dA or need_dweight", "keeps_x = need_dweight"),
     "h_not_saved": (SAVED_H, "None,\n        )"),
-    "B_not_kept_for_dA": ("if need_dx else (A, B)", "if need_dx else (A, None)"),
+    "B_not_kept_for_dA": (
+        "A, B = unread[0], unread[1] if B is None else B\n        as_rows",
+        "A, B = unread[0], None\n        as_rows",
+    ),
     "y_saved_for_h": (SAVED_H, "y if need_dB else None,\n        )"),
     "gradients_swapped": (GRADIENTS, GRADIENTS.replace("dA, dB", "dB, dA")),
     "dbias_lost": (GRADIENTS, GRADIENTS.replace("dbias", "None")),
