@@ -8,6 +8,7 @@ from lora_ext.backends import BACKENDS
 from lora_ext.call import Call, LowRank, Weight
 from lora_ext.dora import row_scale
 from lora_ext.dora_dropped import is_few
+from lora_ext.dropout import pack_bits
 from lora_ext.testing.parity import Parity, check_parity, why_skipped
 from tests.conftest import small_call
 from tests.op.dora import (
@@ -15,6 +16,7 @@ from tests.op.dora import (
     LAYOUTS,
     SCALE,
     SIZES,
+    P,
     operands,
     ours,
     plain,
@@ -114,6 +116,30 @@ def test_norms_are_those_of_the_adapted_rows(dtypes, layout):
         eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
         want = 1 / torch.linalg.vector_norm(exact, dim=1)
         torch.testing.assert_close(g.double(), want, rtol=8 * eps, atol=0)
+
+
+def test_norms_without_the_kernel_are_the_same(monkeypatch):
+    given, weight, _ = operands((9, 1100, 300, 8))
+    with_it = row_scale(torch.ones(300), weight, given["A"], given["B"], SCALE)
+    monkeypatch.setattr(BACKENDS["cpp"], "unsupported", lambda call: "asked to")
+    without = row_scale(torch.ones(300), weight, given["A"], given["B"], SCALE)
+    assert without is not with_it
+    torch.testing.assert_close(without, with_it, rtol=1e-6, atol=0)
+
+
+def test_the_operators_shape_rules_are_their_results():
+    given, weight, mask = operands((70, 91, 67, 4), "bfloat16")
+    x, A, B, keep, y = given["x"], given["A"], given["B"], pack_bits(mask), torch.empty(70, 67)
+    ops = torch.ops.lora_ext
+    norm = (ops.dora_norm, (weight, A, B, SCALE))
+    fwd = (
+        ops.dora_dropped_fwd,
+        (y.bfloat16(), x, weight, None, x @ A, B, keep, given["g"], 1.0, P),
+    )
+    for op, arguments in (norm, fwd):
+        fakes = (t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments)
+        got, fake = op(*arguments), op(*fakes)
+        assert (fake.shape, fake.dtype) == (got.shape, got.dtype)
 
 
 WRONG = {
