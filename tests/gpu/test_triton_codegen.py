@@ -87,7 +87,7 @@ def test_joint_kernels_fit_their_card_and_use_it(family, types, layers, tmp_path
     assert {row.kernel for row in rows} == names
 
 
-@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("family", cards.FAMILIES)
 def test_what_a_card_is_offered_has_passed_on_the_oldest_triton(family):
     """What is new is compiled by it first, and then put into PASSED: see tests/gpu/passed.py."""
     new = [
