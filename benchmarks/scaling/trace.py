@@ -5,6 +5,7 @@ have shapes and no data: then a step of 4,096 ranks is traced in one process. Ov
 same step is traced as it runs.
 """
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -188,6 +189,8 @@ def trace_step(model: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Trace:
         stack.enter_context(collectives)
         stack.enter_context(tracker)
         loss = model(tokens, tokens)
+        if dist.get_backend() != "fake":
+            time.sleep(0.5)  # gloo's threads let go of a result some time after its wait returned
         held = tracker.get_tracker_snapshot()[tokens.device]
         loss.backward()
         gradients = _bytes(p.grad for p in trained.values())
