@@ -2,12 +2,13 @@
 // multiplications, and 8 rows a multiple of 4 KB apart share a set of the first-level cache.
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prfchw"))), \
+    apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, in its own avx512fintrin.h
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prfchw,prefer-vector-width=512")
 #endif
 #define LORA_EXT_VECTOR_BYTES 64
 #define LORA_EXT_TILE_ROWS 8

@@ -23,6 +23,8 @@ NOBODY = 65534
 CHECK = """
 import sys, warnings
 warnings.simplefilter("always")
+# An editable install's finder would find the checkout's extension where the copy has none.
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
 {before}
 import torch, lora_ext
 from lora_ext.backends import cpp
