@@ -166,14 +166,10 @@ def _class_with(base: type, call: Callable[..., Any]) -> type:
 
     def reduce_ex(self, protocol):
         """Copy and pickle as the class that it was, without the group."""
-        self.__class__ = base
-        try:
-            _, _, state, *rest = self.__reduce_ex__(protocol)
-        finally:
-            self.__class__ = grouped_class
+        # Of the base, and not by giving the class back meanwhile: other threads run or copy it.
+        _, _, state, *rest = base.__reduce_ex__(self, protocol)
         return object.__new__, (base,), {k: v for k, v in state.items() if k != _KEY}, *rest
 
     names = {n: base.__dict__.get(n, getattr(base, n)) for n in ("__module__", "__qualname__")}
     names |= {"__doc__": base.__doc__, "forward": forward, "__reduce_ex__": reduce_ex}
-    grouped_class = type(base.__name__, (base,), {**names, "_lora_base": base})
-    return grouped_class
+    return type(base.__name__, (base,), {**names, "_lora_base": base})

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lora_ext import (
     prepack_,
     quantise_,
     replace_linear_with_lora,
+    ungroup_,
     unmerge_,
 )
 from tests.numerics import assert_same_up_to_rounding
@@ -150,6 +152,30 @@ def test_pickled_quantised_linear_alone():
     assert torch.equal(pickle.loads(pickle.dumps(linear))(X), linear(X))
     layer = LinearWithLoRA(linear, 4, 1.0)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(X), layer(X))
+
+
+class Copied(Block):
+    """What another thread makes of it, in the middle of a copy."""
+
+    meanwhile = None
+
+    def __getstate__(self):
+        if (meanwhile := self.__dict__.pop("meanwhile", None)) is not None:
+            with ThreadPoolExecutor(1) as pool:
+                self.seen = pool.submit(meanwhile, self).result()
+        return self.__dict__
+
+
+@pytest.mark.parametrize(
+    "meanwhile", [copy.deepcopy, pickle.dumps, lambda model: str(ungroup_(model))]
+)
+def test_another_thread_may_copy_or_ungroup_what_is_being_copied(meanwhile):
+    model = adapted(Copied())
+    group_(model)
+    model.meanwhile = meanwhile
+    other = copy.deepcopy(model)
+    assert model.seen and type(other) is Copied and "_lora_group" not in other.__dict__
+    assert_same_steps(step(other), step(model))
 
 
 def _train(rank: int, models: dict[str, nn.Module], results, read) -> None:
