@@ -63,7 +63,8 @@ def group_(model: nn.Module, *, recompute: str = "act") -> Report:
     Results and gradients are those of the single layers up to rounding, and so is the order in
     which dropout draws. Less is kept for the backward. An activation that an MLP writes out in
     several operations runs as one. A copy or a pickle of the model is not grouped; compiled code
-    runs the single layers. Calling it again looks again.
+    runs the single layers. Calling it again looks again. No other thread may run the model, or draw
+    random numbers, during `group_`: it calls MLPs on a probe, in eval and in training.
 
     Args:
         model: a model with LinearWithLoRA layers, or PEFT layers that `accelerate` took.
