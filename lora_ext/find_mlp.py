@@ -1,7 +1,7 @@
 """MLPs in a model: modules that compute `down(act(gate(x)) * up(x))` or `down(act(up(x)))`.
 
 Their own forward must show it on a probe. Dropout may follow `down`, or stand anywhere while it is
-off.
+off, and an nn.Identity anywhere.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import gated_mlp
 from .acts import ACTS, UNGATED
+from .bases import hooks_of
 from .gated_mlp import Formula
 from .parts import is_adapted, part_of, parts_of
 from .quantised_linear import QuantisedLinear
@@ -29,6 +30,7 @@ class MLP:
         self.recompute = "act"
         self.dropout: str | None = None  # an nn.Dropout after `down`
         self.off: list[str] = []  # nn.Dropout modules elsewhere
+        self.passed_by: list[str] = []  # these, the activation and what does nothing
         self.children: dict[str, int] = {}  # of the module when it was probed
         self._why: str | None = None
 
@@ -50,6 +52,10 @@ class MLP:
         if any(children[name].training and children[name].p for name in self.off):
             self._why = "dropout is on between its linears"
             return None
+        for name in self.passed_by:
+            if (why := _attached_to(children[name])) is not None:
+                self._why = f"{name} {why}"
+                return None
         parts = parts_of([children[name] for name in (*self.first, self.down)], x)
         y: Any = parts
         if not isinstance(parts, str):
@@ -58,6 +64,13 @@ class MLP:
             self._why = y
             return None
         return y if self.dropout is None else children[self.dropout](y)
+
+
+def _attached_to(module: nn.Module) -> str | None:
+    """Say what is attached to a module or a part of it that is not called; None for nothing."""
+    own = module.__dict__
+    why = hooks_of(own, 0)
+    return why or next(filter(None, map(_attached_to, own["_modules"].values())), None)
 
 
 def mlp_forward(module, mlp: MLP, forward, args, kwargs):
@@ -77,7 +90,8 @@ def find_mlp(parent: nn.Module, recompute: str = "act") -> MLP | str:
     if not candidates:
         return ""
     drops = {n: m for n, m in children.items() if type(m) is nn.Dropout}
-    others = [m for n, m in children.items() if n not in linears and n not in drops]
+    idle = {n for n, m in children.items() if type(m) is nn.Identity}
+    others = [m for n, m in children.items() if n not in {*linears, *drops, *idle}]
     if len(others) > 1 or parent._parameters or parent._buffers:
         return "it has more parts than the linears and the activation of an MLP"
     if any(next(m.parameters(), None) is not None for m in others):
@@ -95,6 +109,7 @@ def find_mlp(parent: nn.Module, recompute: str = "act") -> MLP | str:
             mlp = MLP(first, down, Formula(act, gated))
             mlp.recompute, mlp.dropout = recompute, dropout
             mlp.off = [name for name in drops if name != dropout]
+            mlp.passed_by = [name for name in children if name not in {*linears, dropout}]
             mlp.children = {name: id(child) for name, child in parent._modules.items()}
             return mlp
     return why or "its forward is not that of an MLP on a probe"

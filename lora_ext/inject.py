@@ -28,7 +28,8 @@ def replace_linear_with_lora(
 
     Weights are shared, not copied, so ties hold. What is already a LinearWithLoRA is left alone,
     and so is a subclass of nn.Linear, and transformers' Conv1D, unless `target_modules` names it.
-    Nothing is frozen: see `mark_only_lora_as_trainable`.
+    Nothing is frozen: see `mark_only_lora_as_trainable`. What reads a linear's weight and does not
+    call it (torchvision's Swin) loses the update: exclude it.
 
     Args:
         model: the model to change.

@@ -117,6 +117,41 @@ def test_a_sequential_is_an_mlp_too():
     assert_same_outcomes(model, single, X)
 
 
+def sequential_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Linear(24, 40), nn.Sequential(nn.GELU()), nn.Dropout(0.0), nn.Identity()]
+    return adapted(nn.Sequential(*parts, nn.Linear(40, 24), nn.Identity()))
+
+
+def test_what_does_nothing_may_stand_anywhere():
+    single = sequential_mlp()
+    model = copy.deepcopy(single)
+    (mlp,) = group_(model).mlps.values()
+    assert (mlp.first, mlp.down, mlp.act) == (("0",), "4", "gelu")
+    assert_same_outcomes(model, single, X)
+    model[3], single[3] = nn.ReLU(), nn.ReLU()
+    assert_same_outcomes(model, single, X)
+
+
+@pytest.mark.parametrize("name", ["1", "1.0", "2", "3", "5"])
+def test_hooks_on_what_is_passed_by_run(name):
+    single = sequential_mlp()
+    model = copy.deepcopy(single)
+    report = group_(model)
+    assert_same_outcomes(model, single, X)
+    handles = [
+        m.get_submodule(name).register_forward_hook(lambda *o: 2 * o[-1]) for m in (model, single)
+    ]
+    assert_same_outcomes(model, single, X)
+    assert f"{name[0]} has hooks" in str(report)
+    for handle in handles:
+        handle.remove()
+    assert "_GatedMLPBackward" in graph_of(model(X.clone().requires_grad_()))
+    model.get_submodule(name).forward = lambda x: x
+    single.get_submodule(name).forward = lambda x: x
+    assert_same_outcomes(model, single, X)
+
+
 class Written(nn.Module):
     """GPT-2's gelu in seven operations, of which a half dtype rounds each."""
 
