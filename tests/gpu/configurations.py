@@ -37,7 +37,7 @@ class Types(NamedTuple):
     R: int
     kind: str = "half"
     masked: bool = False
-    loops: bool = True  # whether to read them: 0.3 s a kernel
+    loops: bool = True  # whether to read them
     rows: tuple[int, ...] = (16, 64, 512, 2048, 4096, 8192)
 
 
