@@ -28,7 +28,7 @@ from lora_ext import (
     unmerge_,
 )
 from tests.numerics import assert_same_up_to_rounding
-from tests.stacks.test_processes import NEEDS_FORK
+from tests.stacks.test_processes import NEEDS_FORK, from_forked_worker
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
 RATE = 0.5
@@ -186,14 +186,14 @@ def _train(rank: int, models: dict[str, nn.Module], results, read) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a prepacked weight is dropped")  # where it was laid out
 def test_spawned_process_trains_models_in_shared_memory():
     """`share_memory()`, a step there: the same gradients, and the steps are seen here."""
     models = {name: make() for name, make in MODELS.items() if name != "merged"}
     own = copy.deepcopy(models)
     want = {name: step(model, RATE) for name, model in own.items()}
-    with pytest.warns(UserWarning, match="a prepacked weight is dropped: .* moved"):
-        for model in models.values():
-            model.share_memory()
+    for model in models.values():
+        model.share_memory()
     context = mp.get_context("spawn")
     results, read = context.Queue(), context.Event()
     processes = mp.spawn(_train, (models, results, read), join=False)
@@ -281,10 +281,7 @@ def test_worker_forked_after_threads_ran_does_not_hang():
         torch.set_num_threads(3)
         want = large[0]
         assert len(os.listdir("/proc/self/task")) >= 3
-        loader = DataLoader(
-            large, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-        )
-        (got,) = list(loader)
+        (got,) = from_forked_worker(large)
     finally:
         torch.set_num_threads(before)
     for mine, here in zip(got, want, strict=True):
