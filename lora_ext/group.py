@@ -63,7 +63,8 @@ def group_(model: nn.Module, *, recompute: str = "act") -> Report:
     Results and gradients are those of the single layers up to rounding, and so is the order in
     which dropout draws. Less is kept for the backward. An activation that an MLP writes out in
     several operations runs as one. A copy or a pickle of the model is not grouped; compiled code
-    runs the single layers. Calling it again looks again.
+    runs the single layers. Calling it again looks again. No other thread may run the model, or draw
+    random numbers, during `group_`: it calls MLPs on a probe, in eval and in training.
 
     Args:
         model: a model with LinearWithLoRA layers, or PEFT layers that `accelerate` took.
@@ -166,14 +167,10 @@ def _class_with(base: type, call: Callable[..., Any]) -> type:
 
     def reduce_ex(self, protocol):
         """Copy and pickle as the class that it was, without the group."""
-        self.__class__ = base
-        try:
-            _, _, state, *rest = self.__reduce_ex__(protocol)
-        finally:
-            self.__class__ = grouped_class
+        # Of the base, and not by giving the class back meanwhile: other threads run or copy it.
+        _, _, state, *rest = base.__reduce_ex__(self, protocol)
         return object.__new__, (base,), {k: v for k, v in state.items() if k != _KEY}, *rest
 
     names = {n: base.__dict__.get(n, getattr(base, n)) for n in ("__module__", "__qualname__")}
     names |= {"__doc__": base.__doc__, "forward": forward, "__reduce_ex__": reduce_ex}
-    grouped_class = type(base.__name__, (base,), {**names, "_lora_base": base})
-    return grouped_class
+    return type(base.__name__, (base,), {**names, "_lora_base": base})

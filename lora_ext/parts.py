@@ -34,10 +34,10 @@ def parts_of(layers: Sequence[nn.Module], x: Tensor) -> list[Part] | str:
         return why
     if torch.jit.is_tracing():
         return "torch.jit.trace takes no lists of tensors that may be None"
-    if x.numel() < LEAST and not torch.is_grad_enabled():
-        return "so small a call gains less than lists of operands cost"
     if torch.compiler.is_compiling():
         return "a compiler traces it, which joins what it can by itself"
+    if x.numel() < LEAST and not torch.is_grad_enabled():
+        return "so small a call gains less than lists of operands cost"
     parts = []
     for layer in layers:
         part = part_of(layer, x)

@@ -41,9 +41,9 @@ def prepack_(model: nn.Module, *, backward: bool = False) -> Report:
     It pays with some tens of rows (docs/packing.md) and costs 4 bytes an element, twice that
     with `backward`. A layer drops its layout, with a warning, when its weight changes: written to
     in place, replaced, moved or cast by `.to()`, or made to require grad. What PyTorch counts no
-    version for goes unseen: writes through `weight.data`, NumPy, the storage, or a collective such
-    as `dist.broadcast`; call it again after those. A layout is never in a state_dict, and a copied,
-    pickled or compiled model works without it.
+    version for goes unseen: writes through `weight.data`, NumPy, the storage, a collective such as
+    `dist.broadcast`, or by another process that shares it; call it again after those. A layout is
+    never in a state_dict, and a copied, pickled or compiled model works without it.
 
     Args:
         model: a model with LinearWithLoRA layers on the CPU.

@@ -53,7 +53,8 @@ class QuantisedLinear(nn.Linear):
         scale, data = own["scale"], own["_parameters"]["weight"].detach()
         if own["format"] != "int8":
             return Weight(data, own["format"], scale)
-        if torch.compiler.is_compiling() or scale.is_inference():  # where no writes are counted
+        # Where writes are not counted: another process' neither.
+        if torch.compiler.is_compiling() or scale.is_inference() or _is_shared(scale):
             return Weight(data, "int8", scale * (1 / 127))
         of, version, unit = own.get("_unit", (None, 0, None))
         if of is not scale or version != scale._version:
@@ -79,7 +80,13 @@ class QuantisedLinear(nn.Linear):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
         self.scale = self.scale.to(self.weight.device)
+        if _is_shared(self.weight):  # by share_memory()
+            self.scale.share_memory_()
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: the scales count their writes from 0 there."""
+        return {key: value for key, value in self.__dict__.items() if key != "_unit"}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -117,7 +124,7 @@ class QuantisedLinear(nn.Linear):
             missing_keys += [prefix + name for name in missing]
             return
         try:
-            self._load_scale(own, told)
+            self._load_scale(own, told, local_metadata.get("assign_to_params_buffers", False))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight is not one of this layer: {error}")
             return
@@ -127,8 +134,10 @@ class QuantisedLinear(nn.Linear):
         mine = ("SCB", "weight_format") if self.format == "int8" else ("weight.",)
         unexpected_keys += [k for k in others if not k[len(prefix) :].startswith(mine)]
 
-    def _load_scale(self, own: dict[str, Tensor], told: str) -> None:
+    def _load_scale(self, own: dict[str, Tensor], told: str, assign: bool) -> None:
         """Take the scales of a state_dict, nested ones as what they stand for; check what it says.
+
+        Into the memory of those that are there where other processes share it, unless `assign`.
 
         Raises:
             ValueError: they are of another shape, and nothing is changed.
@@ -142,7 +151,7 @@ class QuantisedLinear(nn.Linear):
             scale = own["SCB"].float()
             if scale.shape != (self.out_features,):
                 raise ValueError(f"SCB must have shape ({self.out_features},), got {scale.shape}")
-            self.scale = scale.to(self.weight.device)
+            self._set_scale(scale, assign)
             return
         state = json.loads(bytes(own[told].tolist()).decode())
         if tuple(state["shape"]) != (self.out_features, self.in_features):
@@ -156,5 +165,15 @@ class QuantisedLinear(nn.Linear):
         elements = self.out_features * self.in_features
         if scale.shape != (-(-elements // state["blocksize"]),):
             raise ValueError(f"absmax has {len(scale)} values in blocks of {state['blocksize']}")
-        self.scale = scale.float().to(self.weight.device)
+        self._set_scale(scale.float(), assign)
         self.block_size, self.dtype = state["blocksize"], getattr(torch, state["dtype"])
+
+    def _set_scale(self, scale: Tensor, assign: bool) -> None:
+        if not assign and _is_shared(self.scale) and self.scale.shape == scale.shape:
+            self.scale.copy_(scale)
+        else:
+            self.scale = scale.to(self.weight.device)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.untyped_storage().is_shared()

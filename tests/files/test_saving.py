@@ -259,3 +259,21 @@ def test_one_save_of_a_folder_at_a_time(tmp_path):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
+
+
+def test_process_forked_during_a_save_does_not_keep_the_folder(tmp_path):
+    """A loader's worker, forked by another thread: it lives on with a copy of the descriptor."""
+    with one_at_a_time(tmp_path):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(write)
+            os.read(read, 1)  # until the test is over
+            os._exit(0)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+        os.close(write)
+        os.waitpid(child, 0)
+        os.close(read)

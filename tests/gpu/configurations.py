@@ -37,7 +37,7 @@ class Types(NamedTuple):
     R: int
     kind: str = "half"
     masked: bool = False
-    loops: bool = True  # whether to read them: 0.3 s a kernel
+    loops: bool = True  # whether to read them
     rows: tuple[int, ...] = (16, 64, 512, 2048, 4096, 8192)
 
 
@@ -205,19 +205,38 @@ def specialised(argument: object, param: Any) -> object:
     return type(argument)
 
 
-def inspect(family: str, types: str, tile: str, launch: Launch) -> Inspected:
-    """Compile one launch and read it."""
-    kernel, grid, options = launch
+def inspect(family: str, types: str, launches: list[tuple[str, Launch]]) -> list[Inspected]:
+    """Compile launches and read them."""
+    results = [compiled(family, launch) for _, launch in launches]
+    if DTYPES[types].loops and family != "gfx942":
+        codegen.machine_code([one for one in results if not isinstance(one, str)])
+    return [
+        read(family, types, tile, launch, result)
+        for (tile, launch), result in zip(launches, results, strict=True)
+    ]
+
+
+def compiled(family: str, launch: Launch) -> Any:
+    """Return what Triton compiles, or its complaint: the table shows what any stage says."""
+    try:
+        return codegen.compile_launch(family, *launch)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def read(family: str, types: str, tile: str, launch: Launch, result: Any) -> Inspected:
+    """Read what one launch was compiled to."""
+    kernel, _, options = launch
     rows = options["BLOCK_M"]
     wide = 0
     if DTYPES[types].loops:
         wide = wide_loads(kernel.__name__, options, family, DTYPES[types].dtype.itemsize)
-    machine: codegen.Machine | str
-    try:
-        compiled = codegen.compile_launch(family, kernel, grid, options)
-        machine = codegen.read(compiled, loops=DTYPES[types].loops)
-    except Exception as error:  # the table shows what any compiler stage says
-        machine = f"{type(error).__name__}: {error}"
+    machine: codegen.Machine | str = result
+    if not isinstance(result, str):
+        try:
+            machine = codegen.read(result, loops=DTYPES[types].loops)
+        except Exception as error:
+            machine = f"{type(error).__name__}: {error}"
     # The epilogue's loop over ranks, whose operands are small, of each layer and under masks each
     # half of a tile; and decode's loop over tiles that were there before h: hardly any.
     ranks = options["R"] if isinstance(options["R"], tuple) else (options["R"],)

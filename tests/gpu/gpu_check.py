@@ -38,6 +38,7 @@ NCU = [*NCU.split(), "--section=SpeedOfLight", "--section=Occupancy", "--section
 STOP_S = 5.0  # from the interrupt, at which pytest still prints its summary, to the kill
 # A rehearsal's: one small shape on the CPU, Triton's kernels in its interpreter.
 REHEARSED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+REPAIRED = "tests.gpu.rehearsed"
 TINY = "16,32,32,4"
 INTERPRETED = "linear,reference,lora_ext,triton.in_loop"  # the interpreter takes seconds a regime
 
@@ -59,20 +60,17 @@ class Commands(NamedTuple):
 
     def bench(self, module: str, *arguments: str, small: Sequence[str] = ()) -> list[str]:
         """Return a benchmark's."""
-        command = [*PYTHON, "-m", f"benchmarks.{module}", "--device"]
-        return [
-            *command,
-            *(("cpu", *arguments, *small) if self.rehearsal else ("cuda", *arguments)),
-        ]
+        module = f"benchmarks.{module}"
+        if self.rehearsal:
+            return [*PYTHON, "-m", REPAIRED, module, "--device", "cpu", *arguments, *small]
+        return [*PYTHON, "-m", module, "--device", "cuda", *arguments]
 
     def linear(self, mode: str, providers: str, *arguments: str) -> list[str]:
         """Return that of bench_linear: over the grid, where `arguments` do not say otherwise."""
         small = ("--shape", TINY, "--seconds", "0.01")
         which = ("--dtype", "bf16", "--mode", mode, "--providers", providers)
         if self.rehearsal:  # which takes one shape, and it once
-            # Of float32: the interpreter's bfloat16 product is not right, which the gate finds.
-            instead = {ALL: INTERPRETED, "bf16": "fp32"}
-            which = tuple(instead.get(word, word) for word in which)
+            which = tuple({ALL: INTERPRETED}.get(word, word) for word in which)
             named = arguments.index("--shape") if "--shape" in arguments else len(arguments)
             arguments = (*arguments[:named], *arguments[named + 2 :])
         return self.bench("bench_linear", *which, *arguments, small=small)

@@ -178,8 +178,7 @@ PASSED = {
 
 def faults(family: str, types: str) -> Iterator[str]:
     """Compile all that a card is offered of some dtypes; yield what is wrong."""
-    for tile, launch in offered(family, types):
-        row = inspect(family, types, tile, launch)
+    for row in inspect(family, types, offered(family, types)):
         for fault in faults_of(row, family):
             yield f"{row} {fault}"
 

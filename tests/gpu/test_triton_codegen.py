@@ -49,7 +49,7 @@ def test_every_kernel_fits_its_card_and_uses_it(family, types, tmp_path, monkeyp
     # Compiled again whatever the machine has compiled before, and only read here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # the same machine code, a little sooner
-    rows = [inspect(family, types, *one) for one in distinct(family, types)]
+    rows = inspect(family, types, distinct(family, types))
     assert_no_faults(rows, family)
     assert any(row.wide for row in rows) == DTYPES[types].loops
 
@@ -81,7 +81,7 @@ def test_joint_kernels_fit_their_card_and_use_it(family, types, layers, tmp_path
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     launches = distinct_of(joint_ways(family, types, layers), DTYPES[types].kind)
     ours = [one for one in launches if "linears" in one[1][0].__name__]
-    rows = [inspect(family, types, *one) for one in ours]
+    rows = inspect(family, types, ours)
     assert_no_faults(rows, family)
     names = {"lora_linears_shrink_kernel", "lora_linears_bwd_dx_kernel"}
     assert {row.kernel for row in rows} == names

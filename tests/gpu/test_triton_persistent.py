@@ -166,9 +166,10 @@ def test_both_launches_fit_an_sm_and_wait_in_time(
     call = call_of(direction, M, R, dtype, masked)
     tiles = REGIMES[direction]["persistent"].tiles(problem_of(call), card)
     assert tiles
-    for tile in tiles:
-        pair = launched(card, direction, call, tile)
-        results = [codegen.compile_launch(family, *launch) for launch in pair]
+    pairs = [launched(card, direction, call, tile) for tile in tiles]
+    made = [[codegen.compile_launch(family, *launch) for launch in pair] for pair in pairs]
+    codegen.machine_code([result for results in made for result in results])
+    for pair, results in zip(pairs, made, strict=True):
         machines = [codegen.read(result, loops=True) for result in results]
         for machine in machines:
             assert machine.stack == machine.atomics == machine.waiting == 0

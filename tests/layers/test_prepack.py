@@ -1,19 +1,22 @@
 """prepack_(): the same numbers from weights laid out once, and what it reports."""
 
+import itertools
 import os
 import re
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import lora_ext
-from lora_ext import LinearWithLoRA, prepack_, unpack_
+from lora_ext import LinearWithLoRA, lora_linears, prepack_, unpack_
 from lora_ext.backends import cpp
 from lora_ext.functional import adapted
 from lora_ext.panels import Panels
 from lora_ext.testing import Case, broken_rules, expected
 from tests.layers.prepacked import NEEDS_CPP, let_every_dtype_pay, two_layers
+from tests.numerics import assert_same_up_to_rounding
 from tests.op.pairs import forced_pairs, the_other_kind
 
 pytestmark = NEEDS_CPP
@@ -225,3 +228,20 @@ def test_wrong_models_raise(argument):
 def test_layer_alone(model):
     layer = LinearWithLoRA(nn.Linear(8, 8).requires_grad_(False), 2, 1.0)
     assert prepack_(layer).packed == ["model"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_layout_that_another_thread_takes_away_during_a_call(monkeypatch, first):
+    """Each look at it may see another thread's `prepack_`, `unpack_` or nothing yet."""
+    layer = LinearWithLoRA(nn.Linear(16, 8), 4, 1.0)
+    nn.init.normal_(layer.lora.B)
+    x = torch.randn(3, 16)
+    want = layer(x)
+    panels = mock.Mock()
+    panels.why_stale.return_value = panels.for_input.return_value = None
+    seen = itertools.islice(itertools.cycle([panels, None]), first, None)
+    monkeypatch.setattr(LinearWithLoRA, "_panels", property(lambda layer: next(seen)))
+    for _ in range(2):
+        assert torch.equal(layer(x), want)
+    for y in lora_linears(x, [layer, layer]):
+        assert_same_up_to_rounding(y, want)

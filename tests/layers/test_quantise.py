@@ -1,10 +1,13 @@
 """quantise_(): plain models over codes, and bitsandbytes' checkpoints in both directions."""
 
 import copy
+import pickle
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing  # which has tensors sent in shared memory
 from torch import nn
 
 from lora_ext import (
@@ -237,3 +240,34 @@ def test_scales_that_change_are_seen():
     made.scale = made.scale / 2
     torch.testing.assert_close(made(x) - made.bias, plain)
     assert made.codes().scale is made.codes().scale
+
+
+def test_copy_after_a_change_of_the_scales_has_the_changed_ones():
+    """A copy's tensors count their writes from 0: what was computed before is not taken along."""
+    made = copy.deepcopy(QuantisedLinear(linear(), "int8"))
+    x = torch.randn(3, made.in_features)
+    plain = made(x) - made.bias
+    made.scale.mul_(2)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(other(x) - made.bias, 2 * plain)
+
+
+@EACH
+def test_state_loaded_by_another_process_is_seen_where_memory_is_shared(format):
+    """Codes and scales of a model are shared both or neither: `share_memory()`, a spawned child."""
+    model, new = (nn.Sequential(linear()) for _ in range(2))
+    new[0].weight.data.mul_(3)
+    quantise_(model, format)
+    quantise_(new, format)
+    x = torch.randn(3, K)
+    before = model(x)
+    model.share_memory()
+    assert model[0].scale.is_shared()
+    theirs = pickle.loads(ForkingPickler.dumps(model))  # as a child would get it
+    assert torch.equal(theirs(x), before)
+    theirs.load_state_dict(new.state_dict())
+    assert torch.equal(theirs(x), new(x))
+    assert torch.equal(model(x), new(x)) and not torch.equal(before, new(x))
+    theirs.load_state_dict({k: v.clone() for k, v in new.state_dict().items()}, assign=True)
+    theirs[0].scale.zero_()  # an own one now
+    assert torch.equal(model(x), new(x))

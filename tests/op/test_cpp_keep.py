@@ -104,6 +104,25 @@ def test_torch_mask_is_that_of_dropout_in_either_way(monkeypatch, way, lead):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("left", "seeded"), [(0, 1), (-1, 1), (625, 1), (5, 0)])
+def test_state_that_is_not_the_twisters_is_refused(left, seeded):
+    """Its words left would be read, and written, past the end of the state."""
+    state = torch.Generator().manual_seed(1).get_state()
+    state[8:16].view(torch.int32).copy_(torch.tensor([left, seeded]))
+    before = state.clone()
+    with pytest.raises(RuntimeError, match=f"must be one of MT19937, got {left} words left"):
+        torch.ops.lora_ext.draw_bernoulli(state, 2, 3, 0.5)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (4, 0), (3, 9)], ids=str)
+def test_all_or_none_are_dropped_of_any_size(size):
+    seed = torch.tensor([1, 2])
+    for p in (0.0, 1.0):
+        bits = torch.ops.lora_ext.draw_keep(seed, *size, p)
+        assert torch.equal(bits, pack_bits(torch.full(size, p == 0)))
+
+
 def test_one_row_of_all_is_expanded():
     mask = (torch.rand(1, 50) < 0.5).expand(9, 50)
     assert torch.equal(torch.ops.lora_ext.pack_keep(mask), pack_bits(mask))
@@ -151,6 +170,14 @@ def test_bits_do_not_depend_on_the_threads(threads):
         "state_p": (
             lambda ops: ops.draw_bernoulli(torch.get_rng_state(), 1, 2, -0.1),
             "p must be from 0 to 1, got -0.1",
+        ),
+        "state_rows": (
+            lambda ops: ops.draw_bernoulli(torch.get_rng_state(), -1, 2, 0.5),
+            "not be negative, got -1 and 2",
+        ),
+        "state_cols": (
+            lambda ops: ops.draw_bernoulli(torch.get_rng_state(), 2, -1, 0.5),
+            "not be negative, got 2 and -1",
         ),
         "mask": (lambda ops: ops.pack_keep(torch.ones(2).bool()), r"mask must have shape \(M, in"),
         "float": (lambda ops: ops.pack_keep(torch.ones(2, 2)), "mask must have dtype Bool or Byte"),

@@ -88,6 +88,20 @@ def test_forked_workers_draw_masks_of_their_own(draw):
     assert not any(torch.equal(a, b) for i, a in enumerate(ys) for b in ys[:i])
 
 
+def from_forked_worker(dataset: Dataset) -> list:
+    """Return what a forked worker makes of a dataset; skip where PyTorch refuses any model."""
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    try:
+        return list(loader)
+    except RuntimeError as error:
+        # Once a reentrant backward, or one on a GPU, has run in this process.
+        if "autograd's threading in combination with fork" not in str(error):
+            raise
+        pytest.skip("an earlier test of this process ran a reentrant backward")
+
+
 @NEEDS_FORK
 def test_worker_forked_after_use_computes_the_same(backend: Backend):
     """Training in a forked child after the parent's threads have run: a lock held hangs it."""
@@ -95,16 +109,7 @@ def test_worker_forked_after_use_computes_the_same(backend: Backend):
     use_backend(model, backend.name)
     dataset = Features(model)
     want = [dataset[i] for i in range(len(dataset))]
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-    )
-    try:
-        got = list(loader)
-    except RuntimeError as error:
-        # PyTorch's own refusal, of any model, once a reentrant backward has run in this process.
-        if "autograd's threading in combination with fork" not in str(error):
-            raise
-        pytest.skip("an earlier test of this process ran a reentrant backward")
+    got = from_forked_worker(dataset)
     assert len(got) == len(want) == 4
     for mine, alone in zip(got, want, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, alone, strict=True))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lora_ext import lora_linear
+from lora_ext import lora_linear, lora_linears
+from lora_ext.parts import LEAST
 from lora_ext.testing import make_inputs
 from tests.conftest import Backend
 from tests.numerics import assert_same_up_to_rounding
@@ -118,6 +119,19 @@ def test_compiled_training_takes_any_batch_without_a_recompile(compiler):
         for factor in "AB":
             ours, theirs = (getattr(layer.lora, factor).grad for layer in (model, plain))
             torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_group_has_one_graph_for_every_batch_without_a_gradient():
+    """A group of few rows runs its layers: a compiler may not be asked how many there are."""
+    layers = nn.ModuleList(make_layer(CASE) for _ in range(2))
+    compiled = torch.compile(lambda x: lora_linears(x, layers), dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (4, 7, LEAST // CASE.K + 1):
+            x = torch.randn(rows, CASE.K)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                ys = compiled(x)
+            for layer, y in zip(layers, ys, strict=True):
+                assert_same_up_to_rounding(y, layer(x))
 
 
 def test_default_compile_goes_over_to_dynamic_shapes_once(backend: Backend):
