@@ -9,6 +9,7 @@ for each, goes through the parsed expression.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
+from itertools import accumulate
 from operator import or_
 from typing import Any
 
@@ -19,7 +20,7 @@ except ImportError:  # Python 3.10
 
 from .files import quoted
 
-_LONGEST = 1000  # characters of a pattern
+_LONGEST, _DEEPEST = 1000, 100  # characters of a pattern, and parentheses within another
 _STEPS = 1_000_000  # of all patterns over all names: a few seconds
 _PER_STEP = 16  # comparisons with a plain name, about as long as one step
 
@@ -72,6 +73,8 @@ class Patterns:
         if pattern not in self._expressions:
             if len(pattern) > _LONGEST:
                 raise ValueError(f"{len(pattern)} characters, at most {_LONGEST} are read")
+            if _depth(pattern) > _DEEPEST:
+                raise RecursionError  # as the parser does, at a limit that a program may set
             self._spend(len(pattern))
             self._expressions[pattern] = parser.parse(rf"(.*\.)?({pattern})$")
         return self._follow(self._expressions[pattern], 1, text) != 0
@@ -177,6 +180,10 @@ def _as_name(pattern: str) -> tuple[str, bool, bool] | None:
     if escaped := _ESCAPED.fullmatch(pattern):
         return escaped[1].replace("\\", ""), pattern[0] == "^", False
     return (pattern, False, True) if _PLAIN.fullmatch(pattern) else None
+
+
+def _depth(pattern: str) -> int:
+    return max(accumulate((c == "(") - (c == ")") for c in pattern), default=0)
 
 
 def _is_end(pattern: str, name: str) -> bool:

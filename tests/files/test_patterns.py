@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 import warnings
 
@@ -122,11 +123,15 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("limit", [None, 10_000])  # Python's own, and what a program may set
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_pattern_takes_bounded_time(kind, monkeypatch):
+def test_hostile_pattern_takes_bounded_time(kind, limit, monkeypatch, request):
     monkeypatch.setattr("lora_ext.patterns._STEPS", 100_000)  # the tenth part of it
     pattern, message = HOSTILE[kind]
     patterns = Patterns({pattern: 2})
+    before = sys.getrecursionlimit()
+    request.addfinalizer(lambda: sys.setrecursionlimit(before))
+    sys.setrecursionlimit(limit or before)
     start = time.process_time()
     if message is None:
         assert patterns.value_for(Q_PROJ * 3, 0) == 0
