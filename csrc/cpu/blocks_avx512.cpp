@@ -8,7 +8,8 @@
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, in its own avx512fintrin.h
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prfchw,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("prfchw")
 #endif
 #define LORA_EXT_VECTOR_BYTES 64
 #define LORA_EXT_TILE_ROWS 8
