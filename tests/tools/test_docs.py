@@ -115,7 +115,9 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text(code)
     torchrun = re.search(r"^# .*: torchrun --nproc-per-node (\d)", code, re.M)
-    by = ["-m", "torch.distributed.run", f"--nproc-per-node={torchrun[1]}"] if torchrun else []
+    by = []
+    if torchrun:  # at a free port: the usual one may be another run's
+        by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun[1]}"]
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", *by, script],
         cwd=tmp_path,
