@@ -99,7 +99,8 @@ template <int kRows, int kPanels, bool kAhead, typename W, typename Out>
 inline void multiply_tile(View<const W> a, Panels<const W> b, Along<W> along, Ahead ahead,
                           const Out& out) {
   Vector<Acc<W>> acc[kRows][kPanels * kVectors] = {};
-  // Where the sums go is asked for while they are made: 1.5 % of 960 x 768 x 768 in float32.
+  // Where the sums go is asked for while they are made: 0.7 % of y and 1.5 % of dx in float32, at
+  // 960 rows of 768 x 768.
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
